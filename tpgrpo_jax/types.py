@@ -1,0 +1,144 @@
+"""Every array pytree and function type that crosses a module boundary.
+
+Axes: P prompts, K samples a prompt, B = P K, T steps, W window, L text tokens, h w c latent,
+H W 3 image. Time first: [T, B, ...].
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any, Literal, NamedTuple, dataclass_transform
+
+import jax
+import numpy as np
+
+Params = Any  # a pytree of arrays
+Key = jax.Array  # a typed PRNG key
+
+
+@dataclass_transform(frozen_default=True)
+def _pytree(cls):
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_pytree
+class Condition:
+  """What the model is conditioned on.
+
+  Attributes:
+    text: [B, L, E] sequence embedding.
+    pooled: [B, F] pooled embedding.
+  """
+
+  text: jax.Array
+  pooled: jax.Array
+
+
+@_pytree
+class GuidedCondition:
+  """A condition and the one that guidance moves away from, both with leading axis B."""
+
+  positive: Condition
+  negative: Condition
+
+
+@_pytree
+class Gaussian:
+  """N(mean, std^2 I), the law of x_next given x.
+
+  Attributes:
+    mean: [B, ...].
+    std: the full standard deviation, broadcastable against mean; 0 for a deterministic step.
+  """
+
+  mean: jax.Array
+  std: jax.Array
+
+
+@_pytree
+class Trajectory:
+  """One batch of denoising trajectories; only the stochastic window is kept.
+
+  Attributes:
+    x: [W, B, h, w, c] states before each window step.
+    x_next: [W, B, h, w, c] states after it.
+    velocity: [W, B, h, w, c] the model's output at x.
+    log_prob: [W, B] mean over latent dims of the log-density of x_next.
+    sigma: [W] noise level of x.
+    sigma_next: [W] noise level of x_next.
+    final: [B, h, w, c] the finished latent.
+  """
+
+  x: jax.Array
+  x_next: jax.Array
+  velocity: jax.Array
+  log_prob: jax.Array
+  sigma: jax.Array
+  sigma_next: jax.Array
+  final: jax.Array
+
+
+@_pytree
+class StepCredit:
+  """The reward that each stochastic step is given.
+
+  Attributes:
+    reward: [W, B].
+    is_turning_point: [W, B] bool, the steps whose reward was replaced by an aggregated one.
+  """
+
+  reward: jax.Array
+  is_turning_point: jax.Array
+
+
+@_pytree
+class Plan:
+  """Which lane does what in each step of the packed completions (flow.completion); plain NumPy.
+
+  Attributes:
+    first: [2, W] sigma and sigma_next of the step that each state takes with the trajectory's velocity.
+    load: [L, lanes] state that a lane loads before the step, or -1 to go on with its own.
+    store: [L, lanes] state whose completion ends with the step, or W for none.
+    sigma: [L, lanes]; sigma_next: [L, lanes] the step's levels (equal where a lane is idle).
+    extrapolation: [L, lanes] m of DPM-Solver++(2M): the data prediction D is replaced by
+      D + m (D - D_previous); 0 is the Euler step.
+  """
+
+  first: np.ndarray
+  load: np.ndarray
+  store: np.ndarray
+  sigma: np.ndarray
+  sigma_next: np.ndarray
+  extrapolation: np.ndarray
+
+
+VelocityFn = Callable[[Params, jax.Array, jax.Array, Any], jax.Array]
+"""(params, x [B, h, w, c], sigma [B], condition) -> velocity [B, h, w, c] = noise - data."""
+
+StepFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Gaussian]
+"""(x, velocity, sigma, sigma_next) -> the Gaussian of x_next."""
+
+LogProbFn = Callable[[jax.Array, Gaussian], jax.Array]
+"""(x_next, gaussian) -> [B], mean over latent dims."""
+
+CreditFn = Callable[[jax.Array], StepCredit]
+"""completion_reward [W+1, B] -> StepCredit."""
+
+
+class CreditMethod(NamedTuple):
+  """A credit function and the completions that it needs ("all" of them, or "none")."""
+
+  function: CreditFn
+  completions: Literal["all", "none"]
+
+
+RewardFn = Callable[
+  [np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], tuple[np.ndarray, dict[str, Any]]
+]
+"""(images uint8 [N, H, W, 3], prompts, metadata) -> (scores float32 [N], info)."""
+
+
+class Prompt(NamedTuple):
+  """One prompt and what its dataset says of it (passed on to the rewards untouched)."""
+
+  text: str
+  metadata: Mapping[str, Any]

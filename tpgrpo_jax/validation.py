@@ -1,0 +1,210 @@
+"""Every rule that a config must obey, checked before anything compiles. Imports no jax."""
+
+from collections.abc import Iterator
+import math
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import registry
+
+
+def validate(config: config_lib.Config) -> None:
+  """Raises ValueError with one line for each broken rule: field, value, rule, fix.
+
+  What depends on devices, weights or files is checked where they are opened.
+  """
+  groups = (_model, _names, _sampler, _credit_scale, _sizes, _optimizer)
+  _raise([problem for group in groups for problem in group(config)])
+
+
+def validate_pretrain(config: config_lib.PretrainConfig) -> None:
+  """As `validate`, for pretraining."""
+  _raise([problem for group in (_model, _pretrain, _optimizer) for problem in group(config)])
+
+
+def _raise(problems):
+  if problems:
+    raise ValueError("\n".join(problems))
+
+
+def _check_names(fields) -> Iterator[str]:
+  for field, value, table, importable in fields:
+    try:
+      registry.check(value, table, field=field, importable=importable)
+    except ValueError as error:
+      yield str(error)
+
+
+def _model(config) -> Iterator[str]:
+  yield from _check_names(
+    (
+      ("model.variant", config.model.variant, config_lib.MODEL_VARIANTS, False),
+      ("model.dtype", config.model.dtype, config_lib.DTYPES, False),
+      ("model.remat", config.model.remat, config_lib.REMAT_POLICIES, False),
+    )
+  )
+
+
+def _names(config) -> Iterator[str]:
+  yield from _check_names(
+    (
+      ("lora.init", config.lora.init, config_lib.LORA_INITS, False),
+      ("prompts.name", config.prompts.name, config_lib.PROMPT_SOURCES, False),
+      ("sampler.schedule", config.sampler.schedule, config_lib.SCHEDULES, False),
+      ("sampler.dynamics", config.sampler.dynamics, config_lib.DYNAMICS, False),
+      ("completion.solver", config.completion.solver, config_lib.SOLVERS, False),
+      ("credit.method", config.credit.method, config_lib.CREDIT_METHODS, True),
+      ("advantage.normalization", config.advantage.normalization, config_lib.NORMALIZATIONS, False),
+    )
+  )
+  yield from _check_names(
+    ("eval.rewards", name, config_lib.REWARD_NAMES, True)
+    for name in config.eval.rewards
+    if name not in config.rewards
+  )
+  if not config.rewards:
+    yield "rewards={}: must hold one reward or more, label -> weight. Try rewards={'ocr': 1.0}."
+  if config.prompts.name == "folder" and not config.prompts.path:
+    yield (
+      "prompts.path='': prompts.name='folder' needs a folder with train.txt and test.txt, or "
+      ".jsonl. Set prompts.path."
+    )
+
+
+def _sampler(config) -> Iterator[str]:
+  s = config.sampler
+  start, end = s.window
+  if s.num_steps < 1:
+    yield f"sampler.num_steps={s.num_steps}: must be at least 1."
+  if not 0 <= start < end:
+    yield f"sampler.window={s.window}: must be (start, end) with 0 <= start < end, such as (0, 9)."
+  if end > s.num_steps:
+    yield (
+      f"sampler.window={s.window}: the end must be <= sampler.num_steps={s.num_steps}. "
+      f"Shorten the window or set num_steps to {end}."
+    )
+  elif s.dynamics == "cps" and end == s.num_steps:
+    yield (
+      f"sampler.window={s.window}: the last step of cps has no noise, so it has no log-prob: the "
+      f"end must be <= num_steps - 1 = {s.num_steps - 1}. Shorten the window."
+    )
+  if s.window_range:
+    if len(s.window_range) != 2:
+      yield f"sampler.window_range={s.window_range}: must be () or (lo, hi)."
+    else:
+      low, high = s.window_range
+      last = s.num_steps - (s.dynamics == "cps")
+      if not (0 <= low and low + (end - start) <= high <= last):
+        yield (
+          f"sampler.window_range={s.window_range}: must hold the window's {end - start} steps and "
+          f"lie in 0 ... {last}. Widen it, or shorten sampler.window."
+        )
+  if not 0 < s.noise_level or (s.dynamics == "cps" and s.noise_level > 1):
+    yield (
+      f"sampler.noise_level={s.noise_level}: must be > 0 (a step without noise has no log-prob), "
+      "and at most 1 for cps. The papers use 0.7 (sde, cps) and 0.3 (dance)."
+    )
+  if s.shift <= 0:
+    yield f"sampler.shift={s.shift}: must be > 0; SD3 uses 3."
+
+
+def _at_least(fields) -> Iterator[str]:
+  for field, value, least in fields:
+    if value < least:
+      yield f"{field}={value}: must be at least {least}."
+
+
+def _sizes(config) -> Iterator[str]:
+  t = config.train
+  yield from _at_least(
+    (
+      ("train.epochs", t.epochs, 1),
+      ("train.prompts_per_epoch", t.prompts_per_epoch, 1),
+      ("train.microbatch", t.microbatch, 1),
+      ("train.updates_per_epoch", t.updates_per_epoch, 1),
+      ("lora.rank", config.lora.rank, 0),
+      ("completion.steps", config.completion.steps, 0),
+      ("completion.lanes_per_chunk", config.completion.lanes_per_chunk, 0),
+      ("eval.every", config.eval.every, 0),
+      ("eval.num_steps", config.eval.num_steps, 1),
+      ("eval.prompts", config.eval.prompts, 1),
+      ("eval.batch", config.eval.batch, 1),
+      ("checkpoint.every", config.checkpoint.every, 1),
+      ("checkpoint.keep", config.checkpoint.keep, 1),
+      ("log.images_every", config.log.images_every, 0),
+    )
+  )
+  if t.group_size < 2:
+    yield (
+      f"train.group_size={t.group_size}: must be at least 2; an advantage compares the samples of "
+      "one prompt. The papers use 24."
+    )
+  samples = t.prompts_per_epoch * t.group_size
+  share = t.microbatch * t.updates_per_epoch
+  if t.microbatch >= 1 and t.updates_per_epoch >= 1 and samples % share:
+    yield (
+      f"train.microbatch={t.microbatch}: microbatch x updates_per_epoch = {share} must divide the "
+      f"prompts_per_epoch x group_size = {samples} samples of an epoch. "
+      f"Set microbatch to {math.gcd(samples // t.updates_per_epoch, t.microbatch) or 1}, or change "
+      "the other three."
+    )
+
+
+def _credit_scale(config) -> Iterator[str]:
+  yield from _positive(
+    (
+      ("loss.clip_range", config.loss.clip_range),
+      ("advantage.clip", config.advantage.clip),
+      ("lora.alpha", config.lora.alpha),
+    )
+  )
+  if not (math.isfinite(config.loss.kl_coef) and config.loss.kl_coef >= 0):
+    yield f"loss.kl_coef={config.loss.kl_coef}: must be >= 0; 0 leaves the term out."
+
+
+def _positive(fields) -> Iterator[str]:
+  for field, value in fields:
+    if not (math.isfinite(value) and value > 0):
+      yield f"{field}={value}: must be finite and > 0."
+
+
+def _optimizer(config) -> Iterator[str]:
+  o = config.optimizer
+  yield from _positive(
+    (
+      ("optimizer.learning_rate", o.learning_rate),
+      ("optimizer.max_grad_norm", o.max_grad_norm),
+      ("optimizer.eps", o.eps),
+    )
+  )
+  yield from _at_least(
+    (("optimizer.warmup_updates", o.warmup_updates, 0), ("ema.every", config.ema.every, 1))
+  )
+  for field, value in (("b1", o.b1), ("b2", o.b2)):
+    if not 0 <= value < 1:
+      yield f"optimizer.{field}={value}: must be in [0, 1)."
+  if o.weight_decay < 0:
+    yield f"optimizer.weight_decay={o.weight_decay}: must be >= 0."
+  if not 0 <= config.ema.decay < 1:
+    yield f"ema.decay={config.ema.decay}: must be in [0, 1); 0 keeps no average."
+
+
+def _pretrain(config) -> Iterator[str]:
+  t = config.train
+  yield from _at_least(
+    (
+      ("train.updates", t.updates, 1),
+      ("train.batch", t.batch, 1),
+      ("train.log_every", t.log_every, 1),
+      ("eval.every", config.eval.every, 1),
+      ("eval.num_steps", config.eval.num_steps, 1),
+      ("eval.prompts", config.eval.prompts, 1),
+      ("eval.batch", config.eval.batch, 1),
+    )
+  )
+  if not 0 <= t.text_dropout < 1:
+    yield f"train.text_dropout={t.text_dropout}: must be in [0, 1)."
+  yield from _check_names(
+    ("eval.rewards", name, config_lib.REWARD_NAMES, True) for name in config.eval.rewards
+  )
+  if not config.eval.rewards:
+    yield "eval.rewards=(): must name one reward or more, such as ('ocr',)."
