@@ -1,0 +1,97 @@
+"""Noise-level grids against diffusers, and windows that stay where they are told to."""
+
+import pathlib
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from tpgrpo_jax.flow import schedule
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "sd3_sigmas.npz"
+
+
+def grids(arrays):
+  """(T, shift, sigmas) of every "T_shift" entry."""
+  for name, sigmas in arrays.items():
+    if name not in ("script", "diffusers_version"):
+      num_steps, shift = name.split("_")
+      yield int(num_steps), float(shift), sigmas
+
+
+def assert_equal_to_ours(arrays):
+  # diffusers computes in float32: 1e-6 is a few of its ulps at 1.
+  for num_steps, shift, sigmas in grids(arrays):
+    ours = schedule.sd3_sigmas(num_steps, shift=shift)
+    np.testing.assert_allclose(ours, sigmas, atol=1e-6, err_msg=f"T={num_steps}, shift={shift}")
+
+
+def test_sd3_sigmas_are_those_of_diffusers():
+  assert_equal_to_ours(np.load(GOLDEN))
+
+
+@pytest.mark.parity
+def test_sd3_sigmas_are_those_of_the_installed_diffusers():
+  pytest.importorskip("diffusers")
+  script = {"__name__": "golden"}
+  exec(str(np.load(GOLDEN)["script"]), script)
+  assert_equal_to_ours(script["make"]())
+
+
+def test_sd3_sigmas_of_ten_steps_are_the_published_ones():
+  published = [1, 0.96013, 0.91335, 0.85769, 0.79037, 0.70728, 0.60215, 0.46488, 0.27805, 0.00893, 0]
+  np.testing.assert_allclose(schedule.sd3_sigmas(10, shift=3.0), published, atol=5e-6)
+
+
+def test_linear_sigmas_are_evenly_spaced():
+  np.testing.assert_array_equal(schedule.linear_sigmas(4), [1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
+def test_every_schedule_falls_from_one_to_zero(name, num_steps):
+  sigmas = schedule.SCHEDULES[name](num_steps, 3.0)
+  assert (len(sigmas), sigmas[0], sigmas[-1]) == (num_steps + 1, 1.0, 0.0)
+  assert np.all(np.diff(sigmas) < 0)
+
+
+def test_no_shift_leaves_the_levels_alone():
+  sigmas = np.linspace(0, 1, 11)
+  np.testing.assert_array_equal(schedule.shift_sigmas(sigmas, 1.0), sigmas)
+
+
+def test_shifts_compose_by_multiplication():
+  sigmas = np.linspace(0, 1, 11)
+  twice = schedule.shift_sigmas(schedule.shift_sigmas(sigmas, 3.0), 2.0)
+  np.testing.assert_allclose(schedule.shift_sigmas(sigmas, 6.0), twice, rtol=1e-14)
+
+
+def test_a_fixed_window_is_not_drawn():
+  rng = np.random.default_rng(0)
+  before = rng.bit_generator.state
+  assert schedule.draw_window(rng, (2, 5), ()) == (2, 5)
+  assert rng.bit_generator.state == before
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 2**32))
+def test_a_drawn_window_keeps_its_length_and_its_range(low, length, room, seed):
+  drawn = schedule.draw_window(
+      np.random.default_rng(seed), (1, 1 + length), (low, low + length + room)
+  )
+  assert drawn[1] - drawn[0] == length
+  assert low <= drawn[0] and drawn[1] <= low + length + room
+
+
+def test_every_window_of_the_range_is_drawn_equally_often():
+  rng = np.random.default_rng(0)
+  starts = [schedule.draw_window(rng, (0, 2), (1, 6))[0] for _ in range(4000)]
+  counts = np.bincount(starts, minlength=5)
+  assert counts[0] == 0
+  np.testing.assert_allclose(counts[1:], 1000, atol=150)  # 5 standard deviations
+
+
+def test_one_generator_draws_one_window():
+  draws = [schedule.draw_window(np.random.default_rng(7), (0, 2), (0, 9)) for _ in range(2)]
+  assert draws[0] == draws[1]

@@ -1,0 +1,1 @@
+"""The flow: noise schedules, steps, guidance, trajectories and their completions."""
