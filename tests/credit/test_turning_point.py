@@ -1,0 +1,217 @@
+"""Turning points, their balancing, and the rewards that they are given."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpgrpo_jax.credit import stepwise, turning_point
+
+W, B = 5, 4
+
+
+def sixteenths(shape):
+  """Rewards with many ties, whose float32 differences are exact."""
+  return hnp.arrays(np.int32, shape, elements=st.integers(-24, 24)).map(
+      lambda a: jnp.asarray(a / 16, jnp.float32)
+  )
+
+
+REWARDS = sixteenths((W + 1, B))
+VALUES = sixteenths((W, B))
+MASKS = hnp.arrays(bool, (W, B)).map(jnp.asarray)
+RULES = {
+    "turning_points": jax.jit(turning_point.turning_points),
+    "consistent_turning_points": jax.jit(turning_point.consistent_turning_points),
+}
+aggregated = jax.jit(turning_point.aggregated)
+step_reward = jax.jit(turning_point.step_reward)
+balance = jax.jit(turning_point.balance)
+properties = settings(max_examples=25, deadline=None)
+both_rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def column(*reward):
+  return jnp.array(reward, jnp.float32)[:, None]
+
+
+def steps_of(is_turning_point):
+  return np.flatnonzero(is_turning_point[:, 0]).tolist()
+
+
+# The two examples worked in docs/methods: (rewards, Def. 4.1's steps, rewards), Def. 5.1's likewise.
+FIRST = column(0, 1, 0.5, 0.2, 0.8, 1.5)
+SECOND = column(0, 0.5, -0.2, 0.3, 0.1)
+
+
+@pytest.mark.parametrize(
+    "rule, reward, turns, paid",
+    [
+        ("turning_points", FIRST, [0, 3], [1.5, -0.5, -0.3, 1.3, 0.7]),
+        ("turning_points", SECOND, [0, 2], [0.1, -0.7, 0.3, -0.2]),
+        ("consistent_turning_points", FIRST, [0, 3], [1.5, -0.5, -0.3, 1.3, 0.7]),
+        ("consistent_turning_points", SECOND, [], [0.5, -0.7, 0.5, -0.2]),
+    ],
+)
+def test_worked_examples(rule, reward, turns, paid):
+  found = RULES[rule](reward)
+  assert steps_of(found) == turns
+  np.testing.assert_allclose(step_reward(reward, found)[:, 0], paid, atol=1e-6)
+
+
+def test_first_step_turns_when_it_goes_with_the_outcome():
+  assert steps_of(turning_point.turning_points(column(1, 0.5, 0))) == [0]
+  assert steps_of(turning_point.turning_points(column(0, -1, 1))) == [1]
+
+
+def test_a_flat_step_is_neither_with_nor_against_the_outcome():
+  assert steps_of(turning_point.turning_points(column(0, 0, 1))) == []
+  assert steps_of(turning_point.turning_points(column(0, -1, -1, 1))) == []
+
+
+def test_a_trajectory_that_changes_nothing_has_no_turning_points():
+  assert steps_of(turning_point.turning_points(column(0, -1, 1, 0))) == []
+
+
+@both_rules
+@properties
+@given(reward=REWARDS, exponent=st.integers(-3, 3), shift=st.integers(-8, 8))
+def test_turning_points_ignore_shift_and_positive_scale(rule, reward, exponent, shift):
+  np.testing.assert_array_equal(rule(reward * 2.0**exponent + shift), rule(reward))
+
+
+@both_rules
+@properties
+@given(reward=REWARDS)
+def test_turning_points_of_a_cost_are_those_of_the_reward(rule, reward):
+  np.testing.assert_array_equal(rule(-reward), rule(reward))
+
+
+@both_rules
+@properties
+@given(reward=REWARDS)
+def test_a_sample_turns_independently_of_its_group(rule, reward):
+  alone = [RULES_OF_ONE[rule](reward[:, b : b + 1]) for b in range(B)]
+  np.testing.assert_array_equal(rule(reward), np.concatenate(alone, axis=1))
+
+
+RULES_OF_ONE = {rule: jax.jit(lambda r, rule=rule: rule(r)) for rule in RULES.values()}
+
+
+@properties
+@given(REWARDS)
+def test_consistent_turning_points_are_turning_points(reward):
+  first, consistent = (rule(reward) for rule in RULES.values())
+  assert not np.any(consistent & ~first)
+
+
+@properties
+@given(REWARDS)
+def test_two_neighbouring_steps_after_the_first_never_both_turn(reward):
+  turns = np.asarray(RULES["turning_points"](reward))
+  assert not np.any(turns[1:] & turns[:-1])
+
+
+@both_rules
+@properties
+@given(jumps=hnp.arrays(np.int32, (W, B), elements=st.integers(1, 9)), sign=st.sampled_from([1, -1]))
+def test_a_monotone_trajectory_turns_at_the_first_step_alone(rule, jumps, sign):
+  start = np.zeros((1, B), np.int32)
+  reward = jnp.asarray(sign * np.concatenate([start, jumps]).cumsum(0), jnp.float32)
+  np.testing.assert_array_equal(rule(reward), np.arange(W)[:, None] == np.zeros(B))
+
+
+@properties
+@given(REWARDS)
+def test_aggregated_reward_is_the_sum_of_the_increments_to_come(reward):
+  to_come = np.cumsum(stepwise.increments(reward)[::-1], axis=0)[::-1]
+  np.testing.assert_array_equal(aggregated(reward), to_come)
+
+
+@properties
+@given(REWARDS, MASKS)
+def test_step_reward_without_turning_points_is_the_increment(reward, mask):
+  paid = step_reward(reward, mask)
+  increments = stepwise.increments(reward)
+  np.testing.assert_array_equal(step_reward(reward, jnp.zeros_like(mask)), increments)
+  np.testing.assert_array_equal(np.where(mask, 0, paid), np.where(mask, 0, increments))
+
+
+def test_an_aggregated_reward_of_zero_leaves_the_increment():
+  reward = column(1, 2, 1)
+  np.testing.assert_array_equal(step_reward(reward, jnp.array([[True], [True]])), column(1, -1))
+
+
+@properties
+@given(REWARDS, MASKS, st.integers(-8, 8), st.sampled_from([-4.0, -1.0, 0.25, 2.0]))
+def test_step_reward_ignores_a_shift_and_scales(reward, mask, shift, factor):
+  np.testing.assert_array_equal(
+      step_reward(reward * factor + shift, mask), step_reward(reward, mask) * factor
+  )
+
+
+@properties
+@given(REWARDS, MASKS)
+def test_aggregated_or_terminal_pays_the_outcome_elsewhere(reward, mask):
+  paid = turning_point.aggregated_or_terminal(reward, mask)
+  terminal = np.broadcast_to(reward[-1], paid.shape)
+  np.testing.assert_array_equal(np.asarray(paid)[~mask], terminal[~mask])
+  np.testing.assert_array_equal(np.asarray(paid)[mask], np.asarray(aggregated(reward))[mask])
+
+
+@properties
+@given(MASKS, VALUES)
+def test_balance_keeps_a_subset(mask, value):
+  assert not np.any(balance(mask, value) & ~mask)
+
+
+@properties
+@given(MASKS, VALUES)
+def test_balance_equalises_the_signs_when_both_occur(mask, value):
+  count = lambda marked: (int((marked & (value > 0)).sum()), int((marked & (value < 0)).sum()))
+  before, after = count(mask), count(balance(mask, value))
+  assert after == ((min(before),) * 2 if min(before) else before)
+
+
+@properties
+@given(MASKS, VALUES)
+def test_balance_drops_only_magnitudes_below_those_it_keeps(mask, value):
+  kept = balance(mask, value)
+  for sign in (1, -1):
+    of_sign = np.sign(value) == sign
+    stay, drop = (np.abs(value[m & of_sign]) for m in (kept, mask & ~kept))
+    assert not len(drop) or drop.max() <= stay.min()
+
+
+@properties
+@given(MASKS, VALUES)
+def test_balance_leaves_zeros_and_unmarked_steps_alone(mask, value):
+  kept = balance(mask, value)
+  np.testing.assert_array_equal(kept[value == 0], mask[value == 0])
+  moved = jnp.where(mask, value, 100.0)  # what is not marked has no say
+  np.testing.assert_array_equal(balance(mask, moved), kept)
+
+
+@properties
+@given(MASKS, VALUES)
+def test_balance_drops_nothing_of_a_single_sign(mask, value):
+  for one_sign in (np.abs(value), -np.abs(value)):
+    np.testing.assert_array_equal(balance(mask, jnp.asarray(one_sign)), mask)
+
+
+def test_balance_counts_over_the_whole_batch():
+  value = jnp.array([[1.0, 3.0, -9.0], [2.0, 1.0, 5.0]])
+  kept = balance(jnp.ones((2, 3), bool), value)
+  np.testing.assert_array_equal(kept, [[False, False, True], [False, False, True]])
+
+
+def test_balance_breaks_ties_by_earlier_step_then_earlier_sample():
+  value = jnp.array([[-1.0, 2.0, 2.0], [2.0, 2.0, -1.0]])
+  everywhere = jnp.ones((2, 3), bool)
+  np.testing.assert_array_equal(balance(everywhere, value), [[1, 1, 1], [0, 0, 1]])
+  np.testing.assert_array_equal(
+      balance(everywhere, value.at[1, 2].set(2.0)), [[1, 1, 0], [0, 0, 0]]
+  )
