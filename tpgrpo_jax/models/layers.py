@@ -1,0 +1,245 @@
+"""The layers that the flow transformers are made of.
+
+On CPU every operation here is an island: its output and its cotangent stand behind an
+`optimization_barrier`, and its backward pass starts from its inputs alone. XLA otherwise fuses the
+elementwise chains of whole blocks into the transposing copies before weight-gradient dots (half of
+the backward pass of a plain JAX block on CPU), and computes a forward pass inside value_and_grad with
+other roundings than alone. With islands the two are equal bit for bit, so the on-policy log-ratio is
+exactly 0, and forward plus backward of the tiny model takes about two thirds of the time
+(benchmarks/update.py --plain). On
+accelerators the barriers vanish and XLA fuses as it likes.
+"""
+
+import math
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+TIMESTEP_DIM = 256
+EPS = 1e-6
+
+
+def fence(tree):
+  """On CPU keeps XLA from fusing across this point; elsewhere the identity."""
+  return jax.lax.optimization_barrier(tree) if jax.default_backend() == "cpu" else tree
+
+
+def island(forward, backward):
+  """A function with a hand-written backward pass that keeps its inputs and nothing else.
+
+  Args:
+    forward: arrays -> array.
+    backward: (inputs, cotangent) -> cotangents of the inputs.
+  """
+  wrapped = jax.custom_vjp(lambda *inputs: fence(forward(*inputs)))
+  wrapped.defvjp(lambda *inputs: (wrapped(*inputs), inputs), lambda r, d: backward(r, fence(d)))
+  return wrapped
+
+
+def _linear(x, kernel, bias):
+  return (x.reshape(-1, x.shape[-1]) @ kernel + bias).reshape(*x.shape[:-1], -1)
+
+
+def _linear_backward(inputs, dy):
+  x, kernel, bias = inputs
+  x2, dy2 = x.reshape(-1, x.shape[-1]), fence(dy.reshape(-1, dy.shape[-1]))
+  dbias = jnp.sum(dy2, axis=0, dtype=jnp.float32).astype(bias.dtype)
+  return (dy2 @ kernel.T).reshape(x.shape), x2.T @ dy2, dbias
+
+
+linear = island(_linear, _linear_backward)
+"""x [..., D] @ kernel [D, F] + bias [F]."""
+
+
+def _standardize(x):
+  """((x - mean) / std, 1 / std) over the last axis, in float32."""
+  y = x.astype(jnp.float32)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPS)
+  return y * inverse, inverse
+
+
+def _modulate(x, shift, scale):
+  y = _standardize(x)[0] * (1 + scale[:, None].astype(jnp.float32)) + shift[:, None]
+  return y.astype(x.dtype)
+
+
+def _modulate_backward(inputs, dy):
+  x, shift, scale = inputs
+  y, inverse = _standardize(x)
+  dy = dy.astype(jnp.float32)
+  g = dy * (1 + scale[:, None].astype(jnp.float32))
+  mean = lambda a: jnp.mean(a, axis=-1, keepdims=True)
+  dx = inverse * (g - mean(g) - y * mean(g * y))
+  dshift, dscale = jnp.sum(dy, axis=1), jnp.sum(dy * y, axis=1)
+  return dx.astype(x.dtype), dshift.astype(shift.dtype), dscale.astype(scale.dtype)
+
+
+modulate = island(_modulate, _modulate_backward)
+"""layer_norm(x) (1 + scale) + shift; x [B, N, D], shift and scale [B, D]; the norm is in float32."""
+
+
+def _rms_norm(x, scale):
+  y = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPS)
+  return (y * inverse * scale).astype(x.dtype)
+
+
+def _rms_norm_backward(inputs, dy):
+  x, scale = inputs
+  y, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPS)
+  y, g = y * inverse, dy * scale
+  dx = inverse * (g - y * jnp.mean(g * y, axis=-1, keepdims=True))
+  return dx.astype(x.dtype), jnp.sum(dy * y, axis=tuple(range(x.ndim - 1)))
+
+
+rms_norm = island(_rms_norm, _rms_norm_backward)
+"""x / rms(x) * scale over the last axis, computed in float32; x [..., D], scale [D] float32."""
+
+_GELU_A, _GELU_B = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_tanh(x):
+  return 0.5 * x * (1 + jnp.tanh(_GELU_A * (x + _GELU_B * x * x * x)))
+
+
+def _gelu_tanh_backward(inputs, dy):
+  (x,) = inputs
+  t = jnp.tanh(_GELU_A * (x + _GELU_B * x * x * x))
+  slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (_GELU_A * (1 + 3 * _GELU_B * x * x))
+  return (dy * slope,)
+
+
+gelu_tanh = island(_gelu_tanh, _gelu_tanh_backward)
+"""GELU with the tanh approximation, as diffusers' "gelu-approximate"."""
+
+
+def _silu_backward(inputs, dy):
+  (x,) = inputs
+  s = jax.nn.sigmoid(x)
+  return (dy * (s * (1 + x * (1 - s))),)
+
+
+silu = island(lambda x: x * jax.nn.sigmoid(x), _silu_backward)
+"""x sigmoid(x)."""
+
+
+def _gated_backward(inputs, dy):
+  x, gate, y = inputs
+  dgate = jnp.sum(dy * y, axis=1, dtype=jnp.float32).astype(gate.dtype)
+  return dy.astype(x.dtype), dgate, dy * gate[:, None]
+
+
+gated_residual = island(lambda x, gate, y: x + gate[:, None] * y, _gated_backward)
+"""x + gate y; x and y [B, N, D], gate [B, D]."""
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Softmax attention over all tokens; q, k, v [B, N, heads, head_dim] -> the same shape.
+
+  cuDNN's flash attention for bfloat16 on GPU, an island on CPU, XLA's own elsewhere: the same choice
+  in rollout and update, as it depends on backend and dtype alone.
+  """
+  backend = jax.default_backend()
+  if backend == "cpu":
+    return _cpu_attention(q, k, v)
+  cudnn = backend == "gpu" and q.dtype == jnp.bfloat16
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else "xla")
+
+
+@jax.custom_vjp
+def _cpu_attention(q, k, v):
+  return _attention_forward(q, k, v)[0]
+
+
+def _attention_forward(q, k, v):
+  q, k, v = fence([a.swapaxes(1, 2) for a in (q, k, v)])
+  logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+  p = fence(jax.nn.softmax(logits.astype(jnp.float32)).astype(q.dtype))
+  return fence(jnp.einsum("bhqk,bhkd->bhqd", p, v).swapaxes(1, 2)), (q, k, v, p)
+
+
+def _attention_backward(residuals, dy):
+  q, k, v, p = residuals
+  dy = fence(dy.swapaxes(1, 2))
+  dv = jnp.einsum("bhqk,bhqd->bhkd", p, dy)
+  dp = jnp.einsum("bhqd,bhkd->bhqk", dy, v)
+  ds = fence(p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5)
+  dq, dk = jnp.einsum("bhqk,bhkd->bhqd", ds, k), jnp.einsum("bhqk,bhqd->bhkd", ds, q)
+  return tuple(a.swapaxes(1, 2) for a in (dq, dk, dv))
+
+
+_cpu_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def timestep_embedding(sigma: jax.Array, dim: int = TIMESTEP_DIM) -> jax.Array:
+  """[cos | sin] of 1000 sigma at geometric frequencies, as diffusers' Timesteps; [B] -> [B, dim]."""
+  half = dim // 2
+  frequency = jnp.exp(-math.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
+  angle = 1000.0 * sigma.astype(jnp.float32)[:, None] * frequency
+  return fence(jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1))
+
+
+class Buffer(nnx.Variable):
+  """A tensor that belongs to the model and is never trained (the position table)."""
+
+
+class LoraParam(nnx.Param):
+  """A weight of a low-rank adapter."""
+
+
+class Linear(nnx.Module):
+  """y = x kernel + bias, on the last axis."""
+
+  def __init__(self, d_in, d_out, *, dtype, rngs, kernel_init=nnx.initializers.xavier_uniform()):
+    self.dtype = dtype
+    self.kernel = nnx.Param(kernel_init(rngs.params(), (d_in, d_out), jnp.float32))
+    self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32))
+
+  def __call__(self, x):
+    cast = lambda a: a.astype(self.dtype)
+    return linear(cast(x), cast(self.kernel[...]), cast(self.bias[...]))
+
+
+class LoraLinear(Linear):
+  """A Linear with an adapter beside it: y + (alpha / rank) x A B (arXiv 2106.09685).
+
+  Takes over the weights of `base`, so that their place in the tree stays the same. A kernel
+  with leading axes (stacked blocks) gets an adapter for each of them.
+  """
+
+  def __init__(self, base: Linear, lora_a: jax.Array, lora_b: jax.Array, scale: float):
+    self.dtype, self.kernel, self.bias, self.scale = base.dtype, base.kernel, base.bias, scale
+    self.lora_a, self.lora_b = LoraParam(lora_a), LoraParam(lora_b)
+
+  def __call__(self, x):
+    cast = lambda a: a.astype(self.dtype)
+    zeros = lambda a: jnp.zeros(a.shape[-1], self.dtype)
+    a, b = cast(self.lora_a[...]), cast(self.lora_b[...])
+    low_rank = linear(cast(x), a, zeros(a))
+    return fence(super().__call__(x) + self.scale * linear(low_rank, b, zeros(b)))
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale over the last axis."""
+
+  def __init__(self, dim, *, rngs):
+    del rngs
+    self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+
+  def __call__(self, x):
+    return rms_norm(x, self.scale[...])
+
+
+class MLP(nnx.Module):
+  """Two Linears with an activation between them."""
+
+  def __init__(self, d_in, d_hidden, d_out, *, activation, dtype, rngs):
+    self.activation = activation
+    self.linear_1 = Linear(d_in, d_hidden, dtype=dtype, rngs=rngs)
+    self.linear_2 = Linear(d_hidden, d_out, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x):
+    return self.linear_2(self.activation(self.linear_1(x)))

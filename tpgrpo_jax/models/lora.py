@@ -1,0 +1,77 @@
+"""Low-rank adapters on chosen Linear layers, and the split into trainable and frozen weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from tpgrpo_jax.models import hf, layers
+
+
+def add_lora(
+  model: nnx.Module, key: jax.Array, *, rank: int, alpha: float, init: str, targets: Sequence[str]
+) -> None:
+  """Puts an adapter beside every Linear whose diffusers name ends with one of `targets`, in place.
+
+  A ~ N(0, 1 / rank^2) for init "gaussian" (as peft's init_lora_weights="gaussian"), or
+  U(-1 / sqrt(in), 1 / sqrt(in)) for "kaiming" (peft's default); B = 0, so that the model's output is
+  unchanged at first.
+
+  Raises:
+    ValueError: a target that names no layer, or an unknown init.
+  """
+  hits = {target: 0 for target in targets}
+  for path, module in list(nnx.iter_modules(model)):
+    if type(module) is not layers.Linear:
+      continue
+    name = hf.rename(".".join(str(p) for p in path))
+    matched = [t for t in targets if name == t or name.endswith("." + t)]
+    if not matched:
+      continue
+    for target in matched:
+      hits[target] += 1
+    key, subkey = jax.random.split(key)
+    *stack, d_in, d_out = module.kernel.shape
+    lora_a = _init_a(subkey, (*stack, d_in, rank), init)
+    adapted = layers.LoraLinear(module, lora_a, jnp.zeros((*stack, rank, d_out)), alpha / rank)
+    parent = model
+    for part in path[:-1]:
+      parent = getattr(parent, str(part))
+    setattr(parent, str(path[-1]), adapted)
+  unused = [target for target, count in hits.items() if not count]
+  if unused:
+    raise ValueError(
+      f"lora.targets: {', '.join(unused)}: no layer's name ends so. Names are diffusers' own, "
+      "such as 'attn.to_q', 'attn.to_out.0' or 'ff.net.0.proj'."
+    )
+
+
+def _init_a(key, shape, init):
+  d_in, rank = shape[-2:]
+  if init == "gaussian":
+    return jax.random.normal(key, shape) / rank
+  if init == "kaiming":
+    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) / d_in**0.5
+  raise ValueError(f"lora.init={init!r}: must be 'gaussian' or 'kaiming'.")
+
+
+def merge_trees(a: Any, b: Any) -> Any:
+  """The union of two nested dicts that share no leaf."""
+  if not isinstance(a, dict) or not isinstance(b, dict):
+    raise ValueError("the two trees share a leaf")
+  both = a.keys() & b.keys()
+  return {**a, **b, **{k: merge_trees(a[k], b[k]) for k in both}}
+
+
+def split_trainable(model: nnx.Module, *, rank: int) -> tuple[Any, Any, Any]:
+  """(graphdef, trainable, frozen): adapters against the rest, or all weights against buffers.
+
+  Args:
+    model: with adapters when rank > 0.
+    rank: 0 trains every weight.
+  """
+  kind = layers.LoraParam if rank else nnx.Param
+  graphdef, trainable, frozen = nnx.split(model, kind, ...)
+  return graphdef, nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen)
