@@ -1,0 +1,194 @@
+import threading
+
+import numpy as np
+import pytest
+
+from tpgrpo_jax import config, rewards
+from tpgrpo_jax.rewards import combine
+
+IMAGES = np.zeros((3, 8, 8, 3), np.uint8)
+PROMPTS = ["a cat", "a dog", "a bird"]
+METADATA = [{}, {}, {}]
+
+
+def make_constant(value=1.0):
+  """A reward as a user would write it."""
+  return lambda images, prompts, metadata: (np.full(len(images), value), {"value": value})
+
+
+def make_with_any_option(**options):
+  return lambda images, prompts, metadata: ([len(options)] * len(images), {})
+
+
+def reward_without_a_maker(images, prompts, metadata):
+  return np.ones(len(images)), {}
+
+
+def make_nothing():
+  return None
+
+
+TABLE = {
+    "one": make_constant,
+    "index": lambda: lambda images, prompts, metadata: (np.arange(len(images)), {}),
+}
+
+
+def _build(specs):
+  return combine.make_weighted_sum(specs, TABLE)
+
+
+def _call(specs, prompts=PROMPTS):
+  return _build(specs)(IMAGES, prompts, METADATA)
+
+
+def _returning(result):
+  """A combined reward "mine" whose function returns `result`."""
+  table = {"mine": lambda: lambda images, prompts, metadata: result}
+  return combine.make_weighted_sum({"mine": 1.0}, table)
+
+
+def test_table_has_the_names_that_the_config_knows():
+  assert set(rewards.REWARDS) == set(config.REWARD_NAMES)
+
+
+def test_host_and_device_rewards_share_no_name():
+  assert not set(rewards.HOST_REWARDS) & set(rewards.DEVICE_REWARDS)
+
+
+def test_default_config_makes_its_rewards():
+  assert callable(rewards.make_rewards(config.Config().rewards))
+
+
+def test_total_is_the_weighted_sum():
+  total, _, _ = _call({"one": 0.5, "index": -2.0})
+  np.testing.assert_array_equal(total, np.asarray([0.5, -1.5, -3.5], np.float32))
+
+
+def test_each_reward_is_reported_without_its_weight():
+  _, by_label, _ = _call({"one": 0.5, "index": -2.0})
+  np.testing.assert_array_equal(by_label["one"], [1, 1, 1])
+  np.testing.assert_array_equal(by_label["index"], [0, 1, 2])
+
+
+def test_info_is_kept_by_label():
+  _, _, info = _call({"one": 1.0, "index": 1.0})
+  assert info == {"one": {"value": 1.0}, "index": {}}
+
+
+def test_all_scores_are_float32():
+  total, by_label, _ = _call({"one": 1, "index": 1})
+  assert {total.dtype, by_label["one"].dtype, by_label["index"].dtype} == {np.dtype(np.float32)}
+
+
+def test_one_reward_goes_in_twice_with_different_options():
+  total, by_label, _ = _call({
+      "low": {"weight": 1.0, "make": "one", "value": 2.0},
+      "high": {"weight": 10.0, "make": "one", "value": 3.0},
+  })
+  assert list(by_label) == ["low", "high"] and total[0] == 32.0
+
+
+def test_users_own_reward_is_imported_by_its_path():
+  total, _, _ = _call({"mine": {"weight": 1.0, "make": f"{__name__}:make_constant", "value": 4.0}})
+  np.testing.assert_array_equal(total, [4, 4, 4])
+
+
+def test_label_may_be_the_path_itself():
+  total, by_label, _ = _call({f"{__name__}:make_constant": 3.0})
+  assert list(by_label) == [f"{__name__}:make_constant"] and total[0] == 3.0
+
+
+def test_maker_with_keyword_arguments_takes_any_option():
+  path = f"{__name__}:make_with_any_option"
+  total, _, _ = _call({"mine": {"weight": 1, "make": path, "a": 1, "b": 2}})
+  assert total[0] == 2.0
+
+
+def test_rewards_of_one_call_run_at_the_same_time():
+  barrier = threading.Barrier(2, timeout=30)  # breaks, and fails the test, unless both arrive
+
+  def make():
+    def reward(images, prompts, metadata):
+      barrier.wait()
+      return np.ones(len(images)), {}
+
+    return reward
+
+  total, _, _ = combine.make_weighted_sum({"a": 1, "b": 1}, {"a": make, "b": make})(
+      IMAGES, PROMPTS, METADATA
+  )
+  np.testing.assert_array_equal(total, [2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ["specs", "message"],
+    [
+        ({}, "must be a mapping with one reward or more"),
+        ({"on": 1.0}, "rewards.on='on': unknown name. Did you mean 'one'"),
+        ({"x": {"weight": 1.0, "make": "on"}}, "rewards.x='on': unknown name"),
+        ({"x": {"weight": 1.0, "make": None}}, "rewards.x.make=None: must be a name"),
+        ({"x": {"weight": 1.0, "make": "no_such_module:make"}}, "cannot import 'make'"),
+        ({"one": float("nan")}, "rewards.one=nan: must be a finite number"),
+        ({"one": "1"}, "rewards.one='1': must be a finite number"),
+        ({"one": True}, "rewards.one=True: must be a finite number"),
+        ({"one": 1e39}, "must be a finite number"),
+        ({"one": {"weight": float("inf")}}, "rewards.one.weight=inf: must be a finite number"),
+        ({"one": {"value": 2.0}}, "has no weight"),
+        ({"one": {"weight": 1.0, "vale": 2.0}}, "rewards.one.vale: .* Did you mean 'value'"),
+        ({"index": {"weight": 1.0, "x": 2.0}}, "rewards.index.x: unknown option .* has none"),
+        ({f"{__name__}:reward_without_a_maker": 1.0}, "needs the options images, prompts"),
+        ({f"{__name__}:make_nothing": 1.0}, "its maker returned None"),
+    ],
+)
+def test_mistake_in_the_config_is_an_error_before_any_image(specs, message):
+  with pytest.raises(ValueError, match=message):
+    _build(specs)
+
+
+def test_option_that_a_reward_refuses_is_an_error_with_its_label():
+  with pytest.raises(ValueError, match="rewards.ocr: workers=-1"):
+    rewards.make_rewards({"ocr": {"weight": 1.0, "workers": -1}})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
+def test_score_that_is_not_finite_names_label_prompt_and_value(bad):
+  with pytest.raises(rewards.RewardError) as error:
+    _returning(([0.0, bad, 0.0], {}))(IMAGES, PROMPTS, METADATA)
+  for part in ("'mine'", "'a dog'", str(bad), "finite", "start the same command again"):
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ["result", "message"],
+    [
+        (([1.0, 2.0], {}), r"shape \(2,\) .* must be of shape \(3,\)"),
+        ((np.ones((3, 1)), {}), r"shape \(3, 1\)"),
+        ((["1", "2", "3"], {}), "dtype <U1"),
+        (([None] * 3, {}), "dtype object"),
+        ((np.ones(3, complex), {}), "dtype complex128"),
+        (np.ones(3), "returned ndarray .* must be a pair"),
+    ],
+)
+def test_result_of_the_wrong_form_is_an_error(result, message):
+  with pytest.raises(rewards.RewardError, match=message):
+    _returning(result)(IMAGES, PROMPTS, METADATA)
+
+
+def test_failure_inside_a_reward_keeps_its_type_and_names_the_label():
+  def broken(images, prompts, metadata):
+    raise ConnectionError("no server")
+
+  with pytest.raises(ConnectionError, match="no server") as error:
+    combine.make_weighted_sum({"mine": 1.0}, {"mine": lambda: broken})(IMAGES, PROMPTS, METADATA)
+  assert "'mine'" in error.value.__notes__[0] and "'a cat'" in error.value.__notes__[0]
+
+
+def test_unequal_numbers_of_images_and_prompts_are_an_error():
+  with pytest.raises(ValueError, match="3 images, 2 prompts, 3 metadata"):
+    _call({"one": 1.0}, prompts=PROMPTS[:2])
+
+
+def test_empty_batch_has_an_empty_total():
+  total, _, _ = _build({"one": 1.0})(IMAGES[:0], [], [])
+  assert total.shape == (0,)
