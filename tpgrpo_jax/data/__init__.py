@@ -1,0 +1,1 @@
+"""Prompts, the built-in words, and the arithmetic of groups."""
