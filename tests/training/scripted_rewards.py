@@ -1,0 +1,46 @@
+"""What a user brings: a reward that misbehaves when an environment variable says so, and a credit."""
+
+import os
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+
+from tpgrpo_jax.types import StepCredit
+
+VARIABLE = "SCRIPTED_REWARD"  # "what:n": what to do in the n-th call, counted from 0
+
+
+def make():
+  """Scores brightness in steps of 1 / 1000.
+
+  Steps, so that a pixel which another mesh rounds differently changes no score and no sign of an
+  increment.
+  """
+  what, _, number = os.environ.get(VARIABLE, "").partition(":")
+  calls = []
+
+  def reward(images, prompts, metadata):
+    del prompts, metadata
+    scores = np.round(images.mean(axis=(1, 2, 3)) / 255.0, 3).astype(np.float32)
+    calls.append(len(images))
+    if not what or len(calls) - 1 != int(number):
+      return scores, {}
+    if what == "kill":
+      os.kill(os.getpid(), signal.SIGKILL)
+    if what == "raise":
+      raise ConnectionError("the reward server is gone")
+    if what == "nan":
+      scores[1] = np.nan
+    if what == "short":
+      scores = scores[:-1]
+    return scores, {}
+
+  return reward
+
+
+def last_step_credit(completion_reward):
+  """A user's own credit method: all of the last increment to the last step."""
+  increments = completion_reward[1:] - completion_reward[:-1]
+  is_last = jnp.arange(len(increments))[:, None] == len(increments) - 1
+  return StepCredit(jnp.where(is_last, increments, 0.0), is_last & (increments > 0))

@@ -1,0 +1,183 @@
+"""What a config binds: which weights train in which dtype, which completions, at what price."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import types
+from tpgrpo_jax.models import hf
+from tpgrpo_jax.training import build
+
+LORA = config_lib.Lora(rank=2, alpha=4.0, targets=("attn.to_q", "attn.to_out.0"))
+
+
+def dtypes(tree):
+  return {str(leaf.dtype) for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.fixture(scope="module")
+def full(config_in, single_mesh):
+  return build.build_model(config_in("unused"), single_mesh)
+
+
+@pytest.fixture(scope="module")
+def adapted(config_in, single_mesh):
+  return build.build_model(config_in("unused", {"lora": LORA}), single_mesh)
+
+
+def run(velocity_fn, trainable, frozen, model):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, *model.variant.latent_shape)).astype(np.float32)
+  condition = jax.tree.map(jnp.asarray, model.variant.encode(model.config, ["CAT", "DOG"]))
+  params = {"frozen": frozen, "trainable": trainable}
+  return jax.jit(velocity_fn)(params, jnp.asarray(x), jnp.asarray([0.9, 0.4]), condition)
+
+
+def test_without_adapters_every_weight_trains_and_no_buffer(full):
+  assert set(hf.flatten(full.frozen)) == {"pos_embed.pos_embed"}
+  assert "pos_embed.pos_embed" not in hf.flatten(full.trainable)
+
+
+def test_with_adapters_nothing_else_trains(adapted):
+  names = set(hf.flatten(adapted.trainable))
+  attn = "blocks_0.attn"
+  assert names == {f"{attn}.{n}.lora_{ab}" for n in ("to_q", "to_out") for ab in "ab"}
+
+
+def test_fresh_adapters_give_the_base_velocity(adapted, full):
+  found = run(adapted.velocity_fn, adapted.trainable, adapted.frozen, adapted)
+  np.testing.assert_array_equal(found, run(adapted.base_velocity_fn, {}, adapted.frozen, adapted))
+  np.testing.assert_array_equal(found, run(full.velocity_fn, full.trainable, full.frozen, full))
+
+
+def test_trainable_weights_are_float32_and_frozen_ones_of_the_compute_dtype(config_in, single_mesh):
+  bfloat16 = {"model.dtype": "bfloat16"}
+  model = build.build_model(config_in("unused", bfloat16 | {"lora": LORA}), single_mesh)
+  assert dtypes(model.trainable) == {"float32"}
+  assert dtypes(model.frozen) == {"bfloat16"}
+
+
+def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(config_in, single_mesh):
+  model = build.build_model(config_in("unused", {"model.dtype": "bfloat16"}), single_mesh)
+  assert dtypes(model.trainable) == {"float32"}
+
+
+def test_adapters_depend_on_the_seed_alone(config_in, single_mesh, adapted):
+  make = lambda seed: (
+    build.build_model(config_in("unused", {"lora": LORA, "seed": seed}), single_mesh).trainable
+  )
+  again, other = make(0), make(1)
+  jax.tree.map(np.testing.assert_array_equal, again, adapted.trainable)
+  assert not np.array_equal(
+    hf.flatten(other)["blocks_0.attn.to_q.lora_a"], hf.flatten(again)["blocks_0.attn.to_q.lora_a"]
+  )
+
+
+@pytest.mark.parametrize(
+  "fields, parts",
+  [
+    ({"model.path": "/no/such/folder"}, ("model.path='/no/such/folder'", "no config.json in it")),
+    ({"lora.rank": 2, "lora.targets": ("attn.to_x",)}, ("lora.targets: attn.to_x", "such as")),
+    ({"model.variant": "tinny"}, ("model.variant='tinny'", "Did you mean 'tiny'?")),
+  ],
+)
+def test_model_that_cannot_be_built_is_refused(config_in, single_mesh, fields, parts):
+  with pytest.raises(ValueError) as caught:
+    build.build_model(config_in("unused", fields), single_mesh)
+  for part in parts:
+    assert part in str(caught.value)
+
+
+def method_of(config, model):
+  return build.build_method(config, model)
+
+
+def test_no_guidance_takes_the_velocity_function_itself(config_in, full):
+  config = config_in("unused")
+  assert method_of(config, full).velocity_fn is full.velocity_fn
+  condition = build.build_condition(config, full, ["CAT"])
+  assert isinstance(condition, types.Condition)
+
+
+def test_guidance_moves_away_from_the_empty_prompt(config_in, full):
+  config = config_in("unused", {"sampler.guidance_scale": 3.0})
+  condition = build.build_condition(config, full, ["CAT", "DOG"])
+  empty = full.variant.encode(full.config, ["", ""])
+  assert isinstance(condition, types.GuidedCondition)
+  np.testing.assert_array_equal(condition.negative.text, empty.text)
+  assert method_of(config, full).velocity_fn is not full.velocity_fn
+
+
+PAPER = {
+  "sampler": config_lib.Sampler(num_steps=10, window=(0, 9)),
+}
+
+
+@pytest.mark.parametrize(
+  "fields, count",
+  [
+    ({}, 55),
+    ({"credit.method": "flow_grpo"}, 10),
+    ({"completion.steps": 1}, 10),
+    ({"completion.steps": 2}, 19),
+    ({"sampler.guidance_scale": 4.5}, 110),
+    ({"sampler.window": (5, 9)}, 10 + 4 + 3 + 2 + 1),
+  ],
+)
+def test_evaluations_per_sample_are_those_of_the_methods_price_list(config_in, full, fields, count):
+  config = config_in("unused", PAPER | fields)
+  start = config.sampler.window[0]
+  assert build.evaluations_per_sample(config, method_of(config, full), start) == count
+
+
+def test_plans_of_all_drawn_windows_have_one_shape(config_in, full):
+  config = config_in("unused", {"sampler": config_lib.Sampler(window=(0, 3), window_range=(1, 8))})
+  method = method_of(config, full)
+  shapes = {
+    tuple(leaf.shape for leaf in jax.tree.leaves(build.build_plan(config, method, start)))
+    for start in range(1, 6)
+  }
+  assert len(shapes) == 1
+
+
+def test_method_without_completions_has_no_plan(config_in, full):
+  config = config_in("unused", {"credit.method": "flow_grpo"})
+  assert build.build_plan(config, method_of(config, full), 0) is None
+
+
+def test_users_own_credit_function_gets_all_completions(config_in, full):
+  config = config_in("unused", {"credit.method": "scripted_rewards:last_step_credit"})
+  credit = method_of(config, full).credit
+  assert credit.completions == "all"
+  reward = jnp.asarray([[0.0, 1.0], [2.0, 3.0], [4.0, 6.0]])
+  np.testing.assert_array_equal(credit.function(reward).reward, [[0.0, 0.0], [2.0, 3.0]])
+
+
+def test_balancing_is_chosen_by_the_config(config_in, full):
+  # Two trajectories that turn up at their first step and one that turns down.
+  reward = jnp.asarray([[0.0, 0.0, 0.0], [1.0, 2.0, -3.0], [1.0, 2.0, -3.0]])
+  marks = {}
+  for balance in (True, False):
+    config = config_in("unused", {"credit": config_lib.Credit("tp_grpo", balance)})
+    marks[balance] = method_of(config, full).credit.function(reward).is_turning_point[0].tolist()
+  assert marks == {True: [False, True, True], False: [True, True, True]}
+
+
+@pytest.mark.parametrize("dynamics", config_lib.DYNAMICS)
+@pytest.mark.parametrize("schedule", config_lib.SCHEDULES)
+def test_every_step_of_the_default_window_has_noise_and_a_finite_mean(
+  config_in, full, dynamics, schedule
+):
+  sampler = dataclasses.replace(
+    config_lib.Sampler(), dynamics=dynamics, schedule=schedule, window=(0, 9)
+  )
+  method = method_of(config_in("unused", {"sampler": sampler}), full)
+  x = jnp.ones((1, 2, 2, 1))
+  for sigma, sigma_next in zip(method.sigmas[:9], method.sigmas[1:]):
+    gaussian = method.step_fn(x, x, jnp.float32(sigma), jnp.float32(sigma_next))
+    assert float(gaussian.std) > 0
+    assert bool(jnp.isfinite(gaussian.mean).all())

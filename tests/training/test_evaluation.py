@@ -1,0 +1,107 @@
+"""Evaluation paints the same images whatever the batch, and its grid shows all of them."""
+
+import jax
+import numpy as np
+import pytest
+
+from tpgrpo_jax import rewards
+from tpgrpo_jax.training import build, evaluation, loop
+from tpgrpo_jax.types import Prompt
+
+WORDS = [Prompt(word, {}) for word in ("ANT", "BEE", "CAT", "DOG", "ELK")]
+
+
+@pytest.fixture(scope="module")
+def sampled(config_in, single_mesh, tmp_path_factory):
+  """(eval.batch, prompts, **) -> images of the small model on one device."""
+  folder = tmp_path_factory.mktemp("evaluation")
+  model = build.build_model(config_in(folder), single_mesh)
+  params = {"frozen": model.frozen, "trainable": model.trainable}
+
+  def sample(batch, prompts, **options):
+    config = config_in(folder, {"eval.batch": batch})
+    with jax.set_mesh(single_mesh):
+      run = evaluation.make_sample_fn(config, model, single_mesh, num_steps=2)
+      return run(params, prompts, **options)
+
+  return sample
+
+
+def assert_same_images(a, b):
+  # A batch of another size may round otherwise, which moves a pixel on the edge of two levels.
+  difference = np.abs(a.astype(int) - b.astype(int))
+  assert difference.max() <= 1
+  assert (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_images_do_not_depend_on_the_batch(sampled, batch):
+  assert_same_images(sampled(batch, WORDS), sampled(5, WORDS))
+
+
+def test_image_depends_on_its_own_prompt_and_place_alone(sampled):
+  other = [*WORDS[:2], Prompt("FOX", {}), *WORDS[3:]]
+  found, wanted = sampled(5, other), sampled(5, WORDS)
+  np.testing.assert_array_equal(np.delete(found, 2, axis=0), np.delete(wanted, 2, axis=0))
+  assert (found[2] != wanted[2]).any()
+
+
+def test_noise_is_fixed_by_the_seed(sampled):
+  np.testing.assert_array_equal(sampled(5, WORDS), sampled(5, WORDS))
+  assert (sampled(5, WORDS, seed=1) != sampled(5, WORDS)).any()
+
+
+def test_same_prompt_at_two_places_gets_two_images(sampled):
+  twice = sampled(2, [WORDS[0], WORDS[0]])
+  assert (twice[0] != twice[1]).any()
+
+
+def test_evaluation_reports_every_reward_with_its_exact_share(config_in, single_mesh, tmp_path):
+  config = config_in(tmp_path)
+  model = build.build_model(config, single_mesh)
+
+  def reward_fn(images, texts, metadata):
+    assert texts == [p.text for p in WORDS]
+    scores = {"a": np.arange(5, dtype=np.float32), "b": np.zeros(5, np.float32)}
+    return None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1])}}
+
+  with jax.set_mesh(single_mesh):
+    evaluate = evaluation.make_evaluate(config, model, single_mesh, reward_fn, WORDS)
+    result = evaluate({"frozen": model.frozen, "trainable": model.trainable})
+  assert result.row["reward/a/mean"] == 2.0
+  assert result.row["reward/b/exact"] == pytest.approx(0.4)
+  assert "reward/a/exact" not in result.row
+  assert result.images.shape == (5, 24, 48, 3)
+  assert result.row.keys() >= {"image/mean", "image/contrast", "image/edge_density"}
+
+
+@pytest.mark.parametrize("count, columns, rows", [(1, 8, 1), (8, 8, 1), (9, 8, 2), (5, 2, 3)])
+def test_grid_has_a_cell_for_every_image(count, columns, rows):
+  images = np.full((count, 24, 48, 3), 7, np.uint8)
+  sheet = evaluation.grid(images, ["CAT"] * count, columns=columns, scale=2)
+  assert sheet.dtype == np.uint8
+  assert sheet.shape == (rows * (48 + 14 + 4) + 4, columns * (96 + 4) + 4, 3)
+  assert ((sheet == 7).all(axis=-1)).sum() >= count * 48 * 96
+
+
+def test_grid_enlarges_small_images_and_leaves_large_ones():
+  small = evaluation.grid(np.zeros((1, 24, 48, 3), np.uint8), ["A"], columns=1)
+  large = evaluation.grid(np.zeros((1, 512, 512, 3), np.uint8), ["A"], columns=1)
+  assert small.shape[1] == 2 * 48 + 8
+  assert large.shape[1] == 512 + 8
+
+
+def test_grid_cuts_a_long_caption_to_its_image():
+  images = np.zeros((2, 24, 48, 3), np.uint8)
+  sheet = evaluation.grid(images, ["W" * 200, ""], columns=2, scale=1)
+  caption_line = sheet[-(14 + 4) :]
+  assert (caption_line[:, :52] < 255).any()
+  assert (caption_line[:, 52:] == 255).all()
+
+
+def test_eval_rewards_by_name_are_those_of_the_config(config_in, tmp_path):
+
+  config = config_in(tmp_path, {"eval.rewards": ("jpeg_compressibility", "coarse")})
+  reward_fn = loop.build_eval_rewards(config, rewards.make_rewards(config.rewards))
+  _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])
+  assert scores.keys() == {"jpeg_compressibility", "coarse"}

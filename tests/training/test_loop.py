@@ -1,0 +1,288 @@
+"""A run cut anywhere and resumed is the uninterrupted run; a bad reward stops it with the culprit named."""
+
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import scripted_rewards
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import rewards
+from tpgrpo_jax.flow import schedule
+from tpgrpo_jax.training import checkpoint, loop, metrics
+from tpgrpo_jax.training import mesh as mesh_lib
+
+HERE = pathlib.Path(__file__).parent
+PACKAGE = HERE.parent.parent
+# Reward calls of a run: one of the first evaluation; in each epoch two, and one of its evaluation.
+CHUNKS = 2
+
+
+def final_state(config):
+  """The arrays of the last checkpoint, by name."""
+  session = loop.open_session(config)
+  with jax.set_mesh(session.mesh):
+    abstract = loop._abstract(loop.init_state(session))
+    with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as checkpoints:
+      restored, extra = checkpoints.restore(abstract)
+  assert extra["epoch"] == config.train.epochs
+  return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(restored)}
+
+
+def rows_without_times(config):
+  rows = metrics.read_rows(pathlib.Path(config.run.dir) / "metrics.jsonl")
+  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def assert_same_run(found, wanted):
+  assert rows_without_times(found) == rows_without_times(wanted)
+  a, b = final_state(found), final_state(wanted)
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config_in, single_mesh, tmp_path_factory):
+  """The config of a finished run on one device."""
+  config = config_in(tmp_path_factory.mktemp("uninterrupted") / "run")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mesh_lib, "make_mesh", lambda _: single_mesh)
+    loop.train(config)
+  return config
+
+
+def script(monkeypatch, text):
+  monkeypatch.setenv(scripted_rewards.VARIABLE, text)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_run_cut_in_an_epoch_and_resumed_equals_the_uninterrupted_one(
+  epoch, uninterrupted, make_config, one_device, monkeypatch
+):
+  config = make_config()
+  calls_before = 1 + epoch * (CHUNKS + 1)
+  script(monkeypatch, f"raise:{calls_before + 1}")  # the second microbatch of that epoch
+  with pytest.raises(ConnectionError):
+    loop.train(config)
+  script(monkeypatch, "")
+  loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_run_cut_between_the_update_and_the_evaluation_equals_the_uninterrupted_one(
+  uninterrupted, make_config, one_device, monkeypatch
+):
+  config = make_config()
+  script(monkeypatch, f"raise:{1 + CHUNKS}")  # the evaluation after the first epoch
+  with pytest.raises(ConnectionError):
+    loop.train(config)
+  script(monkeypatch, "")
+  loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_sharded_run_cut_and_resumed_equals_the_uninterrupted_one(
+  make_config, tmp_path, monkeypatch
+):
+  fields = {"mesh": config_lib.Mesh(2, 2, 2)}
+  whole = make_config(fields | {"run.dir": str(tmp_path / "whole")})
+  loop.train(whole)
+  config = make_config(fields)
+  script(monkeypatch, f"raise:{1 + CHUNKS + 1}")
+  with pytest.raises(ConnectionError):
+    loop.train(config)
+  script(monkeypatch, "")
+  loop.train(config)
+  assert_same_run(config, whole)
+
+
+def test_shorter_run_continued_equals_the_longer_one(uninterrupted, make_config, one_device):
+  loop.train(make_config({"train.epochs": 2}))
+  config = make_config()
+  loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_finished_run_started_again_changes_nothing(uninterrupted, one_device):
+  path = pathlib.Path(uninterrupted.run.dir) / "metrics.jsonl"
+  before = path.read_bytes()
+  loop.train(uninterrupted)
+  assert path.read_bytes() == before
+
+
+def test_metrics_hold_every_row_once(uninterrupted):
+  rows = [(row["kind"], row["epoch"]) for row in rows_without_times(uninterrupted)]
+  wanted = [("eval", 0)]
+  for epoch in (1, 2, 3):
+    wanted += [("train", epoch), ("eval", epoch)]
+  assert rows == wanted
+
+
+def test_metrics_of_an_epoch_tell_what_the_issue_asks_for(uninterrupted):
+  row = [r for r in rows_without_times(uninterrupted) if r["kind"] == "train"][-1]
+  assert row.keys() >= {
+    "reward/mean", "reward/std", "reward/coarse/mean", "reward/coarse/std",
+    "completion_reward/0", "completion_reward/2", "increment/0", "increment/1",
+    "turning_point/0", "turning_point/1", "group/zero_spread", "advantage/std",
+    "ratio/mean", "ratio/min", "ratio/max", "ratio/first_update_max_abs_log",
+    "clip/above", "clip/below", "kl", "grad_norm", "evaluations_per_sample",
+    "image/mean", "image/contrast", "image/edge_density", "total/samples", "total/evaluations",
+  }  # fmt: skip
+  assert row["ratio/first_update_max_abs_log"] == 0
+  assert row["total/samples"] == 3 * 16
+
+
+@pytest.mark.parametrize(
+  "what, rule",
+  [("nan", "returned the score nan"), ("short", "must be of shape (")],
+)
+def test_bad_reward_stops_the_run_with_the_prompt_named_and_the_run_resumes(
+  what, rule, uninterrupted, make_config, one_device, monkeypatch, prompt_folder
+):
+  config = make_config()
+  script(monkeypatch, f"{what}:{1 + CHUNKS + 1}")
+  with pytest.raises(rewards.RewardError) as caught:
+    loop.train(config)
+  message = str(caught.value)
+  assert "reward 'coarse'" in message
+  assert rule in message
+  words = (prompt_folder / "train.txt").read_text().split()
+  assert any(f"the prompt {word!r}" in message for word in words)
+  assert "start the same command again" in message
+  script(monkeypatch, "")
+  loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_run_folder_of_another_config_is_refused_with_both_values(
+  uninterrupted, make_config, one_device
+):
+  config = make_config({"run.dir": uninterrupted.run.dir, "loss.clip_range": 0.5})
+  with pytest.raises(ValueError) as caught:
+    loop.train(config)
+  message = str(caught.value)
+  assert f"run.dir={uninterrupted.run.dir!r}: this folder was made by another config" in message
+  assert "loss.clip_range: the run has 1e-05, you ask for 0.5" in message
+  assert "use another run.dir" in message
+
+
+def test_every_program_is_compiled_once(make_config, one_device, caplog):
+  """Over three epochs with drawn windows, which differ (see the next test)."""
+  config = make_config({"seed": 1})
+  with jax.log_compiles(), caplog.at_level(logging.WARNING):
+    loop.train(config)
+  lines = [record.getMessage() for record in caplog.records]
+  for program in ("rollout", "train_step", "assign", "sample"):
+    compiled = [line for line in lines if f"Finished XLA compilation of jit({program})" in line]
+    assert len(compiled) == 1, program
+
+
+def test_windows_of_seed_one_differ_between_epochs(make_config):
+  s = make_config().sampler
+  rngs = [np.random.default_rng((1, epoch, 1)) for epoch in range(3)]
+  windows = [schedule.draw_window(rng, s.window, s.window_range) for rng in rngs]
+  assert windows == [(1, 3), (0, 2), (1, 3)]
+
+
+RECIPE = """
+from tpgrpo_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.to_config_dict(config_lib.Config())
+  config.model.path = {model!r}
+  config.prompts.name = "folder"
+  config.prompts.path = {prompts!r}
+  config.sampler.num_steps = 3
+  config.sampler.window = (0, 2)
+  config.credit.method = "flow_grpo"
+  config.rewards = {{
+    "jpeg_compressibility": 1.0,
+    "coarse": {{"weight": 1.0, "make": "scripted_rewards:make"}},
+  }}
+  config.train.epochs = 2
+  config.train.prompts_per_epoch = 2
+  config.train.group_size = 4
+  config.train.microbatch = 8
+  config.train.updates_per_epoch = 1
+  config.eval.num_steps = 2
+  config.eval.prompts = 8
+  config.checkpoint.every = 1
+  return config
+"""
+
+# The real command, then what it has imported.
+COMMAND = """
+import json, runpy, sys
+try:
+  runpy.run_module("tpgrpo_jax.train", run_name="__main__", alter_sys=True)
+except SystemExit as exit:
+  if exit.code:
+    raise
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+@pytest.fixture(scope="module")
+def command(small_model, prompt_folder, prepared_folder, compilation_cache, tmp_path_factory):
+  """Returns (run_dir, reward script) -> the finished process of the real training command."""
+  recipe = tmp_path_factory.mktemp("recipe") / "recipe.py"
+  recipe.write_text(RECIPE.format(model=str(small_model), prompts=str(prompt_folder)))
+  environment = os.environ | {
+    "XLA_FLAGS": "",
+    "JAX_PLATFORMS": "cpu",
+    "TFDS_DATA_DIR": str(prepared_folder),
+    "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(HERE)]),
+    "JAX_COMPILATION_CACHE_DIR": compilation_cache,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+
+  def run(run_dir, reward=""):
+    arguments = ["--config", str(recipe), f"--config.run.dir={run_dir}"]
+    return subprocess.run(
+      [sys.executable, "-c", COMMAND, *arguments],
+      env=environment | {scripted_rewards.VARIABLE: reward},
+      capture_output=True,
+      text=True,
+      timeout=600,
+      check=False,
+    )
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def whole_command(command, tmp_path_factory):
+  """(run folder, finished process) of an uninterrupted run of the real command."""
+  run_dir = tmp_path_factory.mktemp("command") / "run"
+  done = command(run_dir)
+  assert done.returncode == 0, done.stderr
+  return run_dir, done
+
+
+def test_training_never_imports_tensorflow_or_torch(whole_command):
+  imported = json.loads(whole_command[1].stdout.splitlines()[-1])
+  assert "jax" in imported
+  assert not {"tensorflow", "torch"} & set(imported)
+
+
+def test_killed_command_started_again_equals_the_uninterrupted_one(
+  command, whole_command, tmp_path
+):
+  run_dir = tmp_path / "run"
+  killed = command(run_dir, "kill:2")  # in the second epoch; call 0 is the first evaluation
+  assert killed.returncode == -9, killed.stderr
+  resumed = command(run_dir)
+  assert resumed.returncode == 0, resumed.stderr
+  configs = []
+  for folder in (run_dir, whole_command[0]):
+    tree = json.loads((folder / "config.json").read_text())
+    configs.append(config_lib.from_config_dict(config_lib.Config, tree))
+  assert_same_run(*configs)

@@ -1,0 +1,336 @@
+"""The update: what its gradient is, what it leaves out, what it measures, and that it starts on-policy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import credit, loss
+from tpgrpo_jax.flow import sampler, schedule, steps
+from tpgrpo_jax.training import build, rollout, state, step
+from tpgrpo_jax.training import mesh as mesh_lib
+
+CHUNKS, WINDOW, BATCH = 3, 2, 4
+SIGMAS = schedule.linear_sigmas(4)
+
+
+def linear_velocity(params, x, sigma, condition):
+  """A model of two weights, whose gradient needs no transformer."""
+  level = sigma.reshape(-1, 1, 1, 1)
+  return params["trainable"]["a"] * x + params["trainable"]["b"] * level * condition
+
+
+def make_method(**changes):
+  method = build.Method(
+    velocity_fn=linear_velocity,
+    reference_velocity_fn=linear_velocity,
+    step_fn=functools.partial(steps.cps_step, noise_level=0.7),
+    log_prob_fn=steps.cps_log_prob,
+    sigmas=SIGMAS,
+    window=WINDOW,
+    credit=credit.CREDIT["increments"],
+    normalize=None,
+    optimizer=optax.sgd(1.0),  # so that a step is the negative gradient
+  )
+  return dataclasses.replace(method, **changes)
+
+
+def make_config(**loss_fields):
+  return config_lib.Config(loss=config_lib.Loss(**{"clip_range": 0.5} | loss_fields))
+
+
+WEIGHTS = {"a": jnp.asarray([0.8]), "b": jnp.asarray([-0.3])}
+
+
+def sample(seed, weights=WEIGHTS, batch=BATCH):
+  """(Trajectory, condition) of one microbatch."""
+  noise_key, condition_key, key = jax.random.split(jax.random.key(seed), 3)
+  x_init = jax.random.normal(noise_key, (batch, 2, 3, 1))
+  condition = jax.random.normal(condition_key, (batch, 2, 3, 1))
+  method = make_method()
+  trajectory = sampler.sample_trajectory(
+    method.velocity_fn,
+    method.step_fn,
+    method.log_prob_fn,
+    {"trainable": weights},
+    key,
+    x_init,
+    condition,
+    sigmas=SIGMAS,
+    start=1,
+    window=WINDOW,
+  )
+  return trajectory, condition
+
+
+@pytest.fixture(scope="module")
+def batch():
+  trajectories, conditions = zip(*(sample(seed) for seed in range(CHUNKS)))
+  advantage = jax.random.normal(jax.random.key(7), (CHUNKS, WINDOW, BATCH))
+  weight = jnp.ones((CHUNKS, BATCH))
+  return step.Batch(list(trajectories), list(conditions), advantage, weight)
+
+
+def update(batch, *, weights=WEIGHTS, reference=WEIGHTS, config=None, method=None):
+  """(state after, gradient, metrics) of one train_step from `weights`."""
+  method, config = method or make_method(), config or make_config()
+  before = state.init_state(weights, method.optimizer)
+  train_step = step.make_train_step(config, method)
+  reference = {"frozen": {}, "trainable": reference}
+  after, metrics = train_step(before, {}, reference, batch)
+  return after, jax.tree.map(lambda a, b: a - b, weights, after.trainable), metrics
+
+
+def other_weights():
+  return jax.tree.map(lambda w: w * 1.02, WEIGHTS)
+
+
+def assert_close(found, wanted, rtol=1e-5):
+  # Sums of at most 144 float32 terms, in another order.
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-7), found, wanted)
+
+
+def test_accumulated_gradient_is_that_of_the_mean_loss_over_all_samples(batch):
+  off_policy = other_weights()
+
+  def mean_loss(weights):
+    method, losses = make_method(), []
+    for trajectory, condition, advantage in zip(
+      batch.trajectories, batch.conditions, batch.advantage
+    ):
+      for k in range(WINDOW):
+        x, sigma, sigma_next = trajectory.x[k], trajectory.sigma[k], trajectory.sigma_next[k]
+        velocity = linear_velocity({"trainable": weights}, x, jnp.full(BATCH, sigma), condition)
+        gaussian = method.step_fn(x, velocity, sigma, sigma_next)
+        log_prob = steps.cps_log_prob(trajectory.x_next[k], gaussian)
+        old = trajectory.log_prob[k]
+        losses.append(loss.clipped_surrogate(log_prob, old, advantage[k], clip_range=0.5))
+    return jnp.mean(jnp.stack(losses))
+
+  _, gradient, metrics = update(batch, weights=off_policy)
+  wanted, wanted_gradient = jax.value_and_grad(mean_loss)(off_policy)
+  assert_close(gradient, wanted_gradient)
+  assert_close(metrics["loss"], wanted)
+
+
+def test_one_large_microbatch_has_the_gradient_of_many_small_ones(batch):
+  join = lambda *leaves: jnp.concatenate(leaves, axis=1)
+  first = batch.trajectories[0]
+  joined = jax.tree.map(lambda *a: join(*a) if a[0].ndim > 1 else a[0], *batch.trajectories)
+  joined = dataclasses.replace(
+    joined, final=jnp.concatenate([t.final for t in batch.trajectories]), sigma=first.sigma
+  )
+  whole = step.Batch(
+    [joined],
+    [jnp.concatenate(batch.conditions)],
+    jnp.concatenate(list(batch.advantage), axis=1)[None],
+    batch.weight.reshape(1, -1),
+  )
+  assert_close(update(whole)[1], update(batch)[1])
+
+
+def test_samples_of_weight_zero_do_not_count(batch):
+  kept = dataclasses.replace(
+    batch,
+    trajectories=batch.trajectories[:2],
+    conditions=batch.conditions[:2],
+    advantage=batch.advantage[:2],
+    weight=batch.weight[:2],
+  )
+  ignored = dataclasses.replace(batch, weight=batch.weight.at[2].set(0.0))
+  (_, gradient, metrics), (_, wanted, wanted_metrics) = update(ignored), update(kept)
+  assert_close(gradient, wanted)
+  assert_close(metrics["ratio/mean"], wanted_metrics["ratio/mean"])
+
+
+def test_update_without_any_weight_changes_nothing(batch):
+  after, _, metrics = update(dataclasses.replace(batch, weight=jnp.zeros_like(batch.weight)))
+  jax.tree.map(np.testing.assert_array_equal, after.trainable, WEIGHTS)
+  assert float(metrics["loss"]) == 0
+
+
+def test_samples_without_advantage_at_every_step_get_weight_zero():
+  config = make_config()
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, group_size=2))
+  assign = step.make_credit_fn(config, make_method(normalize=lambda reward, size: reward))
+  reward = jnp.asarray([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, -9.0]])
+  credited, advantage, weight = assign(reward)
+  np.testing.assert_array_equal(weight, [0.0, 1.0, 1.0])
+  np.testing.assert_array_equal(credited.reward[1], [0.0, 0.0, -9.0])
+  assert float(advantage.min()) == -config.advantage.clip
+
+
+def test_on_policy_metrics_say_so(batch):
+  metrics = update(batch)[2]
+  # This model's sums may be contracted in one program and not in the other: an ulp, not 0 as in
+  # test_first_update_log_ratio_is_exactly_zero.
+  assert float(metrics["ratio/max_abs_log"]) == pytest.approx(0.0, abs=1e-6)
+  assert float(metrics["ratio/min"]) == pytest.approx(1.0, abs=1e-6)
+  assert float(metrics["ratio/max"]) == pytest.approx(1.0, abs=1e-6)
+  assert float(metrics["clip/above"]) == float(metrics["clip/below"]) == 0
+
+
+def test_shares_clipped_above_and_below_add_up_off_policy(batch):
+  metrics = update(batch, weights=other_weights(), config=make_config(clip_range=1e-7))[2]
+  assert float(metrics["clip/above"]) > 0
+  assert float(metrics["clip/below"]) > 0
+  assert float(metrics["clip/above"] + metrics["clip/below"]) == pytest.approx(1.0, abs=0.01)
+
+
+def test_kl_is_zero_at_the_reference_and_positive_away_from_it(batch):
+  config = make_config(kl_coef=0.1)
+  assert float(update(batch, config=config)[2]["kl"]) == pytest.approx(0.0, abs=1e-10)
+  assert float(update(batch, config=config, weights=other_weights())[2]["kl"]) > 1e-6
+
+
+def test_kl_term_pulls_towards_the_reference(batch):
+  config = make_config(kl_coef=0.1)
+  flat = dataclasses.replace(batch, advantage=jnp.zeros_like(batch.advantage))
+  _, gradient, _ = update(flat, config=config, weights=other_weights())
+  away = jax.tree.map(lambda a, b: a - b, other_weights(), WEIGHTS)
+  assert sum(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.vdot(a, b)), gradient, away))) > 0
+
+
+def test_reported_gradient_norm_is_that_of_the_gradient(batch):
+  _, gradient, metrics = update(batch)
+  assert_close(metrics["grad_norm"], optax.tree.norm(gradient))
+
+
+@pytest.mark.parametrize("every, update_number, moves", [(1, 1, True), (3, 2, False), (3, 3, True)])
+def test_ema_moves_by_its_decay_whenever_its_updates_are_full(every, update_number, moves):
+  ema = config_lib.Ema(decay=0.75, every=every)
+  optimizer = optax.sgd(0.0)
+  before = dataclasses.replace(
+    state.init_state({"w": jnp.asarray(8.0)}, optimizer),
+    ema={"w": jnp.asarray(4.0)},
+    update=jnp.int32(update_number - 1),
+  )
+  after = state.apply_gradients(before, {"w": jnp.asarray(1.0)}, optimizer, ema)
+  assert float(after.ema["w"]) == (5.0 if moves else 4.0)
+  assert int(after.update) == update_number
+
+
+def test_learning_rate_warms_up_linearly_then_stays():
+  config = config_lib.Optimizer(learning_rate=0.5, warmup_updates=2, weight_decay=0.0, eps=1e-30)
+  optimizer = state.make_optimizer(config)
+  current = state.init_state({"w": jnp.asarray(0.0)}, optimizer)
+  places = [0.0]
+  for _ in range(4):
+    current = state.apply_gradients(current, {"w": jnp.asarray(1.0)}, optimizer, config_lib.Ema())
+    places.append(float(current.trainable["w"]))
+  # Under a constant gradient Adam steps by the learning rate, but for float32 bias corrections.
+  np.testing.assert_allclose(-np.diff(places), [0.0, 0.25, 0.5, 0.5], rtol=1e-4)
+
+
+def test_gradient_is_clipped_to_its_largest_norm():
+  config = config_lib.Optimizer(max_grad_norm=1.0, weight_decay=0.0, eps=1.0, learning_rate=1.0)
+  optimizer = state.make_optimizer(config)
+  steps_taken = []
+  for size in (1.0, 1000.0):
+    current = state.init_state({"w": jnp.asarray(0.0)}, optimizer)
+    current = state.apply_gradients(current, {"w": jnp.asarray(size)}, optimizer, config_lib.Ema())
+    steps_taken.append(float(current.trainable["w"]))
+  assert steps_taken[0] == pytest.approx(steps_taken[1], rel=1e-6)
+
+
+def test_split_updates_cuts_the_epoch_in_order():
+  config = make_config()
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, updates_per_epoch=2))
+  rolled = rollout.Rollout(["t0", "t1", "t2", "t3"], ["c0", "c1", "c2", "c3"], *[None] * 5)
+  advantage = np.arange(2 * 8).reshape(2, 8)  # [W, B]; sample i is column i
+  first, second = step.split_updates(config, rolled, advantage, np.arange(8))
+  assert (first.trajectories, second.conditions) == (["t0", "t1"], ["c2", "c3"])
+  np.testing.assert_array_equal(first.weight, [[0, 1], [2, 3]])
+  np.testing.assert_array_equal(second.advantage, [[[4, 5], [12, 13]], [[6, 7], [14, 15]]])
+
+
+def test_merged_metrics_average_sums_and_keep_extremes():
+  names = ("loss", "kl", "ratio/mean", "clip/above", "clip/below", "grad_norm")
+  row = lambda value, low, high, log: (
+    dict.fromkeys(names, value)
+    | {
+      "ratio/min": low,
+      "ratio/max": high,
+      "ratio/max_abs_log": log,
+    }
+  )
+  merged = step.merge_metrics([row(1.0, 0.9, 1.0, 0.0), row(3.0, 1.0, 1.2, 0.3)])
+  assert {merged[name] for name in names} == {2.0}
+  assert (merged["ratio/min"], merged["ratio/max"], merged["ratio/max_abs_log"]) == (0.9, 1.2, 0.3)
+  assert merged["ratio/first_update_max_abs_log"] == 0.0
+
+
+def on_policy_config(dynamics, scale, rank, kl_coef):
+  return config_lib.Config(
+    lora=config_lib.Lora(rank=rank, alpha=8.0),
+    sampler=config_lib.Sampler(
+      num_steps=4,
+      window=(0, 3),
+      dynamics=dynamics,
+      noise_level=0.3 if dynamics == "dance" else 0.7,
+      guidance_scale=scale,
+    ),
+    credit=config_lib.Credit("flow_grpo"),  # completions play no part in this
+    train=config_lib.Train(prompts_per_epoch=4, group_size=16, microbatch=32, updates_per_epoch=1),
+    loss=config_lib.Loss(kl_coef=kl_coef),
+  )
+
+
+def first_update_metrics(config, mesh):
+  """The metrics of the first update of the shipped model on one epoch of noise."""
+  model = build.build_model(config, mesh)
+  method = build.build_method(config, model)
+  params = {"frozen": model.frozen, "trainable": model.trainable}
+  with jax.set_mesh(mesh):
+    sample_fn = rollout.make_rollout_fn(config, model, method)
+    trajectories, conditions = [], []
+    for chunk in range(2):
+      group = np.stack([np.repeat([0, 1], 16) + 2 * chunk, np.tile(np.arange(16), 2)], axis=1)
+      texts = [("CAT3", "XY7", "HELP", "9RT")[i] for i in group[:, 0]]
+      placed = (group.astype(np.int32), build.build_condition(config, model, texts))
+      placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
+      key = rollout.epoch_key(0, 0)
+      trajectory, _ = sample_fn(params, key, chunk, *placed, config.sampler.window[0], None)
+      trajectories.append(trajectory)
+      conditions.append(placed[1])
+    advantage = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
+    batch = step.Batch(trajectories, conditions, advantage, np.ones((2, 32), np.float32))
+    reference = {"frozen": model.frozen, "trainable": {} if config.lora.rank else model.trainable}
+    before = state.init_state(model.trainable, method.optimizer)
+    _, metrics = step.make_train_step(config, method)(before, model.frozen, reference, batch)
+  return jax.device_get(metrics)
+
+
+@pytest.mark.parametrize(
+  "dynamics, scale, rank, kl_coef",
+  [
+    ("cps", 1.0, 0, 0.0),
+    ("sde", 3.0, 0, 0.0),
+    ("dance", 1.0, 0, 0.1),
+    ("cps", 3.0, 4, 0.1),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [
+        ("cps", 3.0, 0, 0.0),
+        ("cps", 1.0, 0, 0.1),
+        ("cps", 1.0, 4, 0.0),
+        ("sde", 1.0, 0, 0.0),
+        ("sde", 1.0, 4, 0.1),
+        ("dance", 1.0, 0, 0.0),
+        ("dance", 3.0, 0, 0.0),
+        ("dance", 3.0, 4, 0.0),
+      ]
+    ),
+  ],
+)
+def test_first_update_log_ratio_is_exactly_zero(one_device, dynamics, scale, rank, kl_coef):
+  """On the shipped model at the recipe's microbatch, float32, one CPU device: not small, 0."""
+  metrics = first_update_metrics(on_policy_config(dynamics, scale, rank, kl_coef), one_device)
+  assert float(metrics["ratio/max_abs_log"]) == 0.0
+  assert float(metrics["grad_norm"]) > 0
+  assert float(metrics["kl"]) == pytest.approx(0.0, abs=1e-12)

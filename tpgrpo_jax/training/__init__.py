@@ -1,0 +1,1 @@
+"""Where models, rewards, data and the method meet: rollout, update, checkpoints, loop."""

@@ -1,0 +1,216 @@
+"""From a config to functions and arrays: the only place that binds them."""
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tpgrpo_jax import advantages, credit, models, registry, types
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.flow import completion, guidance, schedule, steps
+from tpgrpo_jax.models import hf, lora
+from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import state as state_lib
+
+log = logging.getLogger(__name__)
+
+# dynamics -> (step, log_prob); the noise level is bound by `_bind_dynamics`.
+DYNAMICS = {
+  "sde": (steps.sde_step, steps.gaussian_log_prob),
+  "cps": (steps.cps_step, steps.cps_log_prob),
+  "dance": (steps.dance_step, steps.gaussian_log_prob),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A transformer with its weights on the mesh.
+
+  Attributes:
+    variant: encode, decode, latent shape.
+    config: sizes, as loaded.
+    velocity_fn: of one Condition; params are {"frozen", "trainable"}.
+    base_velocity_fn: the same without adapters.
+    frozen: weights that never change.
+    trainable: their initial values.
+  """
+
+  variant: models.Variant
+  config: models.mmdit.MMDiTConfig
+  velocity_fn: types.VelocityFn
+  base_velocity_fn: types.VelocityFn
+  frozen: Any
+  trainable: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """All functions of a run, bound to its config.
+
+  Attributes:
+    velocity_fn: guided when the config says so; the SAME one in rollout and update.
+    reference_velocity_fn: the adapter-free model, likewise guided.
+    step_fn: the stochastic step.
+    log_prob_fn: its score.
+    sigmas: [T + 1] grid of training.
+    window: W.
+    credit: method and the completions it needs.
+    normalize: (reward, group_size) -> advantage.
+    optimizer: of optax.
+  """
+
+  velocity_fn: types.VelocityFn
+  reference_velocity_fn: types.VelocityFn
+  step_fn: types.StepFn
+  log_prob_fn: types.LogProbFn
+  sigmas: np.ndarray
+  window: int
+  credit: types.CreditMethod
+  normalize: Any
+  optimizer: optax.GradientTransformation
+
+
+def build_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Model:
+  """Loads the weights and lays them out on the mesh.
+
+  Raises:
+    ValueError: no such variant or folder, weights that do not fit, LoRA targets that match nothing.
+  """
+  variant = registry.lookup(models.MODELS, config.model.variant, field="model.variant")
+  folder = config.model.path or variant.folder
+  sizes = hf.load_config(folder)
+  dtype = jnp.dtype(config.model.dtype)
+  create = models.build_transformer(sizes, dtype=dtype, remat=config.model.remat)
+
+  def create_adapted(key):
+    model_key, lora_key = jax.random.split(key)
+    model = create(model_key)
+    if config.lora.rank:
+      lora.add_lora(
+        model,
+        lora_key,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        init=config.lora.init,
+        targets=config.lora.targets,
+      )
+    return lora.split_trainable(model, rank=config.lora.rank)
+
+  key = jax.random.key(config.seed)
+  graphdef, _, _ = _structure(create_adapted, key)
+  base_graphdef, base, buffers = _structure(lambda k: lora.split_trainable(create(k), rank=0), key)
+  loaded = hf.load_transformer(folder, lora.merge_trees(base, buffers))
+  if config.lora.rank:
+    trainable = jax.jit(lambda k: create_adapted(k)[1])(key)
+    frozen = jax.tree.map(lambda x: x.astype(dtype), loaded)
+  else:
+    trainable = jax.tree.map(lambda x: x.astype(np.float32), _like(base, loaded))
+    frozen = _like(buffers, loaded)
+  return Model(
+    variant=variant,
+    config=sizes,
+    velocity_fn=models.make_velocity_fn(graphdef),
+    base_velocity_fn=models.make_velocity_fn(base_graphdef),
+    frozen=jax.device_put(frozen, mesh_lib.param_shardings(mesh, frozen)),
+    trainable=jax.device_put(trainable, mesh_lib.param_shardings(mesh, trainable)),
+  )
+
+
+def _structure(create, key):
+  """(graphdef, abstract trainable, abstract frozen); nothing is computed."""
+  kept = {}
+
+  def shapes(key):
+    kept["graphdef"], *trees = create(key)
+    return trees
+
+  trainable, frozen = jax.eval_shape(shapes, key)
+  return kept["graphdef"], trainable, frozen
+
+
+def _like(shape_tree, tree):
+  """The part of `tree` that `shape_tree` names."""
+  if not isinstance(shape_tree, dict):
+    return tree
+  return {k: _like(v, tree[k]) for k, v in shape_tree.items()}
+
+
+def build_method(config: config_lib.Config, model: Model) -> Method:
+  """Binds sampler, credit, advantages and optimizer to the config."""
+  sampler = config.sampler
+  sigmas = schedule.SCHEDULES[sampler.schedule](sampler.num_steps, sampler.shift)
+  step_fn, log_prob_fn = _bind_dynamics(sampler, sigmas)
+  table = credit.BALANCED if config.credit.balance else credit.CREDIT
+  method = registry.lookup(table, config.credit.method, field="credit.method")
+  if not isinstance(method, types.CreditMethod):
+    method = types.CreditMethod(method, completions="all")  # the user's own function
+  return Method(
+    velocity_fn=guide(model.velocity_fn, sampler),
+    reference_velocity_fn=guide(model.base_velocity_fn, sampler),
+    step_fn=step_fn,
+    log_prob_fn=log_prob_fn,
+    sigmas=sigmas,
+    window=sampler.window[1] - sampler.window[0],
+    credit=method,
+    normalize=advantages.ADVANTAGES[config.advantage.normalization],
+    optimizer=state_lib.make_optimizer(config.optimizer),
+  )
+
+
+def _bind_dynamics(sampler, sigmas):
+  step_fn, log_prob_fn = DYNAMICS[sampler.dynamics]
+  options = {"noise_level": sampler.noise_level}
+  if sampler.dynamics == "sde":
+    options["sigma_max"] = float(sigmas[1])
+  return functools.partial(step_fn, **options), log_prob_fn
+
+
+def guide(velocity_fn: types.VelocityFn, sampler: config_lib.Sampler) -> types.VelocityFn:
+  """The velocity function that takes what `build_condition` makes."""
+  if sampler.guidance_scale == 1.0:
+    return velocity_fn
+  return guidance.classifier_free(velocity_fn, sampler.guidance_scale)
+
+
+def build_condition(config: config_lib.Config, model: Model, prompts: list[str]) -> Any:
+  """Embeds prompts on the host: a Condition, or a GuidedCondition when guidance is on."""
+  positive = model.variant.encode(model.config, prompts)
+  if config.sampler.guidance_scale == 1.0:
+    return positive
+  return types.GuidedCondition(positive, model.variant.encode(model.config, [""] * len(prompts)))
+
+
+def build_plan(config: config_lib.Config, method: Method, start: int) -> completion.Plan | None:
+  """The packing of one epoch's completions; None when the credit method needs none.
+
+  With a drawn window every plan is padded to the largest shape, so that all compile to one program.
+  """
+  if method.credit.completions == "none":
+    return None
+  plan = functools.partial(
+    completion.plan,
+    method.sigmas,
+    window=method.window,
+    steps=config.completion.steps,
+    solver=config.completion.solver,
+  )
+  starts = range(start, start + 1)
+  if config.sampler.window_range:
+    low, high = config.sampler.window_range
+    starts = range(low, high - method.window + 1)
+  rows, lanes = zip(*(plan(start=s).load.shape for s in starts))
+  return plan(start=start, at_least=(max(rows), max(lanes)))
+
+
+def evaluations_per_sample(config: config_lib.Config, method: Method, start: int) -> int:
+  """Model evaluations that one sample of the rollout takes; guidance counts twice."""
+  states = 0 if method.credit.completions == "none" else method.window
+  count = completion.num_evaluations(
+    num_steps=config.sampler.num_steps, start=start, window=states, steps=config.completion.steps
+  )
+  return count * (1 if config.sampler.guidance_scale == 1.0 else 2)

@@ -1,0 +1,399 @@
+"""What a run needs to resume: its state (orbax), its config and its metrics rows.
+
+One run folder holds `checkpoints/<step>/`, `config.json` and `metrics.jsonl`. A step here is the
+number of finished epochs, so a run restored from step n goes on with epoch n.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import fnmatch
+import json
+import logging
+import os
+import time
+from typing import Any
+import warnings
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+RESUMABLE_FIELDS = (
+    "run.*", "train.epochs", "train.updates", "train.log_every", "output",
+    "eval.every", "log.*", "checkpoint.*", "mesh.*",
+)  # fmt: skip
+"""Config fields that may differ when a run is resumed: they do not change what is learned."""
+
+_STATE = "state"
+_MAX_DIFFERENCES = 12
+
+
+class UnreadableError(Exception):
+  """One checkpoint cannot be read back; the one before it may."""
+
+
+class RunCheckpoints:
+  """The checkpoints of one run: opened once, written in the background, closed at the end.
+
+  Every process must make the same calls in the same order. A `save` that failed in the background
+  (disk full) raises in the next call of `save`, `wait` or `close`.
+  """
+
+  def __init__(
+    self, run_dir: os.PathLike | str, *, keep: int = 2, every: int = 1, read_only: bool = False
+  ):
+    """Opens `<run_dir>/checkpoints`.
+
+    Args:
+      run_dir: the run's folder, local or gs://.
+      keep: how many of the newest checkpoints stay on disk.
+      every: `save` acts on steps that are a multiple of this, and when the machine announces that
+        it will be taken away (jax's preemption service).
+      read_only: for commands that look at a run, perhaps while it trains: creates, deletes and
+        renames nothing.
+
+    Raises:
+      ValueError: keep or every is not positive, or read_only and there is no such folder.
+    """
+    if keep < 1 or every < 1:
+      raise ValueError(f"checkpoint.keep={keep}, checkpoint.every={every}: both must be >= 1.")
+    logging.getLogger("absl").addFilter(_without_orbax_chatter)
+    self._folder = _absolute(run_dir) / "checkpoints"
+    self._read_only = read_only
+    self._pending = None
+    if read_only and not self._folder.exists():
+      raise ValueError(f"run.dir={os.fspath(run_dir)!r}: holds no checkpoints. Check the path.")
+    saving, preserving = ocp.training.save_decision_policies, ocp.training.preservation_policies
+    self._checkpointer = ocp.training.Checkpointer(
+      self._folder,
+      save_decision_policy=saving.AnySavePolicy(
+        [
+          saving.FixedIntervalPolicy(every),
+          saving.PreemptionCheckpointingPolicy(),
+        ]
+      ),
+      preservation_policy=preserving.LatestN(keep),
+      # What a killed run left half-written; a reader must not take it from a live one.
+      cleanup_tmp_directories=not read_only,
+    )
+
+  def __enter__(self) -> "RunCheckpoints":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
+
+  def steps(self) -> list[int]:
+    """The steps of all finished checkpoints, ascending; one still being written is among them."""
+    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+  def latest(self) -> int | None:
+    """The newest step, or None when the run has no checkpoint yet."""
+    return max(self.steps(), default=None)
+
+  def save(
+    self, step: int, state: Any, extra: Mapping[str, Any] | None = None, *, force: bool = False
+  ) -> bool:
+    """Starts to write a checkpoint and returns once `state` is copied to host memory.
+
+    The caller may donate or overwrite `state` right away. A checkpoint appears under its final
+    name only when it is complete.
+
+    Args:
+      step: finished epochs.
+      state: pytree of jax arrays, typed PRNG keys among them.
+      extra: what JSON can hold (epoch, seconds, counters); `restore` returns it with "step" added.
+      force: save whatever `every` says; for the last epoch.
+
+    Returns:
+      Whether a checkpoint was begun (False too if `step` is the newest one already).
+
+    Raises:
+      ValueError: read_only, or a step before the newest one.
+    """
+    if self._read_only:
+      raise ValueError(f"{self._folder}: opened read-only, so it cannot save.")
+    newest = self.latest()
+    if newest is not None and step <= newest:
+      if step == newest:
+        return False
+      raise ValueError(
+        f"step={step}: {self._folder} already has step {newest}. Use another run.dir."
+      )
+    self._finish_pending()
+    self._pending = self._checkpointer.save_checkpointables_async(
+      step,
+      {_STATE: state},
+      force=force,
+      # Kept in the checkpoint's own metadata: a dict of numbers as a second item would be taken
+      # for a pytree of arrays.
+      custom_metadata={"extra": {**(extra or {}), "step": step}},
+    )
+    return self._pending is not None
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Reads a checkpoint back, bit for bit, onto any mesh.
+
+    With step=None the newest checkpoint that can be read is used; each newer one that cannot is
+    reported by a warning and, unless read_only, renamed to `<step>.unreadable-<time>`: the run
+    goes on from the older one and will write these steps again.
+
+    Args:
+      abstract_state: pytree of jax.ShapeDtypeStruct with shardings, as jax.eval_shape of the
+        function that made the state, plus the shardings wanted now.
+      step: this one and no other.
+
+    Returns:
+      (state, extra), extra as given to `save` plus "step".
+
+    Raises:
+      ValueError: the checkpoint holds another tree, shape or dtype than `abstract_state` (the
+        differences are listed); no such step; or none that can be read.
+    """
+    _check_shardings(abstract_state)
+    self.wait()
+    self._checkpointer.reload()
+    steps = self.steps()
+    if step is not None and step not in steps:
+      raise ValueError(f"step={step}: {self._folder} has {steps or 'no checkpoint'}.")
+    unreadable, cause = [], None
+    for candidate in reversed(steps) if step is None else [step]:
+      try:
+        restored = self._restore_one(candidate, abstract_state)
+      except UnreadableError as error:
+        cause = error
+        unreadable.append(candidate)
+        path = self._folder / str(candidate)
+        warnings.warn(f"checkpoint {path} cannot be read: {error}", stacklevel=2)
+        continue
+      if unreadable and not self._read_only:
+        self._set_aside(unreadable)
+      return restored  # pyright: ignore[reportReturnType]
+    raise ValueError(
+      f"{self._folder}: no checkpoint that can be read (tried {unreadable})."
+    ) from cause
+
+  def wait(self) -> None:
+    """Blocks until nothing is being written."""
+    self._finish_pending()
+    self._checkpointer.wait()
+
+  def close(self) -> None:
+    """Waits for what is being written, then ends the background threads."""
+    try:
+      self._finish_pending()
+    finally:
+      self._checkpointer.close()
+
+  def _finish_pending(self):
+    # result() also ends the thread that orbax starts for each save; without it they pile up.
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      pending.result()
+
+  def _restore_one(self, step, abstract_state):
+    stored, extra, failure = None, None, None
+    try:
+      metadata = self._checkpointer.checkpointables_metadata(step)
+      stored = metadata.metadata.get(_STATE)
+      extra = dict(metadata.custom_metadata or {}).get("extra")  # pyright: ignore
+      if stored is None or extra is None:
+        failure = "its metadata is missing or damaged"
+    except Exception as error:  # Damaged files surface as anything, bare Exception included.
+      failure = _innermost(error)
+    _agree(failure)
+    differences = _differences(stored, abstract_state)
+    if not differences:
+      try:
+        state = self._checkpointer.load_checkpointables(step, {_STATE: abstract_state})[_STATE]
+      except Exception as error:
+        failure = _innermost(error)
+      _agree(failure)
+      # Two kinds of PRNG key with data of one shape differ only here.
+      differences = _differences(state, abstract_state)
+    if differences:
+      raise ValueError(
+        f"checkpoint {self._folder / str(step)} does not fit this run's state:\n"
+        + "\n".join(f"  {line}" for line in differences)
+        + "\nUse another run.dir, or the model, lora and optimizer settings that made it."
+      )
+    return state, extra
+
+  def _set_aside(self, steps):
+    if jax.process_index() == 0:
+      for step in steps:
+        # The time keeps apart two that failed at the same step.
+        target = self._folder / f"{step}.unreadable-{int(time.time())}"
+        (self._folder / str(step)).rename(target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("tpgrpo_jax:set_aside")
+    self._checkpointer.reload()
+
+
+def _without_orbax_chatter(record):
+  # Some thirty INFO lines a save, which absl.app.run would show; --verbosity=1 still shows them.
+  is_chatter = record.levelno < logging.WARNING and f"{os.sep}orbax{os.sep}" in record.pathname
+  return not is_chatter or logging.getLogger("absl").isEnabledFor(logging.DEBUG)
+
+
+def _absolute(path):
+  text = os.fspath(path)
+  return epath.Path(text) if "://" in text else epath.Path(os.path.abspath(text))
+
+
+def _check_shardings(abstract_state):
+  for path, leaf in jax.tree.leaves_with_path(abstract_state):
+    if getattr(leaf, "sharding", None) is None:
+      raise ValueError(
+        f"abstract_state: {_name(path)} has no sharding. Give every ShapeDtypeStruct one: a "
+        "checkpoint does not decide on which devices it is restored."
+      )
+
+
+def _agree(failure):
+  """Raises UnreadableError on every process when any of them failed."""
+  ok = failure is None
+  if jax.process_count() > 1:
+    ok = bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+  if not ok:
+    raise UnreadableError(failure or "another process could not read it")
+
+
+def _innermost(error):
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _name(path):
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _layout(tree, as_stored):
+  """{name: "dtype[shape]"} of every leaf; `as_stored` shows a PRNG key as orbax does, as words."""
+
+  def text(leaf):
+    if as_stored and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+  return {_name(path): text(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _differences(found, asked):
+  as_stored = not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+  found, asked = _layout(found, as_stored), _layout(asked, as_stored)
+  lines = [
+    f"{name}: the checkpoint has {found[name]}, you ask for {asked[name]}"
+    for name in asked
+    if name in found and found[name] != asked[name]
+  ]
+  lines += [f"{name}: only in the checkpoint" for name in found if name not in asked]
+  lines += [f"{name}: not in the checkpoint" for name in asked if name not in found]
+  more = len(lines) - _MAX_DIFFERENCES
+  return lines[:_MAX_DIFFERENCES] + ([f"... and {more} more"] if more > 0 else [])
+
+
+def save_run_config(run_dir: os.PathLike | str, config: Any) -> None:
+  """Writes the config as `<run_dir>/config.json`, whole or not at all; process 0 only.
+
+  Args:
+    run_dir: the run's folder, created if need be.
+    config: a frozen dataclass of primitives.
+  """
+  if jax.process_index() != 0:
+    return
+  folder = _absolute(run_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+  _write_atomically(folder / "config.json", text.encode())
+
+
+def check_run_config(
+  run_dir: os.PathLike | str, config: Any, ignore: tuple[str, ...] = RESUMABLE_FIELDS
+) -> None:
+  """Checks that the folder is new, or was made by the same config.
+
+  Args:
+    run_dir: the run's folder.
+    config: the config asked for now.
+    ignore: patterns of dotted field names that may differ.
+
+  Raises:
+    ValueError: other fields differ (each is listed with both values), or config.json is damaged.
+  """
+  path = _absolute(run_dir) / "config.json"
+  if not path.exists():
+    return
+  try:
+    old = _flatten(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(
+      f"{path}: not valid JSON ({error}). Repair it, or use another run.dir."
+    ) from error
+  # Through JSON and back, because there a tuple is a list.
+  new = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+  lines = []
+  for field in [*new, *(f for f in old if f not in new)]:
+    ignored = any(fnmatch.fnmatchcase(field, pattern) for pattern in ignore)
+    if ignored or (field in old and field in new and old[field] == new[field]):
+      continue
+    has = repr(old[field]) if field in old else "no such field"
+    asks = f"you ask for {new[field]!r}" if field in new else "you do not set it"
+    lines.append(f"  {field}: the run has {has}, {asks}")
+  if lines:
+    raise ValueError(
+      f"run.dir={os.fspath(run_dir)!r}: this folder was made by another config.\n"
+      + "\n".join(lines)
+      + "\nTo resume it, set the old value; to start anew, use another run.dir."
+    )
+
+
+def _flatten(tree, prefix=""):
+  if not isinstance(tree, dict) or (prefix and not tree):
+    return {prefix[:-1]: tree}
+  fields = {}
+  for key, value in tree.items():
+    fields |= _flatten(value, f"{prefix}{key}.")
+  return fields
+
+
+def truncate_metrics(path: os.PathLike | str, next_epoch: int) -> int:
+  """Drops the rows that a resumed run will write again; process 0 only.
+
+  A row that cannot be read (the half-written last one of a killed run) is dropped too. The file is
+  replaced in one step, and only if something was dropped; a missing file is no error.
+
+  Args:
+    path: a file with one JSON object a line, each with an integer "epoch".
+    next_epoch: the first epoch that will be run; rows with epoch < next_epoch stay.
+
+  Returns:
+    How many rows were dropped.
+  """
+  path = _absolute(path)
+  if jax.process_index() != 0 or not path.exists():
+    return 0
+  content = path.read_bytes()
+  lines = [line for line in content.split(b"\n") if line.strip()]
+  kept = [line for line in lines if (epoch := _epoch(line)) is not None and epoch < next_epoch]
+  new = b"".join(line + b"\n" for line in kept)
+  if new != content:
+    _write_atomically(path, new)
+  return len(lines) - len(kept)
+
+
+def _epoch(line):
+  try:
+    epoch = json.loads(line)["epoch"]
+  except (ValueError, TypeError, KeyError):
+    return None
+  return epoch if isinstance(epoch, int) else None
+
+
+def _write_atomically(path, content):
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_bytes(content)
+  temporary.replace(path)

@@ -1,0 +1,122 @@
+"""Evaluation on held-out prompts: ODE sampling from fixed noise, scored by any rewards."""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import models, types
+from tpgrpo_jax.flow import sampler, schedule
+from tpgrpo_jax.training import build, metrics
+from tpgrpo_jax.training import mesh as mesh_lib
+
+NOISE_SEED = 20260206  # of the fixed noise: the same images to compare in every run
+
+
+class Evaluation(NamedTuple):
+  """Scores and images of one evaluation.
+
+  Attributes:
+    row: metric name -> number.
+    scores: label -> [N].
+    images: uint8 [N, H, W, 3].
+    prompts: [N].
+  """
+
+  row: dict[str, float]
+  scores: dict[str, np.ndarray]
+  images: np.ndarray
+  prompts: list[types.Prompt]
+
+
+def make_sample_fn(
+  config: config_lib.Config, model: build.Model, mesh: jax.sharding.Mesh, *, num_steps: int
+) -> Callable[..., np.ndarray]:
+  """Returns (params, prompts, seed) -> images uint8 [N, H, W, 3], by ODE sampling in batches.
+
+  Image i depends on the weights, prompt i, i and the seed alone.
+  """
+  velocity_fn = build.guide(model.velocity_fn, config.sampler)
+  sigmas = schedule.SCHEDULES[config.sampler.schedule](num_steps, config.sampler.shift)
+
+  @jax.jit
+  def sample(params, key, group, condition):
+    x_init = sampler.initial_noise(key, model.variant.latent_shape, group, same_latent=False)
+    x_init = jax.lax.with_sharding_constraint(x_init, jax.sharding.PartitionSpec(mesh_lib.BATCH))
+    latents = sampler.sample_ode(velocity_fn, params, x_init, condition, sigmas=sigmas)
+    return models.images_uint8(model.variant.decode(latents))
+
+  def run(params: Any, prompts: Sequence[types.Prompt], seed: int = NOISE_SEED) -> np.ndarray:
+    shards = mesh_lib.batch_shards(mesh)
+    size = -(-min(config.eval.batch, len(prompts)) // shards) * shards
+    images = []
+    for first in range(0, len(prompts), size):
+      index = np.arange(first, first + size, dtype=np.int32)
+      # The last batch is filled up with its own last prompt, so that one program serves all.
+      texts = [prompts[min(int(i), len(prompts) - 1)].text for i in index]
+      group = np.stack([index, np.zeros_like(index)], axis=1)
+      placed = (group, build.build_condition(config, model, texts))
+      placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
+      images.append(np.asarray(sample(params, jax.random.key(seed), *placed)))
+    return np.concatenate(images)[: len(prompts)]
+
+  return run
+
+
+def make_evaluate(
+  config: config_lib.Config,
+  model: build.Model,
+  mesh: jax.sharding.Mesh,
+  reward_fn: Callable[..., Any],
+  prompts: Sequence[types.Prompt],
+) -> Callable[[Any], Evaluation]:
+  """Returns params -> Evaluation on these prompts, with eval.num_steps and the fixed noise."""
+  sample = make_sample_fn(config, model, mesh, num_steps=config.eval.num_steps)
+  return functools.partial(_evaluate, sample, reward_fn, list(prompts))
+
+
+def _evaluate(sample, reward_fn, prompts, params):
+  images = sample(params, prompts)
+  texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+  _, scores, infos = reward_fn(images, texts, metadata)
+  row = {}
+  for label, score in scores.items():
+    row |= {f"reward/{label}/mean": float(score.mean()), f"reward/{label}/std": float(score.std())}
+    exact = infos[label].get("exact")
+    if exact is not None:
+      row[f"reward/{label}/exact"] = float(np.mean(exact))
+  return Evaluation(row | metrics.image_statistics(images), scores, images, prompts)
+
+
+def grid(
+  images: np.ndarray, captions: Sequence[str], *, columns: int = 8, scale: int = 0
+) -> np.ndarray:
+  """Lays images uint8 [N, H, W, 3] out with a caption under each; uint8 [H', W', 3].
+
+  Args:
+    images: to show.
+    captions: N texts, cut to the image's width.
+    columns: in a row.
+    scale: enlargement; 0 chooses one that makes small images about 96 pixels wide.
+  """
+  count, height, width, _ = images.shape
+  scale = scale or max(1, round(96 / width))
+  height, width, margin, line = height * scale, width * scale, 4, 14
+  rows = -(-count // columns)
+  size = (columns * (width + margin) + margin, rows * (height + line + margin) + margin)
+  sheet = Image.new("RGB", size, "white")
+  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+  for i, (image, caption) in enumerate(zip(images, captions)):
+    left = margin + (i % columns) * (width + margin)
+    top = margin + (i // columns) * (height + line + margin)
+    sheet.paste(
+      Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
+    )
+    while caption and draw.textlength(caption, font=font) > width:
+      caption = caption[:-1]
+    draw.text((left, top + height), caption, fill="black", font=font)
+  return np.asarray(sheet)

@@ -1,0 +1,102 @@
+"""The device mesh, and the one table that says how every weight is laid out on it."""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tpgrpo_jax import config as config_lib
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes that a batch of samples is divided over
+
+# pattern of a weight's path -> how its LAST dimensions lie on the mesh (leading axes are stacks).
+# Optimizer moments and EMA hold the same paths, so the same rules serve them.
+RULES = (
+  (r"(to_out|to_add_out|linear_2)\.kernel$", P("tensor", "fsdp")),
+  (r"\bblocks_\d+\..*(linear_1|to_q|to_k|to_v|_proj|linear)\.kernel$", P("fsdp", "tensor")),
+  (r"\bblocks_\d+\..*(linear_1|to_q|to_k|to_v|_proj|linear)\.bias$", P("tensor")),
+  (r"(to_out|to_add_out|linear_2)\.lora_a$", P("tensor", None)),
+  (r"(to_out|to_add_out|linear_2)\.lora_b$", P(None, "fsdp")),
+  (r"\.lora_a$", P("fsdp", None)),
+  (r"\.lora_b$", P(None, "tensor")),
+  (r"\.kernel$", P("fsdp", None)),
+)
+
+
+def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
+  """Makes the (data, fsdp, tensor) mesh over all devices.
+
+  Raises:
+    ValueError: axes that do not divide the devices, or a size below 1.
+  """
+  count = jax.device_count()
+  data, fsdp, tensor = config.data, config.fsdp, config.tensor
+  if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
+    raise ValueError(
+      f"mesh=({data}, {fsdp}, {tensor}): sizes must be at least 1; data=-1 takes the rest."
+    )
+  if data == -1:
+    data = count // (fsdp * tensor)
+  if data * fsdp * tensor != count:
+    raise ValueError(
+      f"mesh=(data={config.data}, fsdp={fsdp}, tensor={tensor}): must multiply to the {count} "
+      f"devices there are. Set mesh.data=-1, and fsdp x tensor to a divisor of {count}."
+    )
+  kinds = (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds)
+
+
+def batch_shards(mesh: jax.sharding.Mesh) -> int:
+  """Into how many parts the mesh divides a batch."""
+  return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def check_batches(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError unless a microbatch divides over the batch axes of the mesh."""
+  shards, size = batch_shards(mesh), config.train.microbatch
+  if size % shards:
+    raise ValueError(
+      f"train.microbatch={size}: must be a multiple of mesh.data x mesh.fsdp = {shards}, so that "
+      f"prompts divide over the mesh. Set it to {-(-size // shards) * shards}, or change the mesh."
+    )
+
+
+def batch_sharding(mesh: jax.sharding.Mesh, *, axis: int = 0) -> NamedSharding:
+  """Divides dimension `axis` of an array over the batch axes of the mesh."""
+  return NamedSharding(mesh, P(*(None,) * axis, BATCH))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """The same array on every device."""
+  return NamedSharding(mesh, P())
+
+
+def param_shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """A NamedSharding for every leaf of a tree of weights, moments or averages, by RULES.
+
+  Args:
+    mesh: as of `make_mesh`.
+    tree: leaves with a shape; their paths end as the weights' own do.
+  """
+
+  def sharding(path, leaf):
+    name = ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return NamedSharding(mesh, _fit(_spec(name), leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _spec(name):
+  return next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
+
+
+def _fit(spec, shape, mesh):
+  """Aligns the spec with the last dimensions, and drops axes that do not divide theirs."""
+  if len(spec) > len(shape):
+    return P()
+  full = (None,) * (len(shape) - len(spec)) + tuple(spec)
+  return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(full, shape)))

@@ -1,0 +1,144 @@
+"""What is measured in an epoch, and where the rows go."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tpgrpo_jax import advantages
+from tpgrpo_jax import config as config_lib
+
+
+def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, float]:
+  """Rewards, credit and images of one epoch, as numbers by name.
+
+  Args:
+    rollout: training.rollout.Rollout.
+    credit: StepCredit of NumPy arrays.
+    advantage: [W, B].
+    group_size: K.
+  """
+  final = rollout.completion_reward[-1]
+  row = {"reward/mean": final.mean(), "reward/std": final.std()}
+  for label, reward in rollout.rewards.items():
+    row |= {f"reward/{label}/mean": reward[-1].mean(), f"reward/{label}/std": reward[-1].std()}
+  row["group/reward_std"] = final.reshape(-1, group_size).std(axis=1).mean()
+  row["group/zero_spread"] = np.mean(advantages.zero_spread(jnp.asarray(final), group_size))
+  row["advantage/std"] = advantage.std()
+  for k, share in enumerate(np.asarray(credit.is_turning_point).mean(axis=1)):
+    row[f"turning_point/{k}"] = share
+  row["turning_point/mean"] = np.asarray(credit.is_turning_point).mean()
+  for k, value in enumerate(rollout.completion_reward.mean(axis=1)):
+    row[f"completion_reward/{k}"] = value
+  for k, value in enumerate(np.diff(rollout.completion_reward, axis=0).mean(axis=1)):
+    row[f"increment/{k}"] = value
+  row |= image_statistics(rollout.images)
+  # Without completions R[0] ... R[W-1] do not exist: no row rather than NaN.
+  return {name: float(value) for name, value in row.items() if np.isfinite(value)}
+
+
+def image_statistics(images: np.ndarray) -> dict[str, float]:
+  """Mean, contrast (std over pixels) and edge density of images uint8 [N, H, W, 3], in 0 ... 1.
+
+  They do not depend on the reward: when they drift while the reward rises, look at the images.
+  Edge density is the share of pixels whose brightness differs by over 0.1 from a right or lower
+  neighbour's.
+  """
+  gray = images.astype(np.float32).mean(axis=-1) / 255.0
+  right = np.abs(np.diff(gray, axis=2))[:, :-1]
+  down = np.abs(np.diff(gray, axis=1))[:, :, :-1]
+  return {
+    "image/mean": float(gray.mean()),
+    "image/contrast": float(gray.std(axis=(1, 2)).mean()),
+    "image/edge_density": float((np.maximum(right, down) > 0.1).mean()),
+  }
+
+
+class MetricsLog:
+  """Rows of metrics.jsonl in the run folder, copied to TensorBoard and Weights & Biases on request."""
+
+  def __init__(self, run_dir: str | os.PathLike[str], log: config_lib.Log, config: Any):
+    """Opens the sinks.
+
+    Raises:
+      ValueError: log.wandb without the wandb package.
+    """
+    self._file = open(pathlib.Path(run_dir) / "metrics.jsonl", "a")
+    self._board = self._wandb = None
+    if log.tensorboard:
+      folder = str(pathlib.Path(run_dir) / "tensorboard")
+      self._board = _import_tensorboardx().SummaryWriter(folder)
+    if log.wandb:
+      try:
+        import wandb  # pyright: ignore[reportMissingImports]
+      except ImportError as error:
+        raise ValueError("log.wandb=True: wandb is missing. pip install wandb") from error
+      self._wandb = wandb.init(dir=str(run_dir), config=config, resume="allow")
+
+  def __enter__(self) -> "MetricsLog":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
+
+  def write(self, row: dict[str, Any]) -> None:
+    """Appends one row {"epoch", "kind", name: number} and flushes it."""
+    rounded = {k: v if isinstance(v, (int, str)) else _number(v) for k, v in row.items()}
+    self._file.write(json.dumps(rounded) + "\n")
+    self._file.flush()
+    numbers = {k: v for k, v in rounded.items() if isinstance(v, float)}
+    if self._board:
+      for name, value in numbers.items():
+        self._board.add_scalar(f"{row['kind']}/{name}", value, row["epoch"])
+    if self._wandb:
+      self._wandb.log({f"{row['kind']}/{k}": v for k, v in numbers.items()}, step=row["epoch"])
+
+  def image(self, name: str, image: np.ndarray, epoch: int) -> None:
+    """Logs an image uint8 [H, W, 3] where images can be logged."""
+    if self._board:
+      self._board.add_image(name, image, epoch, dataformats="HWC")
+    if self._wandb:
+      import wandb  # pyright: ignore[reportMissingImports]
+
+      self._wandb.log({name: wandb.Image(image)}, step=epoch)
+
+  def close(self) -> None:
+    """Flushes and closes all sinks."""
+    self._file.close()
+    if self._board:
+      self._board.close()
+    if self._wandb:
+      self._wandb.finish()
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The rows of a metrics.jsonl; a half-written last line is left out."""
+  rows = []
+  for line in pathlib.Path(path).read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def _import_tensorboardx():
+  """tensorboardX without torch, which it imports where there is one, for the name of a type alone."""
+  blocked = {} if "torch" in sys.modules else {"torch": None}
+  sys.modules.update(blocked)
+  try:
+    import tensorboardX
+  finally:
+    for name in blocked:
+      del sys.modules[name]
+  return tensorboardX
+
+
+def _number(value):
+  value = float(value)
+  return value if math.isfinite(value) else str(value)

@@ -1,0 +1,140 @@
+"""Flow-matching pretraining of the built-in model on rendered words."""
+
+import functools
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+import tqdm
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import models, registry, rewards, types
+from tpgrpo_jax.data import prompts as prompts_lib
+from tpgrpo_jax.data import words
+from tpgrpo_jax.models import hf, lora
+from tpgrpo_jax.training import build, evaluation
+from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import state as state_lib
+
+
+def flow_matching_loss(
+  velocity_fn: types.VelocityFn,
+  params: Any,
+  key: jax.Array,
+  data: jax.Array,
+  condition: types.Condition,
+) -> jax.Array:
+  """mean (v(x, sigma) - (noise - data))^2 at x = (1 - sigma) data + sigma noise.
+
+  sigma is logit-normal(0, 1), as SD3 was trained (arXiv 2403.03206).
+
+  Args:
+    velocity_fn: the model.
+    params: its weights.
+    key: for sigma and noise.
+    data: [B, h, w, c].
+    condition: leading axis B.
+  """
+  sigma_key, noise_key = jax.random.split(key)
+  sigma = jax.nn.sigmoid(jax.random.normal(sigma_key, data.shape[:1]))
+  noise = jax.random.normal(noise_key, data.shape)
+  s = sigma.reshape(-1, *(1,) * (data.ndim - 1))
+  velocity = velocity_fn(params, (1 - s) * data + s * noise, sigma, condition)
+  return jnp.mean(jnp.square(velocity - (noise - data)))
+
+
+def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
+  """Trains the variant from scratch and writes it to config.output in diffusers' layout.
+
+  Rows {"update", "loss"} go to metrics.jsonl in the run folder. Every `eval.every` updates the EMA
+  weights are scored on held-out words and written, so that a run that is cut leaves a model.
+
+  Returns:
+    The folder with the EMA weights.
+  """
+  variant = registry.lookup(models.MODELS, config.model.variant, field="model.variant")
+  mesh = mesh_lib.make_mesh(config.mesh)
+  run_dir, output = pathlib.Path(config.run.dir), pathlib.Path(config.output)
+  run_dir.mkdir(parents=True, exist_ok=True)
+  optimizer = state_lib.make_optimizer(config.optimizer)
+  model = models.build_transformer(
+    variant.config, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+  )(jax.random.key(config.seed))
+  graphdef, params, buffers = lora.split_trainable(model, rank=0)
+  with jax.set_mesh(mesh):
+    weights = (params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+    weights = jax.device_put(weights, mesh_lib.param_shardings(mesh, weights))
+    update = functools.partial(_update, models.make_velocity_fn(graphdef), optimizer, config)
+    update = jax.jit(update, donate_argnums=0)
+    rng = np.random.default_rng(config.seed)
+    evaluate = _make_evaluate(config, variant, graphdef, mesh)
+    sharding = mesh_lib.batch_sharding(mesh)
+    with open(run_dir / "metrics.jsonl", "w") as metrics:
+      for step in tqdm.trange(1, config.train.updates + 1, desc="pretrain", mininterval=2):
+        pixels, condition = batch(config, variant, rng)
+        data = jax.device_put((pixels, condition), sharding)
+        key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+        weights, loss = update(weights, buffers, key, *data)
+        if step % config.train.log_every == 0:
+          metrics.write(json.dumps({"update": step, "loss": float(loss)}) + "\n")
+          metrics.flush()
+        if step % config.eval.every == 0 or step == config.train.updates:
+          _save(output, variant.config, lora.merge_trees(weights[2], buffers))
+          result = evaluate({"frozen": buffers, "trainable": weights[2]})
+          metrics.write(json.dumps({"update": step, "kind": "eval", **result.row}) + "\n")
+          sheet = evaluation.grid(result.images[:32], [p.text for p in result.prompts[:32]])
+          Image.fromarray(sheet).save(run_dir / f"eval_{step:05d}.png")
+          tqdm.tqdm.write(f"update {step}: {result.row}")
+  return output
+
+
+def _make_evaluate(config, variant, graphdef, mesh):
+  """The evaluation of a training run, on the base model."""
+  run = config_lib.Config(model=config.model, eval=config.eval)
+  velocity_fn = models.make_velocity_fn(graphdef)
+  model = build.Model(variant, variant.config, velocity_fn, velocity_fn, {}, {})
+  prompts = prompts_lib.load_prompts("words", "", "test")
+  prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
+  reward_fn = rewards.make_rewards({name: 1.0 for name in config.eval.rewards})
+  return evaluation.make_evaluate(run, model, mesh, reward_fn, prompts)
+
+
+def batch(
+  config: config_lib.PretrainConfig, variant: models.Variant, rng: np.random.Generator
+) -> tuple[np.ndarray, types.Condition]:
+  """Draws training words: (pixels uint8 [B, H, W], condition), a share of the texts dropped."""
+  height, width, _ = variant.latent_shape
+  drawn = words.sample_words(rng, config.train.batch)
+  pixels = words.render(drawn, rng, height=height, width=width)
+  dropped = rng.random(len(drawn)) < config.train.text_dropout
+  texts = ["" if drop else word for word, drop in zip(drawn, dropped)]
+  return pixels, variant.encode(variant.config, texts)
+
+
+def _update(velocity_fn, optimizer, config, weights, buffers, key, pixels, condition):
+  params, opt_state, ema = weights
+  data = models.pixels_to_latents(pixels)
+
+  def loss_fn(params):
+    split = {"trainable": params, "frozen": buffers}
+    return flow_matching_loss(velocity_fn, split, key, data, condition)
+
+  loss, grads = jax.value_and_grad(loss_fn)(params)
+  updates, opt_state = optimizer.update(grads, opt_state, params)
+  params = optax.apply_updates(params, updates)
+  ema = optax.incremental_update(params, ema, 1 - config.ema.decay)
+  return (params, opt_state, ema), loss
+
+
+def _save(output, config, params):
+  """Writes beside the target and swaps, so that a cut never leaves half a model."""
+  beside = output.with_name(output.name + ".new")
+  hf.save_transformer(beside, config, jax.device_get(params))
+  shutil.rmtree(output, ignore_errors=True)
+  beside.rename(output)

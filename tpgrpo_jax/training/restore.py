@@ -1,0 +1,116 @@
+"""Opens a run's newest checkpoint, or a base model, to sample from; writes nothing."""
+
+import functools
+import logging
+import os
+from typing import Any, NamedTuple
+
+import jax
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.training import build, checkpoint, history
+from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import state as state_lib
+
+log = logging.getLogger(__name__)
+
+
+class Opened(NamedTuple):
+  """A model with its weights on the mesh.
+
+  Attributes:
+    config: of the run or the recipe.
+    mesh: over the devices that are here.
+    model: functions and the weights that never change.
+    params: {"frozen", "trainable"}, what `model.velocity_fn` takes.
+    name: what it is, for people.
+  """
+
+  config: config_lib.Config
+  mesh: jax.sharding.Mesh
+  model: build.Model
+  params: Any
+  name: str
+
+
+def choose_config(run_dir: str | None, recipe: Any) -> config_lib.Config:
+  """The config of --run or of --config.
+
+  Args:
+    run_dir: of a run, or empty.
+    recipe: a ConfigDict, or None.
+
+  Raises:
+    ValueError: both or neither are given, or the config cannot be read.
+  """
+  if bool(run_dir) == (recipe is not None):
+    given = "both are" if run_dir else "neither is"
+    raise ValueError(
+      f"--run, --config: {given} given, must be exactly one. Use --run RUN_DIR for a trained "
+      "model, --config RECIPE.py for the base model that a recipe starts from."
+    )
+  if run_dir:
+    return history.load_run_config(run_dir)
+  return config_lib.from_config_dict(config_lib.Config, recipe)
+
+
+def open_model(config: config_lib.Config, run_dir: str | os.PathLike[str] | None = None) -> Opened:
+  """Opens the base model of a config, or the newest checkpoint's EMA weights of a run.
+
+  Args:
+    config: of the run or of the recipe.
+    run_dir: of a run, which may still be training; empty for the base model.
+
+  Raises:
+    ValueError: a run without a finished checkpoint, or weights that cannot be opened.
+  """
+  if not run_dir:
+    mesh = mesh_lib.make_mesh(config.mesh)
+    model = build.build_model(config, mesh)
+    name = f"base model of {config.model.path or config.model.variant}"
+    return Opened(config, mesh, model, _params(model, model.trainable), name)
+  try:
+    checkpoints = checkpoint.RunCheckpoints(run_dir, read_only=True)
+  except ValueError as error:
+    raise ValueError(_without_checkpoint(config, run_dir)) from error
+  with checkpoints:
+    if checkpoints.latest() is None:
+      raise ValueError(_without_checkpoint(config, run_dir))
+    mesh = _mesh_here(config)
+    model = build.build_model(config, mesh)
+    state, extra = checkpoints.restore(_abstract_state(config, mesh, model))
+  name = f"{os.fspath(run_dir)} after epoch {extra['step']}, EMA weights"
+  return Opened(config, mesh, model, _params(model, state.ema), name)
+
+
+def _params(model, trainable):
+  return {"frozen": model.frozen, "trainable": trainable}
+
+
+def _without_checkpoint(config, run_dir):
+  return (
+    f"--run={os.fspath(run_dir)!r}: has no finished checkpoint. The run saves one every "
+    f"checkpoint.every={config.checkpoint.every} epochs and after the last: wait for it, or look at "
+    "the base model with --config RECIPE.py."
+  )
+
+
+def _mesh_here(config):
+  """The run's own mesh, or data parallel over what is here when it was trained on other machines."""
+  try:
+    return mesh_lib.make_mesh(config.mesh)
+  except ValueError:
+    log.info("the run's mesh %s does not fit %d devices", config.mesh, jax.device_count())
+    return mesh_lib.make_mesh(config_lib.Mesh())
+
+
+def _abstract_state(config, mesh, model):
+  """Shapes and layout of the run's state; nothing is allocated."""
+  optimizer = state_lib.make_optimizer(config.optimizer)
+  create = functools.partial(state_lib.init_state, optimizer=optimizer)
+  shapes = jax.eval_shape(create, model.trainable)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    mesh_lib.param_shardings(mesh, shapes),
+  )

@@ -1,0 +1,128 @@
+"""What `evaluate` and `sample` do with an opened model: images, scores, and the files they leave."""
+
+from collections.abc import Callable, Sequence
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from tpgrpo_jax import types
+from tpgrpo_jax.training import evaluation, metrics, restore
+
+GRID_IMAGES = 64
+
+
+def sample_images(
+  opened: restore.Opened, prompts: Sequence[types.Prompt], *, num_steps: int, seed: int
+) -> np.ndarray:
+  """ODE samples uint8 [N, H, W, 3]; image i is a function of weights, prompt i, i and seed alone."""
+  sample = evaluation.make_sample_fn(opened.config, opened.model, opened.mesh, num_steps=num_steps)
+  with jax.set_mesh(opened.mesh):
+    return sample(opened.params, prompts, seed)
+
+
+def evaluate_images(
+  images: np.ndarray, prompts: Sequence[types.Prompt], reward_fn: Callable[..., Any]
+) -> dict[str, Any]:
+  """Scores images by every reward on its own.
+
+  Args:
+    images: uint8 [N, H, W, 3].
+    prompts: [N].
+    reward_fn: as of `rewards.make_rewards`.
+
+  Returns:
+    What JSON can hold: {"rewards": label -> mean, std, standard_error and, where the reward says it,
+    exact; "image": statistics; "samples": one dict for each image}. The standard error is that of
+    the mean over prompts.
+  """
+  texts = [p.text for p in prompts]
+  _, scores, infos = reward_fn(images, texts, [p.metadata for p in prompts])
+  summary, samples = {}, [{"prompt": text, "scores": {}} for text in texts]
+  for label, score in scores.items():
+    spread = float(score.std())
+    error = spread / np.sqrt(len(score))
+    summary[label] = {"mean": float(score.mean()), "std": spread, "standard_error": float(error)}
+    if "exact" in infos[label]:
+      summary[label]["exact"] = float(np.mean(infos[label]["exact"]))
+    for i, sample in enumerate(samples):
+      sample["scores"][label] = float(score[i])
+      if "text" in infos[label]:
+        sample.setdefault("read", {})[label] = str(infos[label]["text"][i])
+  return {"rewards": summary, "image": metrics.image_statistics(images), "samples": samples}
+
+
+def render_table(result: dict[str, Any]) -> str:
+  """The scores of `evaluate_images` as text."""
+  columns = ("mean", "std", "standard_error", "exact")
+  width = max(len("reward"), *map(len, result["rewards"]))
+  lines = [f"{'reward':<{width}}  " + "  ".join(f"{c.replace('_', ' '):>14}" for c in columns)]
+  for label, row in result["rewards"].items():
+    cells = (f"{row[c]:>14.4f}" if c in row else f"{'-':>14}" for c in columns)
+    lines.append(f"{label:<{width}}  " + "  ".join(cells))
+  return "\n".join(lines)
+
+
+def save_evaluation(
+  result: dict[str, Any], images: np.ndarray, output: str | os.PathLike[str]
+) -> pathlib.Path:
+  """Writes evaluation.json and grid.png (captions: first reward's score, prompt); returns the former."""
+  folder = pathlib.Path(output)
+  folder.mkdir(parents=True, exist_ok=True)
+  captions = [
+    f"{next(iter(s['scores'].values())):.2f} {s['prompt']}" for s in result["samples"][:GRID_IMAGES]
+  ]
+  _save_grid(folder, images, captions)
+  path = folder / "evaluation.json"
+  path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+  return path
+
+
+def save_samples(
+  images: np.ndarray, texts: Sequence[str], output: str | os.PathLike[str], *, samples: int = 1
+) -> list[pathlib.Path]:
+  """Writes one PNG for each image, named by number and prompt, and grid.png; returns the former.
+
+  Args:
+    images: uint8 [N, H, W, 3], `samples` of each prompt side by side.
+    texts: [N] prompts.
+    output: folder, made when it does not exist.
+    samples: of each prompt; a row of the grid holds as many (or a multiple, up to 8).
+  """
+  folder = pathlib.Path(output)
+  folder.mkdir(parents=True, exist_ok=True)
+  paths = []
+  for i, (image, text) in enumerate(zip(images, texts)):
+    slug = re.sub(r"[^\w-]+", "_", text).strip("_")[:40]
+    paths.append(folder / f"{i:04d}_{slug}.png")
+    Image.fromarray(image).save(paths[-1])
+  columns = samples * max(1, 8 // samples)
+  _save_grid(folder, images, texts, columns=min(columns, len(images)))
+  return paths
+
+
+def _save_grid(folder, images, captions, columns=8):
+  sheet = evaluation.grid(images[:GRID_IMAGES], captions[:GRID_IMAGES], columns=columns)
+  Image.fromarray(sheet).save(folder / "grid.png")
+
+
+def load_prompt_lines(path: str | os.PathLike[str]) -> list[str]:
+  """Reads prompts from a text file, one a line; blank lines are skipped.
+
+  Raises:
+    ValueError: no such file, or nothing in it.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise ValueError(
+      f"--prompts_file={str(path)!r}: no such file. Give a text file, one prompt a line."
+    )
+  lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+  if not any(lines):
+    raise ValueError(f"--prompts_file={str(path)!r}: holds no prompts. Write one a line.")
+  return [line for line in lines if line]
