@@ -1,0 +1,16 @@
+"""Increments alone, without turning points, on the built-in task: the rest as in tiny_text_tpgrpo.py.
+
+Command: python -m tpgrpo_jax.train --config configs/tiny_text_increments.py
+Time: 14 minutes on one core that did other work too.
+Measured: held-out OCR of 256 words from .664 to .799 (seed 0 alone).
+"""
+
+from tpgrpo_jax import config as config_lib
+
+
+def get_config():
+  """Returns the recipe."""
+  config = config_lib.to_config_dict(config_lib.tiny_text())
+  config.run.dir = "runs/tiny_text_increments"
+  config.credit.method = "increments"
+  return config

@@ -1,0 +1,57 @@
+"""Scores a run or a base model: python -m tpgrpo_jax.evaluate --run RUN_DIR [--rewards ocr]
+
+The base model of a recipe: --config configs/tiny_text_tpgrpo.py [--config.model.path=...].
+"""
+
+import dataclasses
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from tpgrpo_jax import command, validation
+
+_RUN = flags.DEFINE_string("run", None, "Run folder: its newest checkpoint, EMA weights.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Recipe: its base model.", lock_config=True
+)
+_REWARDS = flags.DEFINE_list(
+  "rewards", None, 'Names, or your own "package.module:make"; by default those of the config.'
+)
+_SPLIT = flags.DEFINE_enum("split", "test", ["test", "train"], "Which prompts.")
+_PROMPTS = flags.DEFINE_integer("prompts", None, "How many; by default eval.prompts.")
+_NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Solver steps; by default eval.num_steps.")
+_SEED = flags.DEFINE_integer("seed", None, "Of the noise; by default the one that training uses.")
+_OUTPUT = flags.DEFINE_string("output", "evaluation", "Folder for evaluation.json and grid.png.")
+
+
+def main(argv: list[str]) -> None:
+  """Parses, validates and calls."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}. Did you mean --run {argv[1]}?")
+  from tpgrpo_jax.training import restore
+
+  config = restore.choose_config(_RUN.value, _CONFIG.value)
+  rewards = tuple(_REWARDS.value or config.eval.rewards or config.rewards)
+  asked = {"rewards": rewards, "prompts": _PROMPTS.value, "num_steps": _NUM_STEPS.value}
+  asked = {name: value for name, value in asked.items() if value is not None}
+  config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **asked))
+  validation.validate(config)
+  from tpgrpo_jax.data import prompts as prompts_lib
+  from tpgrpo_jax.training import evaluation, loop, scoring
+
+  reward_fn = loop.build_eval_rewards(config, None)
+  prompts = prompts_lib.load_prompts(config.prompts.name, config.prompts.path, _SPLIT.value)
+  prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
+  seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value
+  opened = restore.open_model(config, _RUN.value)
+  images = scoring.sample_images(opened, prompts, num_steps=config.eval.num_steps, seed=seed)
+  setting = {"model": opened.name, "split": _SPLIT.value, "prompts": len(prompts), "seed": seed}
+  setting["num_steps"] = config.eval.num_steps
+  setting["guidance_scale"] = config.sampler.guidance_scale
+  result = setting | scoring.evaluate_images(images, prompts, reward_fn)
+  print(", ".join(f"{k} {v}" for k, v in setting.items()), scoring.render_table(result), sep="\n")
+  print(f"written to {scoring.save_evaluation(result, images, _OUTPUT.value)}")
+
+
+if __name__ == "__main__":
+  command.run(main)

@@ -1,0 +1,22 @@
+"""Pretrains the built-in model: python -m tpgrpo_jax.pretrain --config configs/tiny_text_pretrain.py"""
+
+from ml_collections import config_flags
+
+from tpgrpo_jax import command, validation
+from tpgrpo_jax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
+
+
+def main(argv: list[str]) -> None:
+  """Parses, validates and calls."""
+  del argv
+  config = config_lib.from_config_dict(config_lib.PretrainConfig, _CONFIG.value)
+  validation.validate_pretrain(config)
+  from tpgrpo_jax.training import pretraining  # after validation: a bad config fails at once
+
+  print(f"model written to {pretraining.pretrain(config)}")
+
+
+if __name__ == "__main__":
+  command.run(main)

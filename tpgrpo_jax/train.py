@@ -1,0 +1,23 @@
+"""Trains: python -m tpgrpo_jax.train --config configs/tiny_text_tpgrpo.py [--config.train.epochs=2]"""
+
+from ml_collections import config_flags
+
+from tpgrpo_jax import command, validation
+from tpgrpo_jax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
+
+
+def main(argv: list[str]) -> None:
+  """Parses, validates and calls."""
+  del argv
+  config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
+  validation.validate(config)
+  from tpgrpo_jax.training import loop  # after validation: a bad config fails at once
+
+  row = loop.train(config)
+  print({k: round(v, 4) for k, v in row.items()})
+
+
+if __name__ == "__main__":
+  command.run(main)
