@@ -1,0 +1,16 @@
+"""Eight virtual CPU devices, and jaxtyping's shapes checked at run time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+_FLAG = "--xla_force_host_platform_device_count=8"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+import jaxtyping  # noqa: E402
+
+# types.py is left out: the hook wraps the pytrees' constructors, which breaks tree.map over them.
+jaxtyping.install_import_hook(
+    [f"tpgrpo_jax.{name}" for name in ("flow", "credit", "advantages", "loss", "rewards", "data")],
+    "beartype.beartype",
+)

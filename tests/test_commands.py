@@ -1,0 +1,231 @@
+"""evaluate, sample and report: on a run, on a base model, and on what they cannot use."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import models, types
+from tpgrpo_jax.models import byte_text, hf, lora, mmdit
+from tpgrpo_jax.training import build, checkpoint, restore, scoring
+from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import state as state_lib
+
+SMALL = mmdit.MMDiTConfig(
+  sample_size=48,
+  patch_size=8,
+  in_channels=1,
+  num_layers=1,
+  attention_head_dim=8,
+  num_attention_heads=2,
+  joint_attention_dim=byte_text.embedding_dim(6),
+  caption_projection_dim=16,
+  pooled_projection_dim=byte_text.embedding_dim(6),
+  out_channels=1,
+  pos_embed_max_size=6,
+  qk_norm="rms_norm",
+)
+REWARD = """
+import numpy as np
+def make():
+  return lambda images, prompts, metadata: (np.arange(len(images), dtype=np.float32), {})
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+  """A folder with a very small model, prompts, a recipe and a reward."""
+  folder = tmp_path_factory.mktemp("work")
+  create = models.build_transformer(SMALL)
+  split = jax.jit(lambda key: lora.split_trainable(create(key), rank=0)[1:])
+  hf.save_transformer(folder / "model", SMALL, lora.merge_trees(*split(jax.random.key(0))))
+  (folder / "prompts").mkdir()
+  for split in ("train", "test"):
+    (folder / "prompts" / f"{split}.txt").write_text("CAT\nDOG\nELK\n")
+  (folder / "mine.py").write_text(REWARD)
+  (folder / "recipe.py").write_text(
+    "from tpgrpo_jax import config as c\ndef get_config():\n"
+    f"  r = c.to_config_dict(c.Config())\n  r.model.path = {str(folder / 'model')!r}\n"
+    f"  r.prompts.name = 'folder'\n  r.prompts.path = {str(folder / 'prompts')!r}\n"
+    "  r.eval.num_steps = 1\n  return r\n"
+  )
+  return folder
+
+
+@pytest.fixture(scope="module")
+def config(work):
+  return dataclasses.replace(
+    config_lib.Config(),
+    model=config_lib.Model(path=str(work / "model")),
+    prompts=config_lib.Prompts("folder", str(work / "prompts")),
+    eval=config_lib.Eval(num_steps=1),
+  )
+
+
+@pytest.fixture(scope="module")
+def run_dir(work, config):
+  """A run whose EMA is the base model's weights plus 1 and whose trained weights are plus 2."""
+  folder = work / "run"
+  mesh = mesh_lib.make_mesh(config.mesh)
+  model = build.build_model(config, mesh)
+  state = state_lib.init_state(model.trainable, state_lib.make_optimizer(config.optimizer))
+  shift = jax.jit(lambda tree, by: jax.tree.map(lambda x: x + by, tree))
+  state = dataclasses.replace(
+    state, trainable=shift(state.trainable, 2), ema=shift(state.ema, 1), update=jnp.int32(14)
+  )
+  checkpoint.save_run_config(folder, config)
+  row = {"epoch": 0, "kind": "eval", "reward/ocr/mean": 0.5, "time/total": 0.0}
+  (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+  with checkpoint.RunCheckpoints(folder) as checkpoints:
+    checkpoints.save(7, state, force=True)
+  return folder
+
+
+# Prints what must not have been imported, after the command has run as `python -m` runs it.
+DRIVER = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+  runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+finally:
+  print("imported:", sorted({"torch", "tensorflow"} & set(sys.modules)))
+"""
+
+
+def run_command(work, name, *arguments):
+  """Runs a command in `work`, on one device; returns the finished process."""
+  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  environment |= {"JAX_PLATFORMS": "cpu", "TFDS_DATA_DIR": str(work / "data"), "PYTHONPATH": root}
+  return subprocess.run(
+    [sys.executable, "-c", DRIVER, f"tpgrpo_jax.{name}", *map(str, arguments)],
+    cwd=work,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def assert_shifted(tree, base, by):
+  """The sums are the same float32 operation, so they are equal to the last bit."""
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + np.float32(by)), tree, base)
+
+
+def test_opened_run_holds_its_ema_weights(config, run_dir):
+  base = restore.open_model(config)
+  opened = restore.open_model(restore.choose_config(str(run_dir), None), run_dir)
+  assert_shifted(opened.params["trainable"], base.params["trainable"], 1)
+
+
+def test_opening_a_run_changes_nothing_in_it(config, run_dir):
+  listing = lambda: {p: p.stat().st_mtime_ns for p in run_dir.rglob("*")}
+  before = listing()
+  restore.open_model(config, run_dir)
+  assert listing() == before
+
+
+def test_run_of_another_mesh_opens_on_the_devices_here(config, run_dir):
+  elsewhere = dataclasses.replace(config, mesh=config_lib.Mesh(data=64, fsdp=2))
+  opened = restore.open_model(elsewhere, run_dir)
+  assert opened.mesh.size == jax.device_count()
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["no_folder", "empty_folder"])
+def test_run_without_checkpoint_says_when_there_will_be_one(config, tmp_path, made):
+  checkpoint.save_run_config(tmp_path, config)
+  if made:
+    (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(ValueError, match=r"no finished checkpoint.*checkpoint\.every=10"):
+    restore.open_model(config, tmp_path)
+
+
+@pytest.mark.parametrize("run, recipe", [("", None), ("a", {})], ids=["neither", "both"])
+def test_exactly_one_of_run_and_config_is_asked_for(run, recipe):
+  with pytest.raises(ValueError, match="must be exactly one"):
+    restore.choose_config(run, recipe)
+
+
+def test_same_seed_gives_the_same_images_and_another_does_not(config):
+  opened = restore.open_model(config)
+  prompts = [types.Prompt("CAT", {})]
+  paint = lambda seed: scoring.sample_images(opened, prompts, num_steps=1, seed=seed)
+  np.testing.assert_array_equal(paint(1), paint(1))
+  assert np.any(paint(1) != paint(2))
+
+
+def test_evaluation_reports_every_reward_and_every_sample():
+  images = np.zeros((4, 8, 16, 3), np.uint8)
+  prompts = [types.Prompt(word, {}) for word in "ABCD"]
+  scores = np.array([0, 0, 1, 1], np.float32)
+  infos = {"ocr": {"text": list("XXCD"), "exact": scores}, "other": {}}
+  reward = lambda *_: (scores, {"ocr": scores, "other": 2 * scores}, infos)
+  result = scoring.evaluate_images(images, prompts, reward)
+  expected = {"mean": 0.5, "std": 0.5, "standard_error": 0.25, "exact": 0.5}  # .5 / sqrt(4)
+  assert result["rewards"]["ocr"] == expected
+  assert result["rewards"]["other"]["mean"] == 1.0 and "exact" not in result["rewards"]["other"]
+  assert result["samples"][2] == {
+    "prompt": "C", "scores": {"ocr": 1.0, "other": 2.0}, "read": {"ocr": "C"},
+  }  # fmt: skip
+
+
+def test_prompts_file_that_cannot_be_used_is_named(tmp_path):
+  empty = tmp_path / "empty.txt"
+  empty.write_text("\n \n")
+  for path in (empty, tmp_path / "none.txt"):
+    with pytest.raises(ValueError, match=f"--prompts_file='{path}'"):
+      scoring.load_prompt_lines(path)
+
+
+def test_evaluate_a_run_by_built_in_and_own_rewards(work, run_dir):
+  done = run_command(
+    work, "evaluate", "--run", run_dir, "--rewards", "jpeg_compressibility,mine:make",
+    "--split", "train", "--prompts", 2, "--output", "scores",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  result = json.loads((work / "scores" / "evaluation.json").read_text())
+  assert result["rewards"]["mine:make"]["mean"] == 0.5  # the scores are 0 and 1
+  assert [s["prompt"] for s in result["samples"]] == ["CAT", "DOG"]
+  assert "after epoch 7" in result["model"] and result["split"] == "train"
+  assert "mine:make" in done.stdout and "imported: []" in done.stdout
+  assert (work / "scores" / "grid.png").is_file()
+
+
+def test_evaluate_names_an_unknown_reward(work):
+  done = run_command(work, "evaluate", "--config", "recipe.py", "--rewards", "jpeg_compresibility")
+  assert done.returncode != 0
+  assert "Did you mean 'jpeg_compressibility'?" in done.stderr
+
+
+def test_sample_paints_every_prompt_of_the_base_model(work):
+  (work / "more.txt").write_text("ELK\n")
+  done = run_command(
+    work, "sample", "--config", "recipe.py", "--config.seed=3", "CAT", "A/B", "--samples", 2,
+    "--prompts_file", "more.txt", "--guidance_scale", 2.0, "--output", "painted",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  names = sorted(p.name for p in (work / "painted").iterdir())
+  words = ["CAT", "CAT", "A_B", "A_B", "ELK", "ELK"]
+  assert names == [f"{i:04d}_{word}.png" for i, word in enumerate(words)] + ["grid.png"]
+  assert Image.open(work / "painted" / names[0]).size == (48, 24)
+
+
+def test_sample_without_prompts_says_where_to_put_them(work):
+  done = run_command(work, "sample", "--config", "recipe.py")
+  assert done.returncode != 0 and "--prompts_file" in done.stderr
+
+
+def test_report_writes_a_page_and_prints_the_table(work, run_dir):
+  done = run_command(work, "report", f"first={run_dir}", "--output", "drawn")
+  assert done.returncode == 0, done.stderr
+  assert (work / "drawn" / "report.html").is_file()
+  assert "first" in done.stdout and "0.500" in done.stdout and "imported: []" in done.stdout
