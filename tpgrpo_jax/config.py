@@ -275,7 +275,7 @@ class PretrainTrain:
     text_dropout: share of samples whose text is dropped, so that guidance works afterwards.
   """
 
-  updates: int = 2250
+  updates: int = 2150
   batch: int = 128
   text_dropout: float = 0.1
   log_every: int = 50

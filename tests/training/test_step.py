@@ -224,7 +224,7 @@ def test_learning_rate_warms_up_linearly_then_stays():
     current = state.apply_gradients(current, {"w": jnp.asarray(1.0)}, optimizer, config_lib.Ema())
     places.append(float(current.trainable["w"]))
   # Under a constant gradient Adam steps by the learning rate, but for float32 bias corrections.
-  np.testing.assert_allclose(-np.diff(places), [0.0, 0.25, 0.5, 0.5], rtol=1e-4)
+  np.testing.assert_allclose(-np.diff(places), [0.25, 0.5, 0.5, 0.5], rtol=1e-4)
 
 
 def test_gradient_is_clipped_to_its_largest_norm():
