@@ -77,9 +77,10 @@ def score(
 ) -> jax.Array:
   """The log_prob [B] of x_next under the step from x, for rollout and update alike.
 
-  Its backward pass starts again from the inputs, behind a barrier: shared with the forward pass, XLA
-  would fuse and round that differently than in the rollout, and the on-policy log-ratio would not be
-  exactly 0.
+  It is a computation of its own, the branch of a conditional, and its backward pass starts again from
+  the inputs: fused with the model before it or shared with the backward pass, XLA would round it
+  differently than in the rollout, and the on-policy log-ratio would not be exactly 0.
+  (`optimization_barrier` alone is not enough: XLA drops it on CPU before the last fusion.)
 
   Args:
     step_fn: the stochastic step.
@@ -92,9 +93,13 @@ def score(
   """
   barrier = jax.lax.optimization_barrier
 
+  def scored(x, x_next, velocity, sigma, sigma_next):
+    return log_prob_fn(x_next, barrier(step_fn(x, velocity, sigma, sigma_next)))
+
   def forward(*inputs):
-    x, x_next, velocity, sigma, sigma_next = barrier(inputs)
-    return barrier(log_prob_fn(x_next, barrier(step_fn(x, velocity, sigma, sigma_next))))
+    nan = lambda x, *_: jnp.full(x.shape[:1], jnp.nan)
+    sigma, sigma_next = inputs[3:]
+    return jax.lax.cond(sigma > sigma_next, scored, nan, *inputs)
 
   island = jax.custom_vjp(forward)
   island.defvjp(
