@@ -15,6 +15,7 @@ import math
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 TIMESTEP_DIM = 256
 EPS = 1e-6
@@ -23,6 +24,20 @@ EPS = 1e-6
 def fence(tree):
   """On CPU keeps XLA from fusing across this point; elsewhere the identity."""
   return jax.lax.optimization_barrier(tree) if jax.default_backend() == "cpu" else tree
+
+
+def batch_divided(x: jax.Array) -> jax.Array:
+  """On a mesh keeps x [B, ...] and its cotangent divided along B alone, over all axes but "tensor".
+
+  Left to itself the partitioner may lay activations out over several axes at once, and on a mesh
+  with data, fsdp and tensor axes XLA then drops an all-reduce: a gradient came out a third off
+  (openxla/xla issue 40034; tests/training/test_mesh.py guards it).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  axes = tuple(name for name in mesh.axis_names if name != "tensor")
+  return jax.lax.with_sharding_constraint(x, P(axes, *(None,) * (x.ndim - 1)))
 
 
 def island(forward, backward):

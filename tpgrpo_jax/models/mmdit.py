@@ -1,6 +1,6 @@
 """The SD3 family of flow transformers (MMDiT, arXiv 2403.03206), as diffusers' SD3Transformer2DModel.
 
-Attributes carry diffusers' names, so that models/hf.py maps weights by one short table. Blocks of
+Attributes carry diffusers' names, so that models/hf/sd3.py maps weights by one short table. Blocks of
 one kind are stacked along a leading axis and scanned.
 """
 
@@ -84,6 +84,11 @@ def sincos_positions(width: int, max_size: int, base_size: int) -> np.ndarray:
   table[..., : width // 2] = axis[None, :, :]  # the column comes first, as in the reference
   table[..., width // 2 :] = axis[:, None, :]
   return table
+
+
+def modulate(x, shift, scale):
+  """layers.modulate, laid out along the batch: where tensor-parallel matmuls begin."""
+  return layers.batch_divided(layers.modulate(x, shift, scale))
 
 
 class PatchEmbed(nnx.Module):
@@ -186,23 +191,24 @@ class JointBlock(nnx.Module):
       self.ff_context = mlp()
 
   def __call__(self, x, context, conditioning):
+    x, context = layers.batch_divided(x), layers.batch_divided(context)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second = self.norm1(conditioning)
     if self.context_pre_only:
       c_scale, c_shift = self.norm1_context(conditioning)  # this one has the scale first
     else:
       c_shift, c_scale, c_gate, *c_mlp = self.norm1_context(conditioning)
-    y, c = self.attn(layers.modulate(x, shift, scale), layers.modulate(context, c_shift, c_scale))
+    y, c = self.attn(modulate(x, shift, scale), modulate(context, c_shift, c_scale))
     if self.dual:
       shift2, scale2, gate2 = second
-      x2, _ = self.attn2(layers.modulate(x, shift2, scale2))
+      x2, _ = self.attn2(modulate(x, shift2, scale2))
       x = layers.gated_residual(x, gate2, x2)
     x = layers.gated_residual(x, gate, y)
-    y = self.ff(layers.modulate(x, mlp_shift, mlp_scale))
+    y = self.ff(modulate(x, mlp_shift, mlp_scale))
     x = layers.gated_residual(x, mlp_gate, y)
     if not self.context_pre_only:
       context = layers.gated_residual(context, c_gate, c)
       c_mlp_shift, c_mlp_scale, c_mlp_gate = c_mlp
-      y = self.ff_context(layers.modulate(context, c_mlp_shift, c_mlp_scale))
+      y = self.ff_context(modulate(context, c_mlp_shift, c_mlp_scale))
       context = layers.gated_residual(context, c_mlp_gate, y)
     return x, context
 
@@ -235,14 +241,15 @@ class MMDiT(nnx.Module):
   def __call__(self, x, sigma, text, pooled):
     b, height, width, _ = x.shape
     p = self.config.patch_size
-    x = self.pos_embed(x.astype(self.dtype))
+    x = layers.batch_divided(self.pos_embed(x.astype(self.dtype)))
     conditioning = self.timestep_embedder(layers.timestep_embedding(sigma).astype(self.dtype))
     conditioning = layers.fence(conditioning + self.text_embedder(pooled))
-    context = self.context_embedder(text)
+    conditioning = layers.batch_divided(conditioning)
+    context = layers.batch_divided(self.context_embedder(text))
     for i in range(self.num_stacks):
       x, context = _scan(getattr(self, f"blocks_{i}"), x, context, conditioning, self.remat)
     scale, shift = self.norm_out(conditioning)
-    x = self.proj_out(layers.modulate(x, shift, scale))
+    x = self.proj_out(modulate(x, shift, scale))
     x = x.reshape(b, height // p, width // p, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
     return layers.fence(x.reshape(b, height, width, -1).astype(jnp.float32))
 

@@ -129,7 +129,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _import_tensorboardx():
   """tensorboardX without torch, which it imports where there is one, for the name of a type alone."""
-  blocked = {} if "torch" in sys.modules else {"torch": None}
+  blocked: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
   sys.modules.update(blocked)
   try:
     import tensorboardX

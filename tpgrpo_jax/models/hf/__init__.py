@@ -1,15 +1,13 @@
-"""Weights in diffusers' layout: the only file that knows foreign tensor names.
+"""Weights in diffusers' layout: the only place that knows foreign tensor names.
 
-One table (`names`) gives, for every tensor of ours, its foreign name and the change of layout; loading
-and saving both read it.
+One table (`names` of sd3.py) gives, for every tensor of ours, its foreign name and the change of
+layout; loading and saving both read it.
 """
 
-from collections.abc import Callable, Mapping
 import json
 import os
 import pathlib
-import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,83 +15,11 @@ import safetensors
 import safetensors.numpy
 
 from tpgrpo_jax.models import mmdit
+from tpgrpo_jax.models.hf.sd3 import names, rename
+from tpgrpo_jax.models.hf.table import Entry, flatten
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-
-# (pattern of our path, replacement); the first match of each pattern is applied, in order.
-RENAMES = (
-  (r"^(timestep_embedder|text_embedder)", r"time_text_embed.\1"),
-  (r"\b(ff|ff_context)\.linear_1", r"\1.net.0.proj"),
-  (r"\b(ff|ff_context)\.linear_2", r"\1.net.2"),
-  (r"\bto_out\b", "to_out.0"),
-  (r"\.(kernel|scale)$", ".weight"),
-)
-
-
-class Entry(NamedTuple):
-  """One foreign tensor: where it lives here, what it is called there, its shape there, both layouts."""
-
-  path: str
-  block: int | None  # index on the leading axis of a stack
-  name: str
-  shape: tuple[int, ...]
-  to_foreign: Callable[[np.ndarray], np.ndarray]
-  from_foreign: Callable[[np.ndarray], np.ndarray]
-
-
-def names(config: mmdit.MMDiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
-  """The table for an MMDiT: our tensors {dotted path: shape} -> diffusers' tensors.
-
-  Args:
-    config: sizes.
-    shapes: shape of every tensor of ours by dotted path.
-  """
-  first = np.cumsum([0] + [count for _, _, count in mmdit.block_runs(config)])
-  entries = []
-  for path, shape in sorted(shapes.items()):
-    stack = re.match(r"blocks_(\d+)\.(.*)", path)
-    if not stack:
-      entries.append(_entry(config, path, None, path, shape))
-      continue
-    start = int(first[int(stack[1])])
-    for i in range(shape[0]):
-      name = f"transformer_blocks.{start + i}.{stack[2]}"
-      entries.append(_entry(config, path, i, name, shape[1:]))
-  return entries
-
-
-def rename(path: str) -> str:
-  """Our dotted path -> diffusers' name, block numbers aside."""
-  for pattern, replacement in RENAMES:
-    path = re.sub(pattern, replacement, path, count=1)
-  return path
-
-
-def _entry(config, path, block, name, shape):
-  name = rename(name)
-  if path == "pos_embed.pos_embed":
-    rows, columns, width = shape
-    foreign = (1, rows * columns, width)
-    return Entry(
-      path, block, name, foreign, lambda x: x.reshape(foreign), lambda x: x.reshape(shape)
-    )
-  if path == "pos_embed.proj.kernel":
-    p, c, d = config.patch_size, config.in_channels, config.width
-    return Entry(
-        path, block, name, (d, c, p, p),
-        lambda x: x.reshape(p, p, c, d).transpose(3, 2, 0, 1),
-        lambda x: x.transpose(2, 3, 1, 0).reshape(p * p * c, d),
-    )  # fmt: skip
-  if path.endswith(".kernel"):
-    return Entry(path, block, name, shape[::-1], lambda x: x.T, lambda x: x.T)
-  return Entry(path, block, name, shape, lambda x: x, lambda x: x)
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-  """Nested dict -> {dotted path: leaf}."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {".".join(str(k.key) for k in path): leaf for path, leaf in leaves}
 
 
 def load_config(folder: str | os.PathLike[str]) -> mmdit.MMDiTConfig:
@@ -184,3 +110,16 @@ def save_transformer(
   safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
   raw = {"_class_name": "SD3Transformer2DModel", **config.__dict__}
   (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2) + "\n")
+
+
+__all__ = [
+  "CONFIG_FILE",
+  "WEIGHTS_FILE",
+  "Entry",
+  "flatten",
+  "load_config",
+  "load_transformer",
+  "names",
+  "rename",
+  "save_transformer",
+]
