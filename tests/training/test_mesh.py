@@ -70,22 +70,22 @@ def test_one_epoch_on_a_mesh_equals_that_of_a_single_device(shape, single, make_
   assert row["ratio/first_update_max_abs_log"] == pytest.approx(0.0, abs=1e-6)
 
 
-SMALL = dataclasses.replace(
+DUAL = dataclasses.replace(
   models.MODELS["tiny"].config,
-  num_layers=1,
+  num_layers=3,
+  dual_attention_layers=(0, 1),
   attention_head_dim=16,
   num_attention_heads=2,
   caption_projection_dim=32,
 )
-DUAL = dataclasses.replace(SMALL, num_layers=3, dual_attention_layers=(0, 1))
 
 
-@pytest.mark.parametrize("sizes, rank", [(SMALL, 0), (DUAL, 0), (DUAL, 4)])
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 4, 2), (4, 1, 2), (1, 2, 4)])
-def test_gradient_on_a_mesh_equals_that_of_a_single_device(shape, sizes, rank, single_mesh):
-  """XLA's partitioner drops an all-reduce where activations are laid out as it likes."""
-  found = gradient(mesh_lib.make_mesh(config_lib.Mesh(*shape)), sizes, rank)
-  wanted = gradient(single_mesh, sizes, rank)
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
+def test_gradient_on_a_mesh_equals_that_of_a_single_device(shape, rank, single_mesh):
+  """Of several blocks: where activations have no layout of their own, XLA mixes up their rows."""
+  found = gradient(mesh_lib.make_mesh(config_lib.Mesh(*shape)), rank)
+  wanted = gradient(single_mesh, rank)
   scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
   # Sums in another order: a few ulps of the largest term.
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale)
@@ -93,9 +93,9 @@ def test_gradient_on_a_mesh_equals_that_of_a_single_device(shape, sizes, rank, s
 
 
 @functools.cache
-def gradient(mesh, sizes, rank):
+def gradient(mesh, rank):
   """Gradient of a weighted sum of velocities with respect to the trainable weights."""
-  create = models.build_transformer(sizes)
+  create = models.build_transformer(DUAL)
 
   def init(key):
     model = create(key)
@@ -110,7 +110,7 @@ def gradient(mesh, sizes, rank):
   trainable, frozen = jax.tree.map(jitter, weights)
   velocity_fn = models.make_velocity_fn(graphdef)
   x, target = jax.random.normal(jax.random.key(1), (2, 8, *models.MODELS["tiny"].latent_shape))
-  condition = models.MODELS["tiny"].encode(sizes, ["ANT", "BEE"] * 4)
+  condition = models.MODELS["tiny"].encode(DUAL, ["ANT", "BEE"] * 4)
 
   @jax.jit
   @jax.grad

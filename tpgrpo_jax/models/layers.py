@@ -11,6 +11,7 @@ accelerators the barriers vanish and XLA fuses as it likes.
 """
 
 import math
+from typing import Any
 
 from flax import nnx
 import jax
@@ -26,18 +27,25 @@ def fence(tree):
   return jax.lax.optimization_barrier(tree) if jax.default_backend() == "cpu" else tree
 
 
-def batch_divided(x: jax.Array) -> jax.Array:
-  """On a mesh keeps x [B, ...] and its cotangent divided along B alone, over all axes but "tensor".
+def lay_out(x: jax.Array, *, tensor: int | None = None) -> jax.Array:
+  """On a mesh divides x [B, ...], and its cotangent, along B over all axes but "tensor".
 
-  Left to itself the partitioner may lay activations out over several axes at once, and on a mesh
-  with data, fsdp and tensor axes XLA then drops an all-reduce: a gradient came out a third off
-  (openxla/xla issue 40034; tests/training/test_mesh.py guards it).
+  Every activation of a model is given its layout. Left to choose, the partitioner orders the mesh
+  axes of some batch dimensions otherwise than of others, and on meshes with data, fsdp and tensor
+  axes XLA then adds rows of different samples (tests/training/test_mesh.py guards it).
+
+  Args:
+    x: leading axis B.
+    tensor: the dimension that the "tensor" axis divides, where it can: heads, hidden units.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if mesh.size <= 1:  # 0 without a mesh
     return x
-  axes = tuple(name for name in mesh.axis_names if name != "tensor")
-  return jax.lax.with_sharding_constraint(x, P(axes, *(None,) * (x.ndim - 1)))
+  spec: list[Any] = [tuple(name for name in mesh.axis_names if name != "tensor")]
+  spec += [None] * (x.ndim - 1)
+  if tensor is not None and x.shape[tensor] % mesh.shape.get("tensor", 1) == 0:
+    spec[tensor] = "tensor"
+  return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
 def island(forward, backward):
@@ -257,4 +265,5 @@ class MLP(nnx.Module):
     self.linear_2 = Linear(d_hidden, d_out, dtype=dtype, rngs=rngs)
 
   def __call__(self, x):
-    return self.linear_2(self.activation(self.linear_1(x)))
+    hidden = lay_out(self.activation(self.linear_1(x)), tensor=x.ndim - 1)
+    return lay_out(self.linear_2(hidden))

@@ -86,11 +86,6 @@ def sincos_positions(width: int, max_size: int, base_size: int) -> np.ndarray:
   return table
 
 
-def modulate(x, shift, scale):
-  """layers.modulate, laid out along the batch: where tensor-parallel matmuls begin."""
-  return layers.batch_divided(layers.modulate(x, shift, scale))
-
-
 class PatchEmbed(nnx.Module):
   """Patches -> tokens plus the centre crop of the position table."""
 
@@ -127,7 +122,8 @@ class AdaNorm(nnx.Module):
     self.linear = layers.Linear(width, chunks * width, dtype=dtype, rngs=rngs, kernel_init=zeros)
 
   def __call__(self, conditioning):
-    return layers.fence(jnp.split(self.linear(layers.silu(conditioning)), self.chunks, axis=-1))
+    chunks = layers.lay_out(self.linear(layers.silu(conditioning)))
+    return layers.fence(jnp.split(chunks, self.chunks, axis=-1))
 
 
 class Attention(nnx.Module):
@@ -160,13 +156,14 @@ class Attention(nnx.Module):
         cq, ck = self.norm_added_q(cq), self.norm_added_k(ck)
       q, k = jnp.concatenate([q, cq], axis=1), jnp.concatenate([k, ck], axis=1)
       v = jnp.concatenate([v, self._heads(self.add_v_proj(context))], axis=1)
-    y = layers.attention(q, k, v)
+    y = layers.lay_out(layers.attention(q, k, v), tensor=2)
     y = y.reshape(*y.shape[:2], -1)
     y, c = layers.fence((y[:, :tokens], y[:, tokens:]))
-    return self.to_out(y), self.to_add_out(c) if self.context_out else None
+    x = layers.lay_out(self.to_out(y))
+    return x, layers.lay_out(self.to_add_out(c)) if self.context_out else None
 
   def _heads(self, x):
-    return x.reshape(*x.shape[:2], self.heads, -1)
+    return layers.lay_out(x.reshape(*x.shape[:2], self.heads, -1), tensor=2)
 
 
 class JointBlock(nnx.Module):
@@ -191,24 +188,23 @@ class JointBlock(nnx.Module):
       self.ff_context = mlp()
 
   def __call__(self, x, context, conditioning):
-    x, context = layers.batch_divided(x), layers.batch_divided(context)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *second = self.norm1(conditioning)
     if self.context_pre_only:
       c_scale, c_shift = self.norm1_context(conditioning)  # this one has the scale first
     else:
       c_shift, c_scale, c_gate, *c_mlp = self.norm1_context(conditioning)
-    y, c = self.attn(modulate(x, shift, scale), modulate(context, c_shift, c_scale))
+    y, c = self.attn(layers.modulate(x, shift, scale), layers.modulate(context, c_shift, c_scale))
     if self.dual:
       shift2, scale2, gate2 = second
-      x2, _ = self.attn2(modulate(x, shift2, scale2))
+      x2, _ = self.attn2(layers.modulate(x, shift2, scale2))
       x = layers.gated_residual(x, gate2, x2)
     x = layers.gated_residual(x, gate, y)
-    y = self.ff(modulate(x, mlp_shift, mlp_scale))
+    y = self.ff(layers.modulate(x, mlp_shift, mlp_scale))
     x = layers.gated_residual(x, mlp_gate, y)
     if not self.context_pre_only:
       context = layers.gated_residual(context, c_gate, c)
       c_mlp_shift, c_mlp_scale, c_mlp_gate = c_mlp
-      y = self.ff_context(modulate(context, c_mlp_shift, c_mlp_scale))
+      y = self.ff_context(layers.modulate(context, c_mlp_shift, c_mlp_scale))
       context = layers.gated_residual(context, c_mlp_gate, y)
     return x, context
 
@@ -241,15 +237,14 @@ class MMDiT(nnx.Module):
   def __call__(self, x, sigma, text, pooled):
     b, height, width, _ = x.shape
     p = self.config.patch_size
-    x = layers.batch_divided(self.pos_embed(x.astype(self.dtype)))
+    x = layers.lay_out(self.pos_embed(x.astype(self.dtype)))
     conditioning = self.timestep_embedder(layers.timestep_embedding(sigma).astype(self.dtype))
     conditioning = layers.fence(conditioning + self.text_embedder(pooled))
-    conditioning = layers.batch_divided(conditioning)
-    context = layers.batch_divided(self.context_embedder(text))
+    context = layers.lay_out(self.context_embedder(text))
     for i in range(self.num_stacks):
       x, context = _scan(getattr(self, f"blocks_{i}"), x, context, conditioning, self.remat)
     scale, shift = self.norm_out(conditioning)
-    x = self.proj_out(modulate(x, shift, scale))
+    x = self.proj_out(layers.modulate(x, shift, scale))
     x = x.reshape(b, height // p, width // p, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
     return layers.fence(x.reshape(b, height, width, -1).astype(jnp.float32))
 
