@@ -202,8 +202,17 @@ def test_evaluate_a_run_by_built_in_and_own_rewards(work, run_dir):
 
 def test_evaluate_names_an_unknown_reward(work):
   done = run_command(work, "evaluate", "--config", "recipe.py", "--rewards", "jpeg_compresibility")
-  assert done.returncode != 0
-  assert "Did you mean 'jpeg_compressibility'?" in done.stderr
+  assert done.returncode == 1
+  last = done.stderr.strip().splitlines()[-1]
+  assert last.startswith("error: ") and "Did you mean 'jpeg_compressibility'?" in last
+  assert "Traceback" not in done.stderr
+
+
+def test_an_error_that_is_not_the_users_keeps_its_traceback(work):
+  (work / "broken.py").write_text("def make():\n  return lambda *_: int('one')\n")
+  done = run_command(work, "evaluate", "--config", "recipe.py", "--rewards", "broken:make")
+  assert done.returncode == 1
+  assert "Traceback" in done.stderr and "int('one')" in done.stderr
 
 
 def test_sample_paints_every_prompt_of_the_base_model(work):

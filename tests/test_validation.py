@@ -65,20 +65,28 @@ BAD = {
   "window_range_of_three": ({"sampler.window_range": (0, 1, 2)}, ("(0, 1, 2):", "() or (lo, hi)")),
   "no_noise": (
     {"sampler.noise_level": 0.0},
-    ("sampler.noise_level=0.0:", "must be > 0", "The papers use 0.7"),
+    ("sampler.noise_level=0.0:", "must be finite and > 0", "The papers use 0.7"),
   ),
   "too_much_noise_for_cps": (
     {"sampler.noise_level": 1.5},
     ("noise_level=1.5:", "at most 1 for cps"),
   ),
-  "shift_of_zero": ({"sampler.shift": 0.0}, ("sampler.shift=0.0:", "must be > 0", "SD3 uses 3")),
+  "shift_of_zero": ({"sampler.shift": 0.0}, ("sampler.shift=0.0:", "must be finite and > 0", "SD3 uses 3")),
+  "guidance_of_nan": (
+    {"sampler.guidance_scale": float("nan")},
+    ("sampler.guidance_scale=nan:", "must be finite and >= 0", "1 is no guidance"),
+  ),
+  "updates_that_do_not_divide_the_epoch": (
+    {"train.updates_per_epoch": 3},
+    ("train.updates_per_epoch=3:", "must divide", "= 128 samples", "Set it to 1"),
+  ),
   "no_steps": ({"sampler.num_steps": 0}, ("sampler.num_steps=0:", "must be at least 1")),
   "no_epochs": ({"train.epochs": 0}, ("train.epochs=0:", "must be at least 1")),
   "negative_rank": ({"lora.rank": -1}, ("lora.rank=-1:", "must be at least 0")),
   "checkpoint_never": ({"checkpoint.every": 0}, ("checkpoint.every=0:", "must be at least 1")),
   "microbatch_that_does_not_divide": (
     {"train.microbatch": 48},
-    ("train.microbatch=48:", "must divide", "= 128 samples", "Set microbatch to 16"),
+    ("train.microbatch=48:", "must divide the 64 samples of an update", "128 / 2", "Set microbatch to 16"),
   ),
   "unknown_credit": (
     {"credit.method": "tp_gpro"},

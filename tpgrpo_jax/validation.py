@@ -98,13 +98,18 @@ def _sampler(config) -> Iterator[str]:
           f"sampler.window_range={s.window_range}: must hold the window's {end - start} steps and "
           f"lie in 0 ... {last}. Widen it, or shorten sampler.window."
         )
-  if not 0 < s.noise_level or (s.dynamics == "cps" and s.noise_level > 1):
+  if not 0 < s.noise_level < math.inf or (s.dynamics == "cps" and s.noise_level > 1):
     yield (
-      f"sampler.noise_level={s.noise_level}: must be > 0 (a step without noise has no log-prob), "
+      f"sampler.noise_level={s.noise_level}: must be finite and > 0 (a step without noise has no log-prob), "
       "and at most 1 for cps. The papers use 0.7 (sde, cps) and 0.3 (dance)."
     )
-  if s.shift <= 0:
-    yield f"sampler.shift={s.shift}: must be > 0; SD3 uses 3."
+  if not 0 < s.shift < math.inf:
+    yield f"sampler.shift={s.shift}: must be finite and > 0; SD3 uses 3."
+  if not 0 <= s.guidance_scale < math.inf:
+    yield (
+      f"sampler.guidance_scale={s.guidance_scale}: must be finite and >= 0. 1 is no guidance; the "
+      "papers use 4.5 (SD3.5) and 3.5 (FLUX.1)."
+    )
 
 
 def _at_least(fields) -> Iterator[str]:
@@ -139,13 +144,20 @@ def _sizes(config) -> Iterator[str]:
       "one prompt. The papers use 24."
     )
   samples = t.prompts_per_epoch * t.group_size
-  share = t.microbatch * t.updates_per_epoch
-  if t.microbatch >= 1 and t.updates_per_epoch >= 1 and samples % share:
+  if min(samples, t.microbatch, t.updates_per_epoch) < 1:
+    return  # said above
+  if samples % t.updates_per_epoch:
     yield (
-      f"train.microbatch={t.microbatch}: microbatch x updates_per_epoch = {share} must divide the "
-      f"prompts_per_epoch x group_size = {samples} samples of an epoch. "
-      f"Set microbatch to {math.gcd(samples // t.updates_per_epoch, t.microbatch) or 1}, or change "
-      "the other three."
+      f"train.updates_per_epoch={t.updates_per_epoch}: must divide the prompts_per_epoch x group_size "
+      f"= {samples} samples of an epoch. Set it to {math.gcd(samples, t.updates_per_epoch)}, or "
+      "change the other two."
+    )
+  elif samples // t.updates_per_epoch % t.microbatch:
+    share = samples // t.updates_per_epoch
+    yield (
+      f"train.microbatch={t.microbatch}: must divide the {share} samples of an update "
+      f"(prompts_per_epoch x group_size / updates_per_epoch = {samples} / {t.updates_per_epoch}). "
+      f"Set microbatch to {math.gcd(share, t.microbatch)}, or change the other three."
     )
 
 

@@ -61,7 +61,7 @@ def open_session(config: config_lib.Config) -> Session:
     ValueError: whatever in the config does not fit the devices, the weights or the files.
   """
   mesh = mesh_lib.make_mesh(config.mesh)
-  mesh_lib.check_batches(config, mesh)
+  mesh_lib.check_divides("train.microbatch", config.train.microbatch, mesh)
   reward_fn = rewards.make_rewards(config.rewards)
   load = functools.partial(prompts_lib.load_prompts, config.prompts.name, config.prompts.path)
   held_out = load("test")

@@ -55,12 +55,12 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_batches(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError unless a microbatch divides over the batch axes of the mesh."""
-  shards, size = batch_shards(mesh), config.train.microbatch
+def check_divides(field: str, size: int, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError unless a batch of `size`, set by the config's `field`, divides over the mesh."""
+  shards = batch_shards(mesh)
   if size % shards:
     raise ValueError(
-      f"train.microbatch={size}: must be a multiple of mesh.data x mesh.fsdp = {shards}, so that "
+      f"{field}={size}: must be a multiple of mesh.data x mesh.fsdp = {shards}, so that "
       f"prompts divide over the mesh. Set it to {-(-size // shards) * shards}, or change the mesh."
     )
 

@@ -60,6 +60,7 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
   """
   variant = registry.lookup(models.MODELS, config.model.variant, field="model.variant")
   mesh = mesh_lib.make_mesh(config.mesh)
+  mesh_lib.check_divides("train.batch", config.train.batch, mesh)
   run_dir, output = pathlib.Path(config.run.dir), pathlib.Path(config.output)
   run_dir.mkdir(parents=True, exist_ok=True)
   optimizer = state_lib.make_optimizer(config.optimizer)
