@@ -260,7 +260,7 @@ def tiny_text() -> Config:
   return Config(
     sampler=Sampler(num_steps=4, window=(0, 3)),
     optimizer=Optimizer(learning_rate=1.5e-4),
-    train=Train(epochs=80, microbatch=32, updates_per_epoch=4),
+    train=Train(epochs=120, microbatch=32, updates_per_epoch=4),
     ema=Ema(decay=0.95, every=1),
     eval=Eval(num_steps=4, prompts=256),
     log=Log(images_every=20),

@@ -77,7 +77,7 @@ def draw(group: dict, plan) -> plt.Figure:
     axes.imshow(group["states"][k, chosen], cmap="gray", vmin=-2, vmax=2)
     axes.set_title(f"x[{k}], sigma {1 - k / NUM_STEPS:.2f}", fontsize=9)
   top.suptitle(
-    f"1  Rollout: {WINDOW} stochastic steps, then an ODE step (one of {GROUP} samples of the word "
+    f"1  Rollout: {WINDOW} stochastic steps, then an ODE step (sample {chosen} of the {GROUP} of the word "
     f"{group['word']})",
     x=0.01,
     ha="left",
