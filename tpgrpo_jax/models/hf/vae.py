@@ -1,0 +1,43 @@
+"""The names of diffusers' AutoencoderKL."""
+
+from collections.abc import Mapping
+import re
+
+from tpgrpo_jax.models import vae
+from tpgrpo_jax.models.hf.table import Entry, make_entry
+
+# (pattern of our path, replacement); each is applied once.
+RENAMES = ((r"\.to_out\.", ".to_out.0."), (r"\.(kernel|scale)$", ".weight"))
+# Attention of checkpoints that older versions of diffusers wrote, by its present name.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def names(config: vae.VAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
+  """The table for an AutoencoderKL: our tensors {dotted path: shape} -> diffusers' tensors.
+
+  Args:
+    config: sizes; the paths alone decide here.
+    shapes: shape of every tensor of ours by dotted path.
+  """
+  del config
+  return [_entry(path, shape) for path, shape in sorted(shapes.items())]
+
+
+def current_name(name: str) -> str:
+  """The present name of a tensor in a checkpoint of any age."""
+  pattern = rf"\.attentions\.(\d+)\.({'|'.join(OLD_NAMES)})\.(weight|bias)$"
+  return re.sub(pattern, lambda m: f".attentions.{m[1]}.{OLD_NAMES[m[2]]}.{m[3]}", name)
+
+
+def _entry(path, shape):
+  name = path
+  for pattern, replacement in RENAMES:
+    name = re.sub(pattern, replacement, name, count=1)
+  if len(shape) == 4:
+    height, width, d_in, d_out = shape
+    return Entry(
+      path, None, name, (d_out, d_in, height, width),
+      lambda x: x.transpose(3, 2, 0, 1),
+      lambda x: x.transpose(2, 3, 1, 0),
+    )  # fmt: skip
+  return make_entry(path, None, name, shape)
