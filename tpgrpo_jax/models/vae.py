@@ -70,8 +70,8 @@ class VAEConfig:
       ValueError: a field that AutoencoderKL lacks, or a kind of block that is not known here.
     """
     names = {f.name for f in dataclasses.fields(cls)}
-    others = {*_FIXED, *_BLOCK_TYPES, *_UNUSED}
-    unknown = sorted(k for k in config if not k.startswith("_") and k not in names | others)
+    known_names = names.union(_FIXED, _BLOCK_TYPES, _UNUSED)
+    unknown = sorted(k for k in config if not k.startswith("_") and k not in known_names)
     if unknown:
       raise ValueError(f"config.json: {', '.join(unknown)}: not fields of AutoencoderKL.")
     for field, value in _FIXED.items():
@@ -181,6 +181,12 @@ def _attend(q, k, v):
   return jax.lax.map(attend, blocks).swapaxes(0, 1).reshape(n, height, width, dim)
 
 
+def _chain(x, *modules):
+  for module in modules:
+    x = module(x)
+  return x
+
+
 class MidBlock(nnx.Module):
   """Residual block, attention, residual block, at the lowest resolution."""
 
@@ -191,14 +197,11 @@ class MidBlock(nnx.Module):
     self.attentions = nnx.List(attentions)
 
   def __call__(self, x):
-    x = self.resnets[0](x)
-    for attention in self.attentions:
-      x = attention(x)
-    return self.resnets[1](x)
+    return _chain(x, self.resnets[0], *self.attentions, self.resnets[1])
 
 
 class Downsample(nnx.Module):
-  """Halves the sides by a convolution; like the reference's it is padded below and right only."""
+  """Halves the sides by a convolution, padded below and right only as the reference's."""
 
   def __init__(self, dim, *, dtype, rngs):
     self.conv = Conv(dim, dim, stride=2, padding=((0, 1), (0, 1)), dtype=dtype, rngs=rngs)
@@ -228,9 +231,7 @@ class DownBlock(nnx.Module):
     self.downsamplers = nnx.List([] if last else [Downsample(d_out, **kw)])
 
   def __call__(self, x):
-    for layer in (*self.resnets, *self.downsamplers):
-      x = layer(x)
-    return x
+    return _chain(x, *self.resnets, *self.downsamplers)
 
 
 class UpBlock(nnx.Module):
@@ -242,9 +243,7 @@ class UpBlock(nnx.Module):
     self.upsamplers = nnx.List([] if last else [Upsample(d_out, **kw)])
 
   def __call__(self, x):
-    for layer in (*self.resnets, *self.upsamplers):
-      x = layer(x)
-    return x
+    return _chain(x, *self.resnets, *self.upsamplers)
 
 
 def _resnets(d_in, d_out, count, groups, kw):
@@ -268,10 +267,8 @@ class Encoder(nnx.Module):
     self.conv_out = Conv(widths[-1], 2 * config.latent_channels, **kw)
 
   def __call__(self, x):
-    x = self.conv_in(x)
-    for block in self.down_blocks:
-      x = block(x)
-    return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+    x = _chain(x, self.conv_in, *self.down_blocks, self.mid_block)
+    return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nnx.Module):
@@ -290,9 +287,7 @@ class Decoder(nnx.Module):
     self.conv_out = Conv(widths[-1], config.out_channels, **kw)
 
   def __call__(self, x):
-    x = self.mid_block(self.conv_in(x))
-    for block in self.up_blocks:
-      x = block(x)
+    x = _chain(x, self.conv_in, self.mid_block, *self.up_blocks)
     return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
@@ -360,35 +355,32 @@ def decode_chunked(
     images_per_chunk: on one device at a time, at most.
 
   Raises:
-    ValueError: images_per_chunk below 1.
+    ValueError: images_per_chunk below 1, or N not divided by the mesh.
   """
-  if images_per_chunk < 1:
-    raise ValueError(f"images_per_chunk={images_per_chunk}: must be at least 1.")
   mesh = jax.sharding.get_abstract_mesh()
   shards = math.prod(size for name, size in mesh.shape.items() if name != "tensor")
-  count = latents.shape[0] // shards  # a device's images
+  if images_per_chunk < 1:
+    raise ValueError(f"images_per_chunk={images_per_chunk}: must be at least 1.")
+  if len(latents) % shards:
+    raise ValueError(f"{len(latents)} latents: must be a multiple of the mesh's {shards} shards.")
+  count = len(latents) // shards  # a device's images
   chunks = -(-count // images_per_chunk)
   if chunks <= 1:
     return decode(graphdef, params, latents)
   size = -(-count // chunks)
   # A chunk takes `size` images from every device, so that none of them moves.
-  by_device = layers.lay_out(latents.reshape(shards, count, *latents.shape[1:]))
-  padded = jnp.pad(by_device, ((0, 0), (0, chunks * size - count), (0, 0), (0, 0), (0, 0)))
-  chunked = padded.reshape(shards, chunks, size, *latents.shape[1:]).swapaxes(0, 1)
-
-  def decode_chunk(x):
-    return layers.lay_out(decode(graphdef, params, x.reshape(-1, *x.shape[2:])))
-
-  images = jax.lax.map(decode_chunk, chunked)
+  x = layers.lay_out(latents.reshape(shards, count, *latents.shape[1:]))
+  x = jnp.pad(x, ((0, 0), (0, chunks * size - count), (0, 0), (0, 0), (0, 0)))
+  x = x.reshape(shards, chunks, size, *latents.shape[1:]).swapaxes(0, 1)
+  x = x.reshape(chunks, shards * size, *latents.shape[1:])
+  images = jax.lax.map(lambda x: layers.lay_out(decode(graphdef, params, x)), x)
   shape = images.shape[2:]
   images = images.reshape(chunks, shards, size, *shape).swapaxes(0, 1)
   images = layers.lay_out(images.reshape(shards, chunks * size, *shape))[:, :count]
   return layers.lay_out(images.reshape(-1, *shape))
 
 
-def encode(
-  graphdef: Any, params: Any, images: jax.Array, key: jax.Array | None = None
-) -> jax.Array:
+def encode(graphdef: Any, params: Any, images: jax.Array, key: Any = None) -> jax.Array:
   """Scaled latents [N, h, w, c] float32 of images [N, H, W, 3] in [0, 1].
 
   Args:
