@@ -38,6 +38,38 @@ def sd3_sigmas(num_steps: int, *, shift: float = 3.0, train_steps: int = 1000) -
   return np.append(shift_sigmas(np.linspace(1.0, last, num_steps), shift), 0.0)
 
 
+def flux_sigmas(
+  num_steps: int,
+  image_tokens: int,
+  *,
+  base_shift: float = 0.5,
+  max_shift: float = 1.15,
+  base_tokens: int = 256,
+  max_tokens: int = 4096,
+) -> np.ndarray:
+  """The grid of FLUX.1-dev: more of the steps at high noise, the larger the image.
+
+  exp(mu) / (exp(mu) + 1 / sigma - 1) of the even grid 1, 1 - 1/T, ..., 1/T, with mu on the line through
+  (base_tokens, base_shift) and (max_tokens, max_shift); as diffusers' FluxPipeline gives it to
+  FlowMatchEulerDiscreteScheduler with its exponential time shift. That is `shift_sigmas` by exp(mu).
+  FLUX.1-schnell has no dynamic shift, and a shift of 1: its grid is `linear_sigmas`.
+
+  Args:
+    num_steps: T.
+    image_tokens: of one image: latent height x width / 4.
+    base_shift: mu at base_tokens.
+    max_shift: mu at max_tokens.
+    base_tokens: those of 256 x 256 pixels.
+    max_tokens: those of 1024 x 1024 pixels.
+
+  Returns:
+    [T + 1] float64, from 1 to 0.
+  """
+  slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+  mu = base_shift + slope * (image_tokens - base_tokens)
+  return shift_sigmas(linear_sigmas(num_steps), np.exp(mu))
+
+
 SCHEDULES = {
   "linear": lambda num_steps, shift: linear_sigmas(num_steps),
   "sd3": lambda num_steps, shift: sd3_sigmas(num_steps, shift=shift),

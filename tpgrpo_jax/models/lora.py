@@ -1,6 +1,6 @@
 """Low-rank adapters on chosen Linear layers, and the split into trainable and frozen weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -11,13 +11,29 @@ from tpgrpo_jax.models import hf, layers
 
 
 def add_lora(
-  model: nnx.Module, key: jax.Array, *, rank: int, alpha: float, init: str, targets: Sequence[str]
+  model: nnx.Module,
+  key: jax.Array,
+  *,
+  rank: int,
+  alpha: float,
+  init: str,
+  targets: Sequence[str],
+  rename: Callable[[str], str] = hf.rename,
 ) -> None:
   """Puts an adapter beside every Linear whose diffusers name ends with one of `targets`, in place.
 
   A ~ N(0, 1 / rank^2) for init "gaussian" (as peft's init_lora_weights="gaussian"), or
   U(-1 / sqrt(in), 1 / sqrt(in)) for "kaiming" (peft's default); B = 0, so that the model's output is
   unchanged at first.
+
+  Args:
+    model: any that is made of layers.Linear.
+    key: draws A.
+    rank: of every adapter.
+    alpha: the adapter's output is scaled by alpha / rank.
+    init: "gaussian" or "kaiming".
+    targets: ends of diffusers' names.
+    rename: our dotted path -> diffusers' name; of the model's own table in models/hf.
 
   Raises:
     ValueError: a target that names no layer, or an unknown init.
@@ -26,7 +42,7 @@ def add_lora(
   for path, module in list(nnx.iter_modules(model)):
     if type(module) is not layers.Linear:
       continue
-    name = hf.rename(".".join(str(p) for p in path))
+    name = rename(".".join(str(p) for p in path))
     matched = [t for t in targets if name == t or name.endswith("." + t)]
     if not matched:
       continue

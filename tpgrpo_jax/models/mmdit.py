@@ -228,7 +228,8 @@ class MMDiT(nnx.Module):
     self.context_embedder = layers.Linear(config.joint_attention_dim, width, **kw)
     self.num_stacks = len(block_runs(config))
     for i, (dual, pre_only, count) in enumerate(block_runs(config)):
-      setattr(self, f"blocks_{i}", _stack(config, dual, pre_only, count, dtype, rngs))
+      block = functools.partial(JointBlock, config, dual=dual, context_pre_only=pre_only)
+      setattr(self, f"blocks_{i}", stack_blocks(block, count, **kw))
     self.norm_out = AdaNorm(width, 2, **kw)
     zeros = nnx.initializers.zeros_init()
     p = config.patch_size
@@ -242,7 +243,8 @@ class MMDiT(nnx.Module):
     conditioning = layers.fence(conditioning + self.text_embedder(pooled))
     context = layers.lay_out(self.context_embedder(text))
     for i in range(self.num_stacks):
-      x, context = _scan(getattr(self, f"blocks_{i}"), x, context, conditioning, self.remat)
+      stack = getattr(self, f"blocks_{i}")
+      x, context = scan_blocks(stack, (x, context), conditioning, remat=self.remat)
     scale, shift = self.norm_out(conditioning)
     x = self.proj_out(layers.modulate(x, shift, scale))
     x = x.reshape(b, height // p, width // p, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
@@ -256,22 +258,31 @@ def block_runs(config: MMDiTConfig) -> list[tuple[bool, bool, int]]:
   return [(*kind, len(list(group))) for kind, group in itertools.groupby(kinds)]
 
 
-def _stack(config, dual, pre_only, count, dtype, rngs):
+def stack_blocks(block, count: int, *, dtype, rngs: nnx.Rngs):
+  """`count` blocks of one kind as one module, whose weights have a leading axis."""
+
   @nnx.split_rngs(splits=count)
   @nnx.vmap(in_axes=0, out_axes=0)
   def create(rngs):
-    return JointBlock(config, dual=dual, context_pre_only=pre_only, dtype=dtype, rngs=rngs)
+    return block(dtype=dtype, rngs=rngs)
 
   return create(rngs)
 
 
-def _scan(stack, x, context, conditioning, remat):
+def scan_blocks(stack: nnx.Module, carry: tuple, *terms, remat: str) -> tuple:
+  """Applies the blocks of a stack in turn: carry = block(*carry, *terms).
+
+  Args:
+    stack: as of `stack_blocks`.
+    carry: what a block takes first, and returns changed.
+    terms: what every block sees.
+    remat: "none", or which intermediates the backward pass keeps (REMAT_POLICIES).
+  """
   graphdef, weights = nnx.split(stack)
 
   def body(carry, weights):
-    return nnx.merge(graphdef, weights)(*carry, conditioning), None
+    return nnx.merge(graphdef, weights)(*carry, *terms), None
 
   if remat != "none":
     body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-  (x, context), _ = jax.lax.scan(body, (x, context), weights)
-  return x, context
+  return jax.lax.scan(body, carry, weights)[0]

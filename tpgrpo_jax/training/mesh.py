@@ -15,10 +15,14 @@ BATCH = ("data", "fsdp")  # the axes that a batch of samples is divided over
 
 # pattern of a weight's path -> how its LAST dimensions lie on the mesh (leading axes are stacks).
 # Optimizer moments and EMA hold the same paths, so the same rules serve them.
+# A single block of FLUX projects attention and hidden units together (proj_out); each part is divided for
+# itself, so no division of the kernel's rows fits both: its columns are divided.
+_BLOCKS = r"\b(blocks_\d+|(single_)?transformer_blocks)\."
+_COLUMNS = r".*(linear_1|to_q|to_k|to_v|_proj|linear|proj_mlp|proj_out)"
 RULES = (
   (r"(to_out|to_add_out|linear_2)\.kernel$", P("tensor", "fsdp")),
-  (r"\bblocks_\d+\..*(linear_1|to_q|to_k|to_v|_proj|linear)\.kernel$", P("fsdp", "tensor")),
-  (r"\bblocks_\d+\..*(linear_1|to_q|to_k|to_v|_proj|linear)\.bias$", P("tensor")),
+  (rf"{_BLOCKS}{_COLUMNS}\.kernel$", P("fsdp", "tensor")),
+  (rf"{_BLOCKS}{_COLUMNS}\.bias$", P("tensor")),
   (r"(to_out|to_add_out|linear_2)\.lora_a$", P("tensor", None)),
   (r"(to_out|to_add_out|linear_2)\.lora_b$", P(None, "fsdp")),
   (r"\.lora_a$", P("fsdp", None)),
