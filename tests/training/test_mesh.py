@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import pathlib
+import re
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models
-from tpgrpo_jax.models import hf, lora
+from tpgrpo_jax import models, types
+from tpgrpo_jax.models import flux, hf, lora
+from tpgrpo_jax.models.hf import flux as flux_table
 from tpgrpo_jax.training import build, loop, state
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -80,12 +83,34 @@ DUAL = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
-def test_gradient_on_a_mesh_equals_that_of_a_single_device(shape, rank, single_mesh):
+FLUX = flux.FluxConfig(
+  in_channels=16,
+  out_channels=16,
+  num_layers=2,
+  num_single_layers=2,
+  attention_head_dim=8,
+  num_attention_heads=4,
+  joint_attention_dim=12,
+  pooled_projection_dim=10,
+  guidance_embeds=True,
+  axes_dims_rope=(2, 2, 4),
+)
+FLUX_TARGETS = (*config_lib.REFERENCE_LORA_TARGETS, "ff.net.2", "proj_mlp", "proj_out")
+
+
+@pytest.mark.parametrize(
+  "family, shape, rank",
+  [
+    *(("mmdit", shape, rank) for shape in [(2, 2, 2), (1, 4, 2)] for rank in (0, 4)),
+    ("flux", (2, 2, 2), 0),
+    ("flux", (2, 2, 2), 4),
+    ("flux", (1, 2, 4), 4),
+  ],
+)
+def test_gradient_on_a_mesh_equals_that_of_a_single_device(family, shape, rank, single_mesh):
   """Of several blocks: where activations have no layout of their own, XLA mixes up their rows."""
-  found = gradient(mesh_lib.make_mesh(config_lib.Mesh(*shape)), rank)
-  wanted = gradient(single_mesh, rank)
+  found = gradient(mesh_lib.make_mesh(config_lib.Mesh(*shape)), family, rank)
+  wanted = gradient(single_mesh, family, rank)
   scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
   # Sums in another order: a few ulps of the largest term.
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale)
@@ -93,15 +118,14 @@ def test_gradient_on_a_mesh_equals_that_of_a_single_device(shape, rank, single_m
 
 
 @functools.cache
-def gradient(mesh, rank):
+def gradient(mesh, family, rank):
   """Gradient of a weighted sum of velocities with respect to the trainable weights."""
-  create = models.build_transformer(DUAL)
+  create, options, shape, condition = FAMILIES[family]()
 
   def init(key):
     model = create(key)
     if rank:
-      targets = config_lib.REFERENCE_LORA_TARGETS
-      lora.add_lora(model, key, rank=rank, alpha=8.0, init="gaussian", targets=targets)
+      lora.add_lora(model, key, rank=rank, alpha=8.0, init="gaussian", **options)
     return lora.split_trainable(model, rank=rank)
 
   graphdef, *weights = init(jax.random.key(0))
@@ -109,8 +133,7 @@ def gradient(mesh, rank):
   jitter = lambda w: w + 0.1 * jax.random.normal(jax.random.key(w.size), w.shape)
   trainable, frozen = jax.tree.map(jitter, weights)
   velocity_fn = models.make_velocity_fn(graphdef)
-  x, target = jax.random.normal(jax.random.key(1), (2, 8, *models.MODELS["tiny"].latent_shape))
-  condition = models.MODELS["tiny"].encode(DUAL, ["ANT", "BEE"] * 4)
+  x, target = jax.random.normal(jax.random.key(1), (2, 8, *shape))
 
   @jax.jit
   @jax.grad
@@ -123,6 +146,23 @@ def gradient(mesh, rank):
     data = jax.device_put((x, target, condition), mesh_lib.batch_sharding(mesh))
     grads = loss_grad(place(trainable), place(frozen), data[0], data[1], data[2])
     return jax.device_get(grads)
+
+
+def mmdit_family():
+  """(key -> model, what adapters are put where, latent shape, condition of eight samples)."""
+  condition = models.MODELS["tiny"].encode(DUAL, ["ANT", "BEE"] * 4)
+  options = {"targets": config_lib.REFERENCE_LORA_TARGETS}
+  return models.build_transformer(DUAL), options, models.MODELS["tiny"].latent_shape, condition
+
+
+def flux_family():
+  create = lambda key: flux.Flux(FLUX, guidance=3.5, rngs=nnx.Rngs(params=key))
+  options = {"targets": FLUX_TARGETS, "rename": flux_table.rename}
+  text, pooled = (jax.random.normal(jax.random.key(2), s) for s in [(8, 5, 12), (8, 10)])
+  return create, options, (4, 6, 4), types.Condition(text, pooled)
+
+
+FAMILIES = {"mmdit": mmdit_family, "flux": flux_family}
 
 
 def tiny_state(rank):
@@ -153,6 +193,17 @@ def test_every_matrix_is_divided_over_the_mesh(rank):
       if "kernel" in name or "lora" in name:
         assert not sharding.is_fully_replicated, name
       assert len(sharding.shard_shape(leaf.shape)) == len(leaf.shape)
+
+
+def test_every_matrix_of_a_flux_block_is_divided_over_fsdp_and_tensor():
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(2, 2, 2))
+  create = lambda: lora.split_trainable(flux.Flux(FLUX, rngs=nnx.Rngs(0)), rank=0)[1]
+  tree = hf.flatten(nnx.eval_shape(create))
+  flat = hf.flatten(mesh_lib.param_shardings(mesh, tree))
+  for path in (path for path in tree if "blocks" in path and path.endswith("kernel")):
+    rows = re.search(r"(to_out|to_add_out|linear_2)\.kernel", path)
+    order = ("tensor", "fsdp") if rows else ("fsdp", "tensor")
+    assert flat[path].spec == P(None, *order), path
 
 
 def test_moments_and_ema_lie_as_their_weights_do():
