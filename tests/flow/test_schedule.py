@@ -10,6 +10,7 @@ import pytest
 from tpgrpo_jax.flow import schedule
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "sd3_sigmas.npz"
+FLUX_GOLDEN = GOLDEN.with_name("flux_sigmas.npz")
 
 
 def grids(arrays):
@@ -42,6 +43,50 @@ def test_sd3_sigmas_are_those_of_the_installed_diffusers():
 def test_sd3_sigmas_of_ten_steps_are_the_published_ones():
   published = [1, 0.96013, 0.91335, 0.85769, 0.79037, 0.70728, 0.60215, 0.46488, 0.27805, 0.00893, 0]
   np.testing.assert_allclose(schedule.sd3_sigmas(10, shift=3.0), published, atol=5e-6)
+
+
+def assert_equal_to_our_flux_grids(arrays):
+  for name, sigmas in arrays.items():
+    if name not in ("script", "diffusers_version"):
+      model, num_steps, tokens = name.split("_")
+      num_steps, tokens = int(num_steps), int(tokens)
+      dev, schnell = schedule.flux_sigmas(num_steps, tokens), schedule.linear_sigmas(num_steps)
+      ours = dev if model == "dev" else schnell
+      np.testing.assert_allclose(ours, sigmas, atol=1e-6, err_msg=name)  # as above
+
+
+def test_flux_sigmas_are_those_of_diffusers_pipeline():
+  assert_equal_to_our_flux_grids(np.load(FLUX_GOLDEN))
+
+
+def test_golden_flux_sigmas_were_made_by_the_script_beside_them():
+  script = FLUX_GOLDEN.with_name("make_flux_sigmas.py").read_text()
+  assert str(np.load(FLUX_GOLDEN)["script"]) == script
+
+
+@pytest.mark.parity
+def test_flux_sigmas_are_those_of_the_installed_diffusers():
+  pytest.importorskip("diffusers")
+  script = {"__name__": "golden"}
+  exec(str(np.load(FLUX_GOLDEN)["script"]), script)
+  assert_equal_to_our_flux_grids(script["make"]())
+
+
+def test_flux_shifts_by_its_ends_at_the_ends():
+  for tokens, mu in [(256, 0.5), (4096, 1.15)]:
+    wanted = schedule.shift_sigmas(schedule.linear_sigmas(7), np.exp(mu))
+    np.testing.assert_allclose(schedule.flux_sigmas(7, tokens), wanted, rtol=1e-14)
+  own = schedule.flux_sigmas(7, 10, base_shift=0.0, max_shift=2.0, base_tokens=10, max_tokens=30)
+  np.testing.assert_allclose(own, schedule.linear_sigmas(7), rtol=1e-14)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 8192))
+def test_flux_sigmas_fall_from_one_to_zero_and_rise_with_the_image(num_steps, tokens):
+  sigmas = schedule.flux_sigmas(num_steps, tokens)
+  assert (len(sigmas), sigmas[0], sigmas[-1]) == (num_steps + 1, 1.0, 0.0)
+  assert np.all(np.diff(sigmas) < 0)
+  assert np.all(schedule.flux_sigmas(num_steps, 2 * tokens)[1:-1] > sigmas[1:-1])
 
 
 def test_linear_sigmas_are_evenly_spaced():

@@ -133,8 +133,8 @@ def test_bfloat16_model_returns_float32_near_the_float32_one(golden):
   run = golden_model(golden, "dev_like", dtype=jnp.bfloat16)
   found = run(*(golden[f"dev_like/{name}"] for name in INPUTS))
   assert found.dtype == jnp.float32
-  # Eight bits of mantissa, through some forty roundings.
-  assert relative_error(found, golden["dev_like/velocity"]) < 0.1
+  # 2^-8 a rounding, through some forty independent ones: 2^-8 sqrt(40) = 0.025. Measured: 0.013.
+  assert relative_error(found, golden["dev_like/velocity"]) < 0.03
 
 
 def draw_inputs(config, height, width, tokens=7, batch=3):

@@ -150,43 +150,50 @@ rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 class Attention(nnx.Module):
-  """Attention over text and image tokens, the text first.
+  """Attention within one stream, [B, N, D] -> [B, N, D]; its block projects what comes out."""
 
-  `joint` is that of a double block: the text has projections of its own, before and after. That of a
-  single block sees one stream, and leaves the projection of its output to the block.
-  """
-
-  def __init__(self, config: FluxConfig, *, joint: bool, dtype, rngs):
-    width = config.width
-    linear = functools.partial(layers.Linear, width, width, dtype=dtype, rngs=rngs)
+  def __init__(self, config: FluxConfig, *, dtype, rngs):
+    linear = functools.partial(layers.Linear, config.width, config.width, dtype=dtype, rngs=rngs)
     norm = functools.partial(layers.RMSNorm, config.attention_head_dim, rngs=rngs)
-    self.heads, self.joint = config.num_attention_heads, joint
+    self.heads = config.num_attention_heads
     self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
     self.norm_q, self.norm_k = norm(), norm()
-    if joint:
-      self.to_out, self.to_add_out = linear(), linear()
-      self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
-      self.norm_added_q, self.norm_added_k = norm(), norm()
 
-  def __call__(self, x, rotation, context=None):
+  def __call__(self, x, rotation):
+    return self._attend(*self._project(x), rotation)
+
+  def _project(self, x):
     q, k, v = self._heads(self.to_q(x)), self._heads(self.to_k(x)), self._heads(self.to_v(x))
-    q, k = self.norm_q(q), self.norm_k(k)
-    if self.joint:
-      cq = self.norm_added_q(self._heads(self.add_q_proj(context)))
-      ck = self.norm_added_k(self._heads(self.add_k_proj(context)))
-      cv = self._heads(self.add_v_proj(context))
-      q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((cq, q), (ck, k), (cv, v)))
-    q, k = rotate(q, *rotation), rotate(k, *rotation)
-    y = layers.lay_out(layers.attention(q, k, v), tensor=2)
-    y = y.reshape(*y.shape[:2], -1)
-    if not self.joint:
-      return y
-    tokens = context.shape[1]
-    c, y = layers.fence((y[:, :tokens], y[:, tokens:]))
-    return layers.lay_out(self.to_out(y)), layers.lay_out(self.to_add_out(c))
+    return self.norm_q(q), self.norm_k(k), v
+
+  def _attend(self, q, k, v, rotation):
+    y = layers.attention(rotate(q, *rotation), rotate(k, *rotation), v)
+    y = layers.lay_out(y, tensor=2)
+    return y.reshape(*y.shape[:2], -1)
 
   def _heads(self, x):
     return layers.lay_out(x.reshape(*x.shape[:2], self.heads, -1), tensor=2)
+
+
+class JointAttention(Attention):
+  """Attention over text and image, the text first; each has projections of its own, before and after."""
+
+  def __init__(self, config: FluxConfig, *, dtype, rngs):
+    super().__init__(config, dtype=dtype, rngs=rngs)
+    linear = functools.partial(layers.Linear, config.width, config.width, dtype=dtype, rngs=rngs)
+    norm = functools.partial(layers.RMSNorm, config.attention_head_dim, rngs=rngs)
+    self.to_out, self.to_add_out = linear(), linear()
+    self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
+    self.norm_added_q, self.norm_added_k = norm(), norm()
+
+  def __call__(self, x, context, rotation):
+    cq, ck = self._heads(self.add_q_proj(context)), self._heads(self.add_k_proj(context))
+    cv = self._heads(self.add_v_proj(context))
+    added = self.norm_added_q(cq), self.norm_added_k(ck), cv
+    q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(added, self._project(x)))
+    y, tokens = self._attend(q, k, v, rotation), context.shape[1]
+    c, y = layers.fence((y[:, :tokens], y[:, tokens:]))
+    return layers.lay_out(self.to_out(y)), layers.lay_out(self.to_add_out(c))
 
 
 class DoubleBlock(nnx.Module):
@@ -197,15 +204,14 @@ class DoubleBlock(nnx.Module):
     kw = dict(dtype=dtype, rngs=rngs)
     mlp = functools.partial(layers.MLP, width, 4 * width, width, activation=layers.gelu_tanh, **kw)
     self.norm1, self.norm1_context = mmdit.AdaNorm(width, 6, **kw), mmdit.AdaNorm(width, 6, **kw)
-    self.attn = Attention(config, joint=True, **kw)
+    self.attn = JointAttention(config, **kw)
     self.ff, self.ff_context = mlp(), mlp()
 
   def __call__(self, x, context, conditioning, rotation):
     shift, scale, gate, *mlp = self.norm1(conditioning)
     c_shift, c_scale, c_gate, *c_mlp = self.norm1_context(conditioning)
-    y, c = self.attn(
-      layers.modulate(x, shift, scale), rotation, layers.modulate(context, c_shift, c_scale)
-    )
+    y, c = layers.modulate(x, shift, scale), layers.modulate(context, c_shift, c_scale)
+    y, c = self.attn(y, c, rotation)
     x = _feed_forward(self.ff, layers.gated_residual(x, gate, y), *mlp)
     context = _feed_forward(self.ff_context, layers.gated_residual(context, c_gate, c), *c_mlp)
     return x, context
@@ -222,7 +228,7 @@ class SingleBlock(nnx.Module):
     width = config.width
     kw = dict(dtype=dtype, rngs=rngs)
     self.norm = mmdit.AdaNorm(width, 3, **kw)
-    self.attn = Attention(config, joint=False, **kw)
+    self.attn = Attention(config, **kw)
     self.proj_mlp = layers.Linear(width, 4 * width, **kw)
     self.proj_out = layers.Linear(5 * width, width, **kw)
 
