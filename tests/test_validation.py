@@ -83,6 +83,10 @@ BAD = {
   "no_steps": ({"sampler.num_steps": 0}, ("sampler.num_steps=0:", "must be at least 1")),
   "no_epochs": ({"train.epochs": 0}, ("train.epochs=0:", "must be at least 1")),
   "negative_rank": ({"lora.rank": -1}, ("lora.rank=-1:", "must be at least 0")),
+  "adapter_file_without_a_rank": (
+    {"lora.path": "runs/mine/lora"},
+    ("lora.path='runs/mine/lora':", "adapters need lora.rank > 0", "Set lora.rank"),
+  ),
   "checkpoint_never": ({"checkpoint.every": 0}, ("checkpoint.every=0:", "must be at least 1")),
   "microbatch_that_does_not_divide": (
     {"train.microbatch": 48},

@@ -47,7 +47,8 @@ class Model:
 
   Attributes:
     variant: a name of tpgrpo_jax.models.MODELS; "tiny" ships with its weights.
-    path: a folder in diffusers' layout (config.json + safetensors); empty for the variant's own.
+    path: a transformer or a pipeline in diffusers' layout: a folder (config.json + safetensors) or a
+      hub id "owner/name"; empty for the variant's own.
     dtype: compute dtype; trainable weights are float32 always.
     remat: what the backward pass recomputes: none, full (every block), dots (all but matmuls).
   """
@@ -64,12 +65,15 @@ class Lora:
 
   Attributes:
     targets: module names as in diffusers; a module matches when its name ends with one of them.
+    path: adapters to start from, a .safetensors file or its folder; rank, alpha and targets must be
+      the file's own. Empty for fresh ones.
   """
 
   rank: int = 0
   alpha: float = 64.0
   init: str = "gaussian"
   targets: tuple[str, ...] = REFERENCE_LORA_TARGETS
+  path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

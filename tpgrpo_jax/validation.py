@@ -12,7 +12,7 @@ def validate(config: config_lib.Config) -> None:
 
   What depends on devices, weights or files is checked where they are opened.
   """
-  groups = (_model, _names, _sampler, _credit_scale, _sizes, _optimizer)
+  groups = (_model, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
   _raise([problem for group in groups for problem in group(config)])
 
 
@@ -42,6 +42,14 @@ def _model(config) -> Iterator[str]:
       ("model.remat", config.model.remat, config_lib.REMAT_POLICIES, False),
     )
   )
+
+
+def _adapter(config) -> Iterator[str]:
+  if config.lora.path and config.lora.rank == 0:
+    yield (
+      f"lora.path={config.lora.path!r}: adapters need lora.rank > 0, and lora.rank=0 trains every "
+      "weight instead. Set lora.rank, lora.alpha and lora.targets to the file's own."
+    )
 
 
 def _names(config) -> Iterator[str]:

@@ -48,7 +48,7 @@ def split(config, *, rank=0, targets=TARGETS, **options):
     model = flux.Flux(config, rngs=nnx.Rngs(0), **options)
     if rank:
       add = functools.partial(lora.add_lora, rank=rank, alpha=8.0, init="gaussian")
-      add(model, jax.random.key(0), targets=targets, rename=table.rename)
+      add(model, jax.random.key(0), targets=targets)
     return model
 
   return lora.split_trainable(nnx.eval_shape(create), rank=rank)

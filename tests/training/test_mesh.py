@@ -15,7 +15,6 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.models import flux, hf, lora
-from tpgrpo_jax.models.hf import flux as flux_table
 from tpgrpo_jax.training import build, loop, state
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -157,7 +156,7 @@ def mmdit_family():
 
 def flux_family():
   create = lambda key: flux.Flux(FLUX, guidance=3.5, rngs=nnx.Rngs(params=key))
-  options = {"targets": FLUX_TARGETS, "rename": flux_table.rename}
+  options = {"targets": FLUX_TARGETS}
   text, pooled = (jax.random.normal(jax.random.key(2), s) for s in [(8, 5, 12), (8, 10)])
   return create, options, (4, 6, 4), types.Condition(text, pooled)
 

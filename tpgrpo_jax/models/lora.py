@@ -1,6 +1,6 @@
 """Low-rank adapters on chosen Linear layers, and the split into trainable and frozen weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
@@ -11,14 +11,7 @@ from tpgrpo_jax.models import hf, layers
 
 
 def add_lora(
-  model: nnx.Module,
-  key: jax.Array,
-  *,
-  rank: int,
-  alpha: float,
-  init: str,
-  targets: Sequence[str],
-  rename: Callable[[str], str] = hf.rename,
+  model: nnx.Module, key: jax.Array, *, rank: int, alpha: float, init: str, targets: Sequence[str]
 ) -> None:
   """Puts an adapter beside every Linear whose diffusers name ends with one of `targets`, in place.
 
@@ -27,27 +20,32 @@ def add_lora(
   unchanged at first.
 
   Args:
-    model: any that is made of layers.Linear.
-    key: draws A.
+    model: with a `config` of a class in hf.ARCHITECTURES.
+    key: for A.
     rank: of every adapter.
-    alpha: the adapter's output is scaled by alpha / rank.
-    init: "gaussian" or "kaiming".
+    alpha: the output is scaled by alpha / rank.
+    init: of A.
     targets: ends of diffusers' names.
-    rename: our dotted path -> diffusers' name; of the model's own table in models/hf.
 
   Raises:
-    ValueError: a target that names no layer, or an unknown init.
+    ValueError: a target that names no layer or not all blocks of a stack, or an unknown init.
   """
-  hits = {target: 0 for target in targets}
-  for path, module in list(nnx.iter_modules(model)):
-    if type(module) is not layers.Linear:
+  linears = [(p, m) for p, m in nnx.iter_modules(model) if type(m) is layers.Linear]
+  kernel = lambda path: ".".join([*map(str, path), "kernel"])
+  kernels = {kernel(path): module.kernel.shape for path, module in linears}
+  names = hf.module_names(model.config, kernels)  # pyright: ignore[reportAttributeAccessIssue]
+  used: set[str] = set()
+  for path, module in linears:
+    blocks = [_matching(name, targets) for name in names[kernel(path)]]
+    if not any(blocks):
       continue
-    name = rename(".".join(str(p) for p in path))
-    matched = [t for t in targets if name == t or name.endswith("." + t)]
-    if not matched:
-      continue
-    for target in matched:
-      hits[target] += 1
+    used.update(*blocks)
+    if not all(blocks):
+      left = [name for name, matched in zip(names[kernel(path)], blocks) if not matched]
+      raise ValueError(
+        f"lora.targets: {', '.join(sorted(set().union(*blocks)))}: name some blocks only. Blocks of "
+        f"one kind are trained together: add {', '.join(left[:3])}, or give the end of the name."
+      )
     key, subkey = jax.random.split(key)
     *stack, d_in, d_out = module.kernel.shape
     lora_a = _init_a(subkey, (*stack, d_in, rank), init)
@@ -56,12 +54,16 @@ def add_lora(
     for part in path[:-1]:
       parent = getattr(parent, str(part))
     setattr(parent, str(path[-1]), adapted)
-  unused = [target for target, count in hits.items() if not count]
+  unused = [target for target in targets if target not in used]
   if unused:
     raise ValueError(
       f"lora.targets: {', '.join(unused)}: no layer's name ends so. Names are diffusers' own, "
       "such as 'attn.to_q', 'attn.to_out.0' or 'ff.net.0.proj'."
     )
+
+
+def _matching(name, targets):
+  return {t for t in targets if name == t or name.endswith("." + t)}
 
 
 def _init_a(key, shape, init):

@@ -79,11 +79,17 @@ def build_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Model:
   """Loads the weights and lays them out on the mesh.
 
   Raises:
-    ValueError: no such variant or folder, weights that do not fit, LoRA targets that match nothing.
+    ValueError: no such variant or folder, weights or adapters that do not fit, LoRA targets that
+      match nothing.
   """
   variant = registry.lookup(models.MODELS, config.model.variant, field="model.variant")
-  folder = config.model.path or variant.folder
+  folder = hf.resolve(config.model.path or variant.folder, subfolder="transformer")
   sizes = hf.load_config(folder)
+  if type(sizes) is not type(variant.config):
+    raise ValueError(
+      f"model.path={config.model.path!r}: holds a {hf.class_name(sizes)}, but model.variant="
+      f"{config.model.variant!r} is a {hf.class_name(variant.config)}. Change one of them."
+    )
   dtype = jnp.dtype(config.model.dtype)
   create = models.build_transformer(sizes, dtype=dtype, remat=config.model.remat)
 
@@ -102,23 +108,51 @@ def build_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Model:
     return lora.split_trainable(model, rank=config.lora.rank)
 
   key = jax.random.key(config.seed)
-  graphdef, _, _ = _structure(create_adapted, key)
+  graphdef, adapters, _ = _structure(create_adapted, key)
   base_graphdef, base, buffers = _structure(lambda k: lora.split_trainable(create(k), rank=0), key)
-  loaded = hf.load_transformer(folder, lora.merge_trees(base, buffers))
+  abstract = lora.merge_trees(base, buffers)
+  load = functools.partial(
+    hf.load_params, folder, abstract, shardings=mesh_lib.param_shardings(mesh, abstract)
+  )
   if config.lora.rank:
-    trainable = jax.jit(lambda k: create_adapted(k)[1])(key)
-    frozen = jax.tree.map(lambda x: x.astype(dtype), loaded)
+    layout = mesh_lib.param_shardings(mesh, adapters)
+    if config.lora.path:
+      adapter = hf.load_lora(config.lora.path, sizes, abstract)
+      _check_adapter(config.lora, adapter, adapters)
+      trainable = jax.device_put(adapter.trainable, layout)
+    else:
+      trainable = jax.jit(lambda k: create_adapted(k)[1], out_shardings=layout)(key)
+    frozen = load(dtype=dtype)
   else:
-    trainable = jax.tree.map(lambda x: x.astype(np.float32), _like(base, loaded))
-    frozen = _like(buffers, loaded)
+    loaded = load(dtype=np.float32)
+    trainable, frozen = _like(base, loaded), _like(buffers, loaded)
   return Model(
     variant=variant,
     config=sizes,
     velocity_fn=models.make_velocity_fn(graphdef),
     base_velocity_fn=models.make_velocity_fn(base_graphdef),
-    frozen=jax.device_put(frozen, mesh_lib.param_shardings(mesh, frozen)),
-    trainable=jax.device_put(trainable, mesh_lib.param_shardings(mesh, trainable)),
+    frozen=frozen,
+    trainable=trainable,
   )
+
+
+def _check_adapter(lora_config, adapter, wanted):
+  """Raises ValueError unless the file's adapters are those that the config describes."""
+  found, asked = hf.flatten(adapter.trainable), hf.flatten(wanted)
+  rows = [
+    ("lora.rank", lora_config.rank, adapter.rank),
+    ("lora.alpha", lora_config.alpha, adapter.alpha),
+  ]
+  if found.keys() != asked.keys():
+    rows.append(("lora.targets", lora_config.targets, adapter.targets))
+  differences = [
+    f"  {name}={ours!r}: the file has {its!r}" for name, ours, its in rows if ours != its
+  ]
+  if differences:
+    raise ValueError(
+      f"lora.path={lora_config.path!r}: its adapters are not those of the config. Set the config to "
+      "the file's values:\n" + "\n".join(differences)
+    )
 
 
 def _structure(create, key):

@@ -1,5 +1,6 @@
 """Opens a run's newest checkpoint, or a base model, to sample from; writes nothing."""
 
+import dataclasses
 import functools
 import logging
 import os
@@ -54,12 +55,18 @@ def choose_config(run_dir: str | None, recipe: Any) -> config_lib.Config:
   return config_lib.from_config_dict(config_lib.Config, recipe)
 
 
-def open_model(config: config_lib.Config, run_dir: str | os.PathLike[str] | None = None) -> Opened:
-  """Opens the base model of a config, or the newest checkpoint's EMA weights of a run.
+def open_model(
+  config: config_lib.Config,
+  run_dir: str | os.PathLike[str] | None = None,
+  *,
+  weights: str = "ema",
+) -> Opened:
+  """Opens the base model of a config, or the weights of a run's newest checkpoint.
 
   Args:
     config: of the run or of the recipe.
     run_dir: of a run, which may still be training; empty for the base model.
+    weights: of a run: "ema", their moving average, or "last", as the last update left them.
 
   Raises:
     ValueError: a run without a finished checkpoint, or weights that cannot be opened.
@@ -68,6 +75,7 @@ def open_model(config: config_lib.Config, run_dir: str | os.PathLike[str] | None
     mesh = mesh_lib.make_mesh(config.mesh)
     model = build.build_model(config, mesh)
     name = f"base model of {config.model.path or config.model.variant}"
+    name += f" with {config.lora.path}" if config.lora.path else ""
     return Opened(config, mesh, model, _params(model, model.trainable), name)
   try:
     checkpoints = checkpoint.RunCheckpoints(run_dir, read_only=True)
@@ -77,10 +85,13 @@ def open_model(config: config_lib.Config, run_dir: str | os.PathLike[str] | None
     if checkpoints.latest() is None:
       raise ValueError(_without_checkpoint(config, run_dir))
     mesh = _mesh_here(config)
-    model = build.build_model(config, mesh)
+    # The checkpoint holds the adapters: the file that the run began from need not be there.
+    fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, path=""))
+    model = build.build_model(fresh, mesh)
     state, extra = checkpoints.restore(_abstract_state(config, mesh, model))
-  name = f"{os.fspath(run_dir)} after epoch {extra['step']}, EMA weights"
-  return Opened(config, mesh, model, _params(model, state.ema), name)
+  trainable, kind = (state.ema, "EMA") if weights == "ema" else (state.trainable, "last")
+  name = f"{os.fspath(run_dir)} after epoch {extra['step']}, {kind} weights"
+  return Opened(config, mesh, model, _params(model, trainable), name)
 
 
 def _params(model, trainable):

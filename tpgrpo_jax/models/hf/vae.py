@@ -1,6 +1,6 @@
 """The names of diffusers' AutoencoderKL."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import re
 
 from tpgrpo_jax.models import vae
@@ -27,6 +27,11 @@ def current_name(name: str) -> str:
   """The present name of a tensor in a checkpoint of any age."""
   pattern = rf"\.attentions\.(\d+)\.({'|'.join(OLD_NAMES)})\.(weight|bias)$"
   return re.sub(pattern, lambda m: f".attentions.{m[1]}.{OLD_NAMES[m[2]]}.{m[3]}", name)
+
+
+def aliases(found: Iterable[str]) -> dict[str, str]:
+  """{the table's name: the file's name} of the tensors in a file."""
+  return {current_name(name): name for name in found}
 
 
 def _entry(path, shape):

@@ -1,0 +1,54 @@
+"""Writes what a run learned for diffusers: python -m tpgrpo_jax.export --run RUN_DIR --output FOLDER
+
+Adapters become pytorch_lora_weights.safetensors, for pipe.load_lora_weights(FOLDER). With --merge, and
+for a run that trained every weight, the whole transformer is written, for from_pretrained(FOLDER).
+"""
+
+import pathlib
+
+from absl import app, flags
+
+from tpgrpo_jax import command
+
+_RUN = flags.DEFINE_string("run", None, "Run folder: its newest checkpoint.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for the files.", required=True)
+_MERGE = flags.DEFINE_boolean("merge", False, "Add the adapters to the weights and write them all.")
+_WEIGHTS = flags.DEFINE_enum(
+  "weights", "ema", ["ema", "last"], "The moving average, or as the last update left them."
+)
+
+
+def main(argv: list[str]) -> None:
+  """Parses, opens and writes."""
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments {argv[1:]}. Did you mean --run {argv[1]}?")
+  if pathlib.Path(_OUTPUT.value).is_file():
+    raise ValueError(f"--output={_OUTPUT.value!r}: is a file, must be a folder.")
+  from tpgrpo_jax.models import hf, lora
+  from tpgrpo_jax.training import restore
+
+  config = restore.choose_config(_RUN.value, None)
+  opened = restore.open_model(config, _RUN.value, weights=_WEIGHTS.value)
+  sizes, params, adapters = opened.model.config, opened.params, config.lora
+  if adapters.rank and not _MERGE.value:
+    path = hf.save_lora(
+      _OUTPUT.value,
+      params["trainable"],
+      sizes,
+      rank=adapters.rank,
+      alpha=adapters.alpha,
+      targets=adapters.targets,
+    )
+    print(f"adapters of {opened.name} in {path}\npipe.load_lora_weights({_OUTPUT.value!r})")
+    return
+  if adapters.rank:
+    weights = hf.merge_lora(params, rank=adapters.rank, alpha=adapters.alpha)
+  else:
+    weights = lora.merge_trees(params["frozen"], params["trainable"])
+  hf.save_transformer(_OUTPUT.value, sizes, weights)
+  name = hf.class_name(sizes)
+  print(f"{opened.name} in {_OUTPUT.value}\n{name}.from_pretrained({_OUTPUT.value!r})")
+
+
+if __name__ == "__main__":
+  command.run(main)

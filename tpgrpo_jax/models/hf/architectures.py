@@ -1,0 +1,109 @@
+"""Which foreign models can be read: one line each."""
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+from typing import Any
+
+from tpgrpo_jax.models import clip, flux, mmdit, t5, vae
+from tpgrpo_jax.models.hf import clip as hf_clip
+from tpgrpo_jax.models.hf import files, sd3
+from tpgrpo_jax.models.hf import flux as hf_flux
+from tpgrpo_jax.models.hf import t5 as hf_t5
+from tpgrpo_jax.models.hf import vae as hf_vae
+from tpgrpo_jax.models.hf.table import Architecture, Entry
+
+_CLIP_TEXT = Architecture(
+  clip.CLIPTextConfig, clip.CLIPTextConfig.from_transformers, hf_clip.names, hf_clip.aliases
+)
+# What config.json calls the model ("_class_name" in diffusers, "architectures" in transformers).
+ARCHITECTURES = {
+  "SD3Transformer2DModel": Architecture(
+    mmdit.MMDiTConfig, mmdit.MMDiTConfig.from_diffusers, sd3.names
+  ),
+  "FluxTransformer2DModel": Architecture(
+    flux.FluxConfig, flux.FluxConfig.from_diffusers, hf_flux.names
+  ),
+  "AutoencoderKL": Architecture(
+    vae.VAEConfig, vae.VAEConfig.from_diffusers, hf_vae.names, hf_vae.aliases
+  ),
+  "CLIPTextModel": _CLIP_TEXT,
+  "CLIPTextModelWithProjection": _CLIP_TEXT,
+  "CLIPVisionModelWithProjection": Architecture(
+    clip.CLIPVisionConfig, clip.CLIPVisionConfig.from_transformers, hf_clip.names, hf_clip.aliases
+  ),
+  "CLIPModel": Architecture(
+    clip.CLIPConfig, clip.CLIPConfig.from_transformers, hf_clip.names, hf_clip.aliases
+  ),
+  "T5EncoderModel": Architecture(
+    t5.T5Config, t5.T5Config.from_transformers, hf_t5.names, hf_t5.aliases
+  ),
+}
+_DEFAULT = "SD3Transformer2DModel"  # of a config.json that names no class
+
+
+def load_config(
+  folder: str | os.PathLike[str], *, subfolder: str = "", field: str = "model.path"
+) -> Any:
+  """Reads config.json into the config class of its architecture.
+
+  Args:
+    folder: of one model, of a pipeline, or a hub id "owner/name".
+    subfolder: the part of a pipeline; not used where there is no such subfolder.
+    field: the config field that holds `folder`, for messages.
+
+  Raises:
+    ValueError: no such folder or file, broken JSON, or a model that is not in ARCHITECTURES.
+  """
+  return read_architecture(files.resolve(folder, subfolder=subfolder, field=field), field)[1]
+
+
+def read_architecture(folder: pathlib.Path, field: str) -> tuple[Architecture, Any]:
+  """(line of the table, sizes) of the config.json in a local folder; raises as `load_config`."""
+  path = folder / files.CONFIG_FILE
+  if not path.is_file():
+    raise ValueError(
+      f"{field}={str(folder)!r}: no {files.CONFIG_FILE} in it. Point it at a model's folder in "
+      "diffusers' layout, or leave it empty for the weights that ship with the variant."
+    )
+  raw = files.read_json(path)
+  found = [raw["_class_name"]] if "_class_name" in raw else raw.get("architectures") or [_DEFAULT]
+  known = [name for name in found if name in ARCHITECTURES]
+  if not known:
+    raise ValueError(
+      f"{path}: is a {' or '.join(found)}; this loader reads {', '.join(ARCHITECTURES)}."
+    )
+  architecture = ARCHITECTURES[known[0]]
+  return architecture, architecture.read_config(raw)
+
+
+def class_name(config: Any) -> str:
+  """The foreign class whose sizes `config` holds; of several, the first in the table."""
+  for name, architecture in ARCHITECTURES.items():
+    if type(config) is architecture.config:
+      return name
+  raise TypeError(f"{type(config).__name__}: no architecture in the table has such a config.")
+
+
+def names(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
+  """The table of a model: our tensors {dotted path: shape} -> foreign tensors.
+
+  Args:
+    config: sizes, of a class in ARCHITECTURES.
+    shapes: of all our tensors or of some, by dotted path.
+  """
+  return ARCHITECTURES[class_name(config)].names(config, shapes)
+
+
+def module_names(config: Any, kernels: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+  """{path of a kernel: foreign names of its modules}, one name for each block of a stack."""
+  modules: dict[str, list[str]] = {}
+  for entry in names(config, kernels):
+    modules.setdefault(entry.path, []).append(entry.name.removesuffix(".weight"))
+  return modules
+
+
+def config_text(config: Any) -> str:
+  """The content of config.json."""
+  return json.dumps({"_class_name": class_name(config), **config.__dict__}, indent=2) + "\n"
