@@ -122,7 +122,7 @@ def measure_rollout(config: config_lib.Config, mesh, repeats: int, threads: int)
     repeats=repeats,
   )
   difference = np.abs(np.asarray(packed_call()) - np.stack(loops["loop"]())).max()
-  evaluations = build.evaluations_per_sample(config, method, 0)
+  evaluations = build.evaluations_per_sample(config, plan)
   sizes = dict(
     num_steps=num_steps,
     window=window,

@@ -208,6 +208,21 @@ def test_evaluate_names_an_unknown_reward(work):
   assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+  "arguments, part",
+  [
+    (("--config", "recipe.py", "--config.trian.epochs=2"), "Did you mean 'train'?"),
+    (("--config", "recipe.py", "more.py"), "unexpected arguments more.py"),
+    ((), "--config: no recipe"),
+    (("--config", "nowhere.py"), "--config: no recipe"),
+  ],
+)
+def test_train_says_in_one_line_what_it_cannot_use(work, arguments, part):
+  done = run_command(work, "train", *arguments)
+  assert done.returncode == 1
+  assert part in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
+
+
 def test_an_error_that_is_not_the_users_keeps_its_traceback(work):
   (work / "broken.py").write_text("def make():\n  return lambda *_: int('one')\n")
   done = run_command(work, "evaluate", "--config", "recipe.py", "--rewards", "broken:make")

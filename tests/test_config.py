@@ -20,6 +20,27 @@ ROOT = pathlib.Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
 
+@pytest.mark.parametrize(
+  "key, parts",
+  [
+    ("sampler.windw", ("sampler.windw: unknown config key", "Did you mean 'window'?")),
+    ("trian.epochs", ("trian: unknown config key", "Did you mean 'train'?")),
+    ("seed.value", ("seed.value: unknown config key",)),
+    ("rewards.orc", ("rewards.orc: labels of rewards are set together", "--config.rewards=")),
+  ],
+)
+def test_unknown_key_of_the_command_line_is_named_with_the_nearest(key, parts):
+  with pytest.raises(ValueError) as caught:
+    config_lib.check_key(config_lib.Config, key)
+  for part in parts:
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "sampler.window", "rewards", "train.epochs"])
+def test_known_key_of_the_command_line_passes(key):
+  config_lib.check_key(config_lib.Config, key)
+
+
 def from_recipe(changes):
   """Config of a recipe that sets these dotted fields."""
   tree = config_lib.to_config_dict(config_lib.Config())
@@ -163,7 +184,7 @@ def test_typo_on_the_command_line_is_refused_with_the_nearest_field():
   done = train_command("--config=configs/tiny_text_tpgrpo.py", "--config.train.epoch=2")
   assert done.returncode != 0
   assert "epoch" in done.stderr
-  assert 'Did you mean "epochs"' in done.stderr
+  assert "Did you mean 'epochs'?" in done.stderr
 
 
 def test_unknown_key_in_a_recipe_ends_the_command_with_the_nearest_one(tmp_path):

@@ -76,6 +76,21 @@ BAD = {
     {"sampler.guidance_scale": float("nan")},
     ("sampler.guidance_scale=nan:", "must be finite and >= 0", "1 is no guidance"),
   ),
+  "negative_seed": ({"seed": -1}, ("seed=-1:", "must be 0 ... 2**32 - 1", "Use 0")),
+  "seed_beyond_32_bits": ({"seed": 2**40}, ("must be 0 ... 2**32 - 1", "Use 0")),
+  "no_run_folder": ({"run.dir": ""}, ("run.dir='':", "must name a folder", "runs/mine")),
+  "weight_decay_of_nan": (
+    {"optimizer.weight_decay": float("nan")},
+    ("optimizer.weight_decay=nan:", "must be finite and >= 0", "0 is none"),
+  ),
+  "adapters_on_nothing": (
+    {"lora.rank": 2, "lora.targets": ()},
+    ("lora.targets=():", "must name layers", "attn.to_q"),
+  ),
+  "one_step_of_cps": (
+    {"sampler.num_steps": 1, "sampler.window": (0, 1)},
+    ("sampler.window=(0, 1):", "has no log-prob", "Raise sampler.num_steps"),
+  ),
   "updates_that_do_not_divide_the_epoch": (
     {"train.updates_per_epoch": 3},
     ("train.updates_per_epoch=3:", "must divide", "= 128 samples", "Set it to 1"),
@@ -229,3 +244,6 @@ def test_bad_pretraining_config_is_refused():
   message = message_of(validation.validate_pretrain, config)
   assert_line(message, ("train.text_dropout=1.0:", "must be in [0, 1)"))
   assert_line(message, ("train.updates=0:", "must be at least 1"))
+  config = config_lib.PretrainConfig(model=config_lib.Model(path="somewhere"))
+  message = message_of(validation.validate_pretrain, config)
+  assert_line(message, ("model.path='somewhere':", "must be empty", "`output`"))

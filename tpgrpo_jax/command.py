@@ -2,21 +2,37 @@
 
 from collections.abc import Callable
 import pathlib
+import re
 import sys
 import traceback
 from typing import Any
 
 from absl import app, flags, logging
 
+from tpgrpo_jax import config as config_lib
+
 PACKAGE = pathlib.Path(__file__).parent
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
+def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -> None:
   """absl's app.run without the libraries' INFO lines, unless --verbosity asks for them.
 
   An error that this package raised for its user ends the command with its message alone; any other
   error, and with --verbosity=1 all of them, keeps its traceback.
+
+  Args:
+    main: of argv.
+    recipe: the dataclass that --config describes; the keys of --config.x.y=z are checked with it.
   """
+
+  def parse(argv: list[str]) -> list[str]:
+    keys = (re.match(r"--?config\.([^=]+)", arg) for arg in argv)
+    try:
+      for key in filter(None, keys):
+        config_lib.check_key(recipe, key[1])
+    except ValueError as error:
+      _stop(error)
+    return flags.FLAGS(argv)
 
   def quiet(argv: list[str]) -> None:
     if flags.FLAGS["verbosity"].present:
@@ -24,13 +40,23 @@ def run(main: Callable[[list[str]], Any]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       main(argv)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
       if not _raised_here(error):
         raise
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(1)
+      _stop(error)
 
-  app.run(quiet)
+  app.run(quiet, flags_parser=parse)
+
+
+def refuse_arguments(argv: list[str]) -> None:
+  """Raises ValueError for arguments that are not flags, where a command takes none."""
+  if len(argv) > 1:
+    raise ValueError(f"unexpected arguments {' '.join(argv[1:])}. Recipes go behind --config.")
+
+
+def _stop(error):
+  print(f"error: {error}", file=sys.stderr)
+  sys.exit(1)
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -319,7 +319,32 @@ def from_config_dict(cls: type[C], tree: Any) -> C:
   """
   if isinstance(tree, ml_collections.ConfigDict):
     tree = tree.to_dict()
+  if not isinstance(tree, dict):
+    raise ValueError(
+      "--config: no recipe. Give a Python file whose get_config() returns one, such as "
+      "--config configs/tiny_text_tpgrpo.py."
+    )
   return _build(cls, tree, prefix="")
+
+
+def check_key(cls: type, key: str) -> None:
+  """Checks that a dotted key of the command line names a field of the dataclass `cls`.
+
+  Raises:
+    ValueError: no such field (with the nearest one), or a label below `rewards`: these are set all
+      together.
+  """
+  hints, prefix = typing.get_type_hints(cls), ""
+  for part in key.split("."):
+    if prefix == "rewards.":
+      raise ValueError(
+        f"{key}: labels of rewards are set together on the command line, such as "
+        """--config.rewards="{'ocr': 1.0, 'jpeg_compressibility': 0.1}"."""
+      )
+    if part not in hints:
+      raise ValueError(f"{prefix}{part}: unknown config key.{registry.nearest(part, hints)}")
+    prefix += f"{part}."
+    hints = typing.get_type_hints(hints[part]) if dataclasses.is_dataclass(hints[part]) else {}
 
 
 def _build(cls, tree, prefix):
@@ -341,7 +366,8 @@ def _convert(hint, value, field):
   origin = typing.get_origin(hint)
   if origin is tuple:
     if not isinstance(value, (tuple, list)):
-      raise ValueError(f"{field}={value!r}: must be a tuple, such as {field}=(0, 9).")
+      example = f"({value!r},)" if isinstance(value, str) else "(0, 9)"
+      raise ValueError(f"{field}={value!r}: must be a tuple, such as {field}={example}.")
     args = [a for a in typing.get_args(hint) if a is not Ellipsis]
     kinds = args * len(value) if Ellipsis in typing.get_args(hint) else args
     if len(kinds) != len(value):

@@ -10,7 +10,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_c
 
 def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
-  del argv
+  command.refuse_arguments(argv)
   config = config_lib.from_config_dict(config_lib.PretrainConfig, _CONFIG.value)
   validation.validate_pretrain(config)
   from tpgrpo_jax.training import pretraining  # after validation: a bad config fails at once
@@ -19,4 +19,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  command.run(main)
+  command.run(main, recipe=config_lib.PretrainConfig)

@@ -10,7 +10,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_c
 
 def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
-  del argv
+  command.refuse_arguments(argv)
   config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
   validation.validate(config)
   from tpgrpo_jax.training import loop  # after validation: a bad config fails at once

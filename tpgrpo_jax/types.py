@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 Params = Any  # a pytree of arrays
-Key = jax.Array  # a typed PRNG key
 
 
 @dataclass_transform(frozen_default=True)

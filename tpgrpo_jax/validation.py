@@ -12,13 +12,13 @@ def validate(config: config_lib.Config) -> None:
 
   What depends on devices, weights or files is checked where they are opened.
   """
-  groups = (_model, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
+  groups = (_run, _model, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
   _raise([problem for group in groups for problem in group(config)])
 
 
 def validate_pretrain(config: config_lib.PretrainConfig) -> None:
   """As `validate`, for pretraining."""
-  _raise([problem for group in (_model, _pretrain, _optimizer) for problem in group(config)])
+  _raise([problem for group in (_run, _model, _pretrain, _optimizer) for problem in group(config)])
 
 
 def _raise(problems):
@@ -50,6 +50,15 @@ def _adapter(config) -> Iterator[str]:
       f"lora.path={config.lora.path!r}: adapters need lora.rank > 0, and lora.rank=0 trains every "
       "weight instead. Set lora.rank, lora.alpha and lora.targets to the file's own."
     )
+  if config.lora.rank and not config.lora.targets:
+    yield "lora.targets=(): adapters must name layers. Use ('attn.to_q', 'attn.to_v'), or leave it out."
+
+
+def _run(config) -> Iterator[str]:
+  if not 0 <= config.seed < 2**32:
+    yield f"seed={config.seed}: must be 0 ... 2**32 - 1. Use 0."
+  if not config.run.dir:
+    yield "run.dir='': must name a folder. Use run.dir='runs/mine'."
 
 
 def _names(config) -> Iterator[str]:
@@ -93,7 +102,9 @@ def _sampler(config) -> Iterator[str]:
   elif s.dynamics == "cps" and end == s.num_steps:
     yield (
       f"sampler.window={s.window}: the last step of cps has no noise, so it has no log-prob: the "
-      f"end must be <= num_steps - 1 = {s.num_steps - 1}. Shorten the window."
+      f"end must be <= num_steps - 1 = {s.num_steps - 1}. "
+      f"{'Shorten the window' if end - start > 1 else 'Raise sampler.num_steps'}, or use "
+      "sampler.dynamics='sde'."
     )
   if s.window_range:
     if len(s.window_range) != 2:
@@ -202,8 +213,8 @@ def _optimizer(config) -> Iterator[str]:
   for field, value in (("b1", o.b1), ("b2", o.b2)):
     if not 0 <= value < 1:
       yield f"optimizer.{field}={value}: must be in [0, 1)."
-  if o.weight_decay < 0:
-    yield f"optimizer.weight_decay={o.weight_decay}: must be >= 0."
+  if not 0 <= o.weight_decay < math.inf:
+    yield f"optimizer.weight_decay={o.weight_decay}: must be finite and >= 0; 0 is none."
   if not 0 <= config.ema.decay < 1:
     yield f"ema.decay={config.ema.decay}: must be in [0, 1); 0 keeps no average."
 
@@ -221,6 +232,11 @@ def _pretrain(config) -> Iterator[str]:
       ("eval.batch", config.eval.batch, 1),
     )
   )
+  if config.model.path:
+    yield (
+      f"model.path={config.model.path!r}: must be empty, pretraining starts from random weights. "
+      "Leave it out; `output` is where the result goes."
+    )
   if not 0 <= t.text_dropout < 1:
     yield f"train.text_dropout={t.text_dropout}: must be in [0, 1)."
   yield from _check_names(

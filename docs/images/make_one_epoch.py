@@ -111,7 +111,7 @@ def draw_lanes(axes, plan) -> None:
   axes.set(xlim=(0, length), ylim=(lanes, 0), xlabel="step of the packed scan", ylabel="lane")
   axes.set_xticks(np.arange(length) + 0.5, range(1, length + 1))
   axes.set_yticks(np.arange(lanes) + 0.5, range(1, lanes + 1))
-  axes.set_title("2  packed: one scan, no idle slot", fontsize=10, loc="left")
+  axes.set_title("2  packed: one scan, here without an idle slot", fontsize=10, loc="left")
 
 
 def draw_rewards(axes, reward, turns, chosen: int) -> None:

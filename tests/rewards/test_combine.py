@@ -52,8 +52,18 @@ def test_table_has_the_names_that_the_config_knows():
   assert set(rewards.REWARDS) == set(config.REWARD_NAMES)
 
 
-def test_host_and_device_rewards_share_no_name():
-  assert not set(rewards.HOST_REWARDS) & set(rewards.DEVICE_REWARDS)
+def test_reward_that_paints_on_the_images_is_refused():
+  def make():
+    def reward(images, prompts, metadata):
+      images[:] = 0
+      return np.zeros(len(images), np.float32), {}
+
+    return reward
+
+  images = np.full((2, 4, 4, 3), 7, np.uint8)
+  with pytest.raises(ValueError, match="read-only"):
+    combine.make_weighted_sum({"mine": 1.0}, {"mine": make})(images, ["a", "b"], [{}, {}])
+  assert images.min() == 7 and images.flags.writeable
 
 
 def test_default_config_makes_its_rewards():

@@ -39,6 +39,22 @@ def make():
   return reward
 
 
+def nan_credit(completion_reward):
+  """A credit method with a mistake: one sample's reward is not a number."""
+  steps = completion_reward[1:].at[0, 1].set(jnp.nan)
+  return StepCredit(steps, jnp.zeros(steps.shape, bool))
+
+
+def states_credit(completion_reward):
+  """Another: a reward for every state instead of every step."""
+  return StepCredit(completion_reward, jnp.zeros(completion_reward.shape, bool))
+
+
+def bare_credit(completion_reward):
+  """Another: an array alone."""
+  return completion_reward[1:]
+
+
 def last_step_credit(completion_reward):
   """A user's own credit method: all of the last increment to the last step."""
   increments = completion_reward[1:] - completion_reward[:-1]

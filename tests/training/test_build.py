@@ -125,13 +125,15 @@ PAPER = {
     ({"completion.steps": 1}, 10),
     ({"completion.steps": 2}, 19),
     ({"sampler.guidance_scale": 4.5}, 110),
-    ({"sampler.window": (5, 9)}, 10 + 4 + 3 + 2 + 1),
+    ({"sampler.window": (5, 9)}, 10 + 4 * 3),  # 4 | 3 + 1 | 2 and two idle slots
+    ({"completion.lanes_per_chunk": 2}, 10 + 9 * 6),  # five lanes, and an idle one
+    ({"sampler.window": (0, 3), "sampler.window_range": (0, 9)}, 10 + 9 * 3),
   ],
 )
 def test_evaluations_per_sample_are_those_of_the_methods_price_list(config_in, full, fields, count):
   config = config_in("unused", PAPER | fields)
-  start = config.sampler.window[0]
-  assert build.evaluations_per_sample(config, method_of(config, full), start) == count
+  plan = build.build_plan(config, method_of(config, full), config.sampler.window[0])
+  assert build.evaluations_per_sample(config, plan) == count
 
 
 def test_plans_of_all_drawn_windows_have_one_shape(config_in, full):

@@ -322,14 +322,26 @@ def test_config_is_written_for_people_to_read(tmp_path):
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.json"]
 
 
+def save_trained(folder, config):
+  """What a run with one checkpoint leaves, as far as its config is concerned."""
+  checkpoint.save_run_config(folder, config)
+  (folder / "checkpoints" / "1").mkdir(parents=True)
+
+
 def test_same_config_and_new_folder_pass(tmp_path):
   checkpoint.check_run_config(tmp_path, CONFIG)
-  checkpoint.save_run_config(tmp_path, CONFIG)
+  save_trained(tmp_path, CONFIG)
   checkpoint.check_run_config(tmp_path, CONFIG)
+
+
+def test_folder_without_a_checkpoint_binds_nobody(tmp_path):
+  checkpoint.save_run_config(tmp_path, CONFIG)
+  (tmp_path / "checkpoints").mkdir()
+  checkpoint.check_run_config(tmp_path, dataclasses.replace(CONFIG, seed=7))
 
 
 def test_other_config_is_refused_field_by_field(tmp_path):
-  checkpoint.save_run_config(tmp_path, CONFIG)
+  save_trained(tmp_path, CONFIG)
   asked = replaced("optimizer", learning_rate=0.001)
   asked = dataclasses.replace(asked, seed=1, rewards={"jpeg": 2.0})
   with pytest.raises(ValueError) as error:
@@ -355,11 +367,12 @@ def test_other_config_is_refused_field_by_field(tmp_path):
     ],
 )
 def test_fields_that_change_no_result_may_differ(tmp_path, field, changes):
-  checkpoint.save_run_config(tmp_path, CONFIG)
+  save_trained(tmp_path, CONFIG)
   checkpoint.check_run_config(tmp_path, replaced(field, **changes))
 
 
 def test_damaged_config_is_named(tmp_path):
+  save_trained(tmp_path, CONFIG)
   (tmp_path / "config.json").write_text('{"seed": ')
   with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
     checkpoint.check_run_config(tmp_path, CONFIG)

@@ -161,6 +161,50 @@ def test_bad_reward_stops_the_run_with_the_prompt_named_and_the_run_resumes(
   assert_same_run(config, uninterrupted)
 
 
+@pytest.mark.parametrize("name", ["states_credit", "bare_credit"])
+def test_credit_of_another_form_is_refused_before_anything_is_sampled(name, make_config, one_device):
+  config = make_config({"credit.method": f"scripted_rewards:{name}"})
+  with pytest.raises(ValueError) as caught:
+    loop.open_session(config)
+  message = str(caught.value)
+  assert f"credit.method='scripted_rewards:{name}': must return StepCredit(reward [2, 16]" in message
+
+
+def test_credit_that_is_not_finite_stops_the_run(make_config, one_device, prompt_folder):
+  with pytest.raises(ValueError) as caught:
+    loop.train(make_config({"credit.method": "scripted_rewards:nan_credit"}))
+  words = (prompt_folder / "train.txt").read_text().split()
+  message = str(caught.value)
+  assert "gave nan to step 0" in message and any(f"sample of {word!r}" in message for word in words)
+
+
+def test_update_that_is_not_finite_stops_the_run_before_its_checkpoint(make_config, one_device):
+  config = make_config({"optimizer.learning_rate": 1e30, "checkpoint.every": 1})
+  with pytest.raises(ValueError, match="must be finite"):
+    loop.train(config)
+  with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
+    assert kept.steps() == []
+
+
+def test_other_prompts_in_the_same_folder_are_refused_on_resume(make_config, one_device, tmp_path):
+  folder = tmp_path / "prompts"
+  folder.mkdir()
+  for split in ("train", "test"):
+    (folder / f"{split}.txt").write_text("ANT\nBEE\nCAT\nDOG\n")
+  fields = {"prompts.path": str(folder), "train.epochs": 1}
+  loop.train(make_config(fields))
+  (folder / "train.txt").write_text("ELK\nFOX\nGNU\nHEN\n")
+  with pytest.raises(ValueError, match="its files have changed since the run"):
+    loop.train(make_config(fields | {"train.epochs": 2}))
+
+
+def test_prompt_that_the_model_cannot_read_is_refused_at_the_start(make_config, tmp_path):
+  (tmp_path / "train.txt").write_text("ANT\nELEPHANT\n")
+  (tmp_path / "test.txt").write_text("BEE\n")
+  with pytest.raises(ValueError, match="prompt 'ELEPHANT': 8 bytes"):
+    loop.open_session(make_config({"prompts.path": str(tmp_path)}))
+
+
 def test_run_folder_of_another_config_is_refused_with_both_values(
   uninterrupted, make_config, one_device
 ):

@@ -132,7 +132,8 @@ def _parse_jsonl(content: bytes, where: str) -> list[Prompt]:
   for number, line in _lines(content, where):
     try:
       row = json.loads(line)
-    except json.JSONDecodeError as error:
+      json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
       raise ValueError(
           f"{where}:{number}: is not JSON ({error}). Write one object a line, such as "
           '{"prompt": "a red bird"}.'
@@ -228,10 +229,16 @@ def _write_tfds(examples: Mapping[str, Sequence[Prompt]], staging: str) -> pathl
 
 
 class _Prompts(Sequence):
-  """One split of a prepared dataset, held open."""
+  """One split of a prepared dataset, held open.
+
+  Attributes:
+    identity: names what is in the dataset; other files give another one.
+  """
 
   def __init__(self, folder: pathlib.Path, split: str):
     import tensorflow_datasets as tfds
+
+    self.identity = folder.name
 
     builder = tfds.builder_from_directory(folder)
     self._rows = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]

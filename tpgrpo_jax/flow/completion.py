@@ -1,8 +1,9 @@
-"""ODE completions of every intermediate state, packed into one scan without idle slots.
+"""ODE completions of every intermediate state, packed into one scan.
 
 The completion of the state after k steps needs T - start - k evaluations, of which the trajectory has
 already made the first. What remains has lengths L, L-1, ..., 1 for the states of a window: paired as
-L | L-1 + 1 | L-2 + 2 | ... they fill lanes of length L. All completions are then ONE scan of L steps
+L | L-1 + 1 | L-2 + 2 | ... they fill lanes of length L, all of them where L is odd (where it is even,
+the last lane is half idle). All completions are then ONE scan of L steps
 over a batch of lanes x B, each lane loading its next state when a segment ends. The packing is plain
 NumPy data, computed before tracing, so a drawn window does not recompile.
 """
@@ -29,6 +30,13 @@ def num_evaluations(*, num_steps: int, start: int, window: int, steps: int = 0) 
     steps: of a truncated completion; 0 is exact.
   """
   return num_steps + sum(n - 1 for n in _lengths(num_steps, start, window, steps))
+
+
+def num_lane_evaluations(plan: Plan, *, lanes_per_chunk: int = 0) -> int:
+  """Model evaluations a sample that `complete` makes: all slots of all lanes, idle ones too."""
+  length, lanes = plan.load.shape
+  size = lanes_per_chunk or max(lanes, 1)
+  return length * -(-lanes // size) * size
 
 
 def plan(

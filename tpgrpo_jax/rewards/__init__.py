@@ -6,17 +6,12 @@ from typing import Any
 from tpgrpo_jax.rewards import combine, jpeg, ocr
 from tpgrpo_jax.rewards.combine import CombinedRewardFn, RewardError, RewardMaker
 
-# NumPy in, NumPy out, and may block; a user's own "package.module:make" is one of these.
-HOST_REWARDS: dict[str, RewardMaker] = {
+# A user's own "package.module:make" is one of these: NumPy in, NumPy out, and may block.
+REWARDS: dict[str, RewardMaker] = {
     "ocr": ocr.make,
     "jpeg_compressibility": jpeg.make_compressibility,
     "jpeg_incompressibility": jpeg.make_incompressibility,
 }
-
-# Pure JAX functions of the images, which can be jitted together with the decoder.
-DEVICE_REWARDS: dict[str, RewardMaker] = {}
-
-REWARDS = HOST_REWARDS | DEVICE_REWARDS
 
 
 def make_rewards(rewards: Mapping[str, Any]) -> CombinedRewardFn:
@@ -32,8 +27,6 @@ def make_rewards(rewards: Mapping[str, Any]) -> CombinedRewardFn:
 
 
 __all__ = [
-    "DEVICE_REWARDS",
-    "HOST_REWARDS",
     "REWARDS",
     "CombinedRewardFn",
     "RewardError",

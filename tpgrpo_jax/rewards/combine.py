@@ -73,6 +73,8 @@ def make_weighted_sum(
           f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: must be "
           "equally many. Pass one prompt and one metadata per image."
       )
+    images = images.view()
+    images.flags.writeable = False  # a reward that paints on them would spoil the others' scores
     with futures.ThreadPoolExecutor(len(functions), thread_name_prefix="reward") as pool:
       pending = {
           label: pool.submit(_score, label, fn, images, prompts, metadata)
@@ -143,6 +145,8 @@ def _score(label, function, images, prompts, metadata):
     raise
   if not isinstance(result, tuple) or len(result) != 2:
     raise _error(label, prompts, f"{type(result).__name__}", "a pair (scores, info)")
+  if not isinstance(result[1], dict):
+    raise _error(label, prompts, f"info {result[1]!r}", "a pair (scores, info) with a dict as info")
   given = np.asarray(result[0])
   if given.dtype.kind not in "biuf":
     raise _error(label, prompts, f"scores of dtype {given.dtype}", "numbers that float32 can hold")

@@ -1,5 +1,6 @@
 """From a config to functions and arrays: the only place that binds them."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import logging
@@ -183,6 +184,7 @@ def build_method(config: config_lib.Config, model: Model) -> Method:
   method = registry.lookup(table, config.credit.method, field="credit.method")
   if not isinstance(method, types.CreditMethod):
     method = types.CreditMethod(method, completions="all")  # the user's own function
+  _check_credit(config, method)
   return Method(
     velocity_fn=guide(model.velocity_fn, sampler),
     reference_velocity_fn=guide(model.base_velocity_fn, sampler),
@@ -194,6 +196,24 @@ def build_method(config: config_lib.Config, model: Model) -> Method:
     normalize=advantages.ADVANTAGES[config.advantage.normalization],
     optimizer=state_lib.make_optimizer(config.optimizer),
   )
+
+
+def _check_credit(config, method):
+  """Raises ValueError unless a credit method, perhaps the user's own, returns what credit is."""
+  window = config.sampler.window[1] - config.sampler.window[0]
+  batch = config.train.prompts_per_epoch * config.train.group_size
+  field = f"credit.method={config.credit.method!r}"
+  rule = f"must return StepCredit(reward [{window}, {batch}], is_turning_point [{window}, {batch}])"
+  rewards = jax.ShapeDtypeStruct((window + 1, batch), jnp.float32)
+  if method.completions not in ("all", "none") or not callable(method.function):
+    raise ValueError(f"{field}: must be a function, or CreditMethod(function, 'all' or 'none').")
+  found = jax.eval_shape(method.function, rewards)
+  shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(found)]
+  if not isinstance(found, types.StepCredit) or shapes != [(window, batch)] * 2:
+    raise ValueError(
+      f"{field}: {rule} for completion rewards [{window + 1}, {batch}], returns {found}. See "
+      "docs/bring_your_own.md."
+    )
 
 
 def _bind_dynamics(sampler, sigmas):
@@ -219,6 +239,13 @@ def build_condition(config: config_lib.Config, model: Model, prompts: list[str])
   return types.GuidedCondition(positive, model.variant.encode(model.config, [""] * len(prompts)))
 
 
+def check_prompts(model: Model, prompts: Sequence[types.Prompt]) -> None:
+  """Raises ValueError for a prompt that the model cannot read, such as one that is too long."""
+  texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+  for first in range(0, len(texts), 512):
+    model.variant.encode(model.config, texts[first : first + 512])
+
+
 def build_plan(config: config_lib.Config, method: Method, start: int) -> completion.Plan | None:
   """The packing of one epoch's completions; None when the credit method needs none.
 
@@ -241,10 +268,10 @@ def build_plan(config: config_lib.Config, method: Method, start: int) -> complet
   return plan(start=start, at_least=(max(rows), max(lanes)))
 
 
-def evaluations_per_sample(config: config_lib.Config, method: Method, start: int) -> int:
-  """Model evaluations that one sample of the rollout takes; guidance counts twice."""
-  states = 0 if method.credit.completions == "none" else method.window
-  count = completion.num_evaluations(
-    num_steps=config.sampler.num_steps, start=start, window=states, steps=config.completion.steps
-  )
+def evaluations_per_sample(config: config_lib.Config, plan: completion.Plan | None) -> int:
+  """Model evaluations that one sample of the rollout takes, idle lanes too; guidance counts twice."""
+  count = config.sampler.num_steps
+  if plan is not None:
+    lanes_per_chunk = config.completion.lanes_per_chunk
+    count += completion.num_lane_evaluations(plan, lanes_per_chunk=lanes_per_chunk)
   return count * (1 if config.sampler.guidance_scale == 1.0 else 2)

@@ -314,7 +314,7 @@ def save_run_config(run_dir: os.PathLike | str, config: Any) -> None:
 def check_run_config(
   run_dir: os.PathLike | str, config: Any, ignore: tuple[str, ...] = RESUMABLE_FIELDS
 ) -> None:
-  """Checks that the folder is new, or was made by the same config.
+  """Checks that the folder holds no checkpoint yet, or was made by the same config.
 
   Args:
     run_dir: the run's folder.
@@ -325,8 +325,9 @@ def check_run_config(
     ValueError: other fields differ (each is listed with both values), or config.json is damaged.
   """
   path = _absolute(run_dir) / "config.json"
-  if not path.exists():
-    return
+  checkpoints = path.parent / "checkpoints"
+  if not path.exists() or not (checkpoints.exists() and any(checkpoints.iterdir())):
+    return  # nothing was trained: a first start that failed binds nobody
   try:
     old = _flatten(json.loads(path.read_text()))
   except ValueError as error:

@@ -66,15 +66,17 @@ def open_session(config: config_lib.Config) -> Session:
   load = functools.partial(prompts_lib.load_prompts, config.prompts.name, config.prompts.path)
   held_out = load("test")
   held_out = [held_out[i] for i in range(min(config.eval.prompts, len(held_out)))]
+  train_prompts = load("train")
   model = build.build_model(config, mesh)
   method = build.build_method(config, model)
+  build.check_prompts(model, [*held_out, *train_prompts])
   return Session(
     config=config,
     mesh=mesh,
     model=model,
     method=method,
     reference=_reference(config, model),
-    train_prompts=load("train"),
+    train_prompts=train_prompts,
     rollout_fn=rollout.make_rollout_fn(config, model, method),
     credit_fn=step.make_credit_fn(config, method),
     train_step=step.make_train_step(config, method),
@@ -133,9 +135,16 @@ def train(config: config_lib.Config) -> dict[str, float]:
       init_state(session),
       {"epoch": 0, "evaluations": 0, "samples": 0, "seconds": 0.0},
     )
+    data = session.train_prompts.identity
     if checkpoints.latest() is not None:
       state, totals = checkpoints.restore(_abstract(state))
+      if totals.get("prompts", data) != data:
+        raise ValueError(
+          f"prompts.path={config.prompts.path!r}: its files have changed since the run in {run_dir} "
+          "began. To resume it, bring them back; to train on the new ones, use another run.dir."
+        )
       tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")
+    totals["prompts"] = data
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
     resumed = totals["epoch"] > 0
     checkpoint.truncate_metrics(run_dir / "metrics.jsonl", totals["epoch"] + 1 if resumed else 0)
@@ -199,14 +208,16 @@ def train_epoch(session: Session, state: state_lib.TrainState, epoch: int, total
       config, session.model, session.mesh, sample, session.reward_fn, prompts, on_chunk=bar.update
     )
   credit, advantage, weight = jax.device_get(session.credit_fn(rolled.completion_reward))
+  _check_credit_is_finite(config, credit, prompts)
   update_began = time.perf_counter()
   rows = []
   for batch in step.split_updates(config, rolled, advantage, weight):
     state, row = session.train_step(state, session.model.frozen, session.reference, batch)
     rows.append(row)
   rows = jax.device_get(rows)
+  _check_update_is_finite(config, epoch, rows)
   ended = time.perf_counter()
-  evaluations = build.evaluations_per_sample(config, method, start)
+  evaluations = build.evaluations_per_sample(config, plan)
   totals["evaluations"] += evaluations * len(prompts)
   totals["samples"] += len(prompts)
   times = rolled.seconds | {"update": ended - update_began, "epoch": ended - began}
@@ -217,6 +228,27 @@ def train_epoch(session: Session, state: state_lib.TrainState, epoch: int, total
   if config.log.images_every and epoch % config.log.images_every == 0:
     _save_rollout(run_dir, epoch + 1, rolled, credit)
   return state, result
+
+
+def _check_credit_is_finite(config, credit, prompts):
+  bad = np.argwhere(~np.isfinite(credit.reward))
+  if len(bad):
+    step_index, sample = bad[0]
+    raise ValueError(
+      f"credit.method={config.credit.method!r}: gave {credit.reward[step_index, sample]} to step "
+      f"{step_index} of a sample of {prompts[sample].text!r}: must be finite. Mend it, then start "
+      "the same command again: the run goes on from its last checkpoint."
+    )
+
+
+def _check_update_is_finite(config, epoch, rows):
+  for row in rows:
+    if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
+      raise ValueError(
+        f"epoch {epoch + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}: must be finite. "
+        "Nothing of this epoch is kept; the last checkpoint is good. Start anew in another run.dir "
+        f"with optimizer.learning_rate below {config.optimizer.learning_rate}."
+      )
 
 
 def totals_row(totals: dict[str, Any]) -> dict[str, Any]:

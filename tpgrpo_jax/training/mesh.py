@@ -69,14 +69,9 @@ def check_divides(field: str, size: int, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def batch_sharding(mesh: jax.sharding.Mesh, *, axis: int = 0) -> NamedSharding:
-  """Divides dimension `axis` of an array over the batch axes of the mesh."""
-  return NamedSharding(mesh, P(*(None,) * axis, BATCH))
-
-
-def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """The same array on every device."""
-  return NamedSharding(mesh, P())
+def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Divides the leading dimension of an array over the batch axes of the mesh."""
+  return NamedSharding(mesh, P(BATCH))
 
 
 def param_shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:

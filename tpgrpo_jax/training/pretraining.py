@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from PIL import Image
 import tqdm
 
@@ -69,8 +68,8 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
   )(jax.random.key(config.seed))
   graphdef, params, buffers = lora.split_trainable(model, rank=0)
   with jax.set_mesh(mesh):
-    weights = (params, optimizer.init(params), jax.tree.map(jnp.copy, params))
-    weights = jax.device_put(weights, mesh_lib.param_shardings(mesh, weights))
+    state = state_lib.init_state(params, optimizer)
+    state = jax.device_put(state, mesh_lib.param_shardings(mesh, state))
     update = functools.partial(_update, models.make_velocity_fn(graphdef), optimizer, config)
     update = jax.jit(update, donate_argnums=0)
     rng = np.random.default_rng(config.seed)
@@ -81,13 +80,13 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
         pixels, condition = batch(config, variant, rng)
         data = jax.device_put((pixels, condition), sharding)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
-        weights, loss = update(weights, buffers, key, *data)
+        state, loss = update(state, buffers, key, *data)
         if step % config.train.log_every == 0:
           metrics.write(json.dumps({"update": step, "loss": float(loss)}) + "\n")
           metrics.flush()
         if step % config.eval.every == 0 or step == config.train.updates:
-          _save(output, variant.config, lora.merge_trees(weights[2], buffers))
-          result = evaluate({"frozen": buffers, "trainable": weights[2]})
+          _save(output, variant.config, lora.merge_trees(state.ema, buffers))
+          result = evaluate({"frozen": buffers, "trainable": state.ema})
           metrics.write(json.dumps({"update": step, "kind": "eval", **result.row}) + "\n")
           sheet = evaluation.grid(result.images[:32], [p.text for p in result.prompts[:32]])
           Image.fromarray(sheet).save(run_dir / f"eval_{step:05d}.png")
@@ -118,19 +117,15 @@ def batch(
   return pixels, variant.encode(variant.config, texts)
 
 
-def _update(velocity_fn, optimizer, config, weights, buffers, key, pixels, condition):
-  params, opt_state, ema = weights
+def _update(velocity_fn, optimizer, config, state, buffers, key, pixels, condition):
   data = models.pixels_to_latents(pixels)
 
   def loss_fn(params):
     split = {"trainable": params, "frozen": buffers}
     return flow_matching_loss(velocity_fn, split, key, data, condition)
 
-  loss, grads = jax.value_and_grad(loss_fn)(params)
-  updates, opt_state = optimizer.update(grads, opt_state, params)
-  params = optax.apply_updates(params, updates)
-  ema = optax.incremental_update(params, ema, 1 - config.ema.decay)
-  return (params, opt_state, ema), loss
+  loss, grads = jax.value_and_grad(loss_fn)(state.trainable)
+  return state_lib.apply_gradients(state, grads, optimizer, config.ema), loss
 
 
 def _save(output, config, params):
