@@ -136,6 +136,23 @@ RewardFn = Callable[
 """(images uint8 [N, H, W, 3], prompts, metadata) -> (scores float32 [N], info)."""
 
 
+DeviceRewardFn = Callable[[jax.Array, Sequence[str], Sequence[Mapping[str, Any]]], jax.Array]
+"""(images uint8 [N, H, W, 3] on the devices, prompts, metadata) -> scores float32 [N], dispatched and
+not waited for."""
+
+
+class Placement(NamedTuple):
+  """How arrays of the host come onto a mesh.
+
+  Attributes:
+    params: tree of shapes -> the same tree of shardings, for weights.
+    batch: tree of NumPy arrays with leading axis B -> the same on the devices, divided along B.
+  """
+
+  params: Callable[[Any], Any]
+  batch: Callable[[Any], Any]
+
+
 class Prompt(NamedTuple):
   """One prompt and what its dataset says of it (passed on to the rewards untouched)."""
 
