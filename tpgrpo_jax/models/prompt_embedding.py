@@ -24,15 +24,13 @@ from tpgrpo_jax import registry, types
 from tpgrpo_jax.models.hf import clip as hf_clip
 from tpgrpo_jax.models.hf import encoder as hf_encoder
 from tpgrpo_jax.models.hf import t5 as hf_t5
+from tpgrpo_jax.models.hf import tokenizer as hf_tokenizer
 
 MAX_LENGTH = 512  # diffusers refuses more
 INDEX_FILE = "model_index.json"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BATCH_SIZE = 8
 """Prompts at once; T5-XXL's attention takes 64 MiB of float32 for each at 512 tokens."""
-
-_CLIP_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-_T5_FILES = (("tokenizer.json",), ("spiece.model",))
 
 Shardings = Callable[[Any], Any]
 """Tree of shapes -> tree of NamedShardings on one mesh."""
@@ -263,12 +261,10 @@ def load_text_encoders(source: TextSource, *, shardings: Shardings | None = None
   family, folder, dtype = FAMILIES[source.family], pathlib.Path(source.folder), DTYPES[source.dtype]
   kw = dict(dtype=dtype, shardings=shardings)
   has_t5 = source.has_t5()
-  import transformers
-
   clips = []
   for tokenizer_name, name in family.clips:
     encoder = hf_clip.load_text(folder / name, projected=family.projected, **kw)
-    tokenizer = _load_tokenizer(transformers.CLIPTokenizer, folder / tokenizer_name, *_CLIP_FILES)
+    tokenizer = hf_tokenizer.load_tokenizer("clip", folder / tokenizer_name)
     # Both pipelines cut every CLIP's prompts to the length of the first tokenizer.
     length = clips[0].length if clips else tokenizer.model_max_length
     length = min(length, encoder.config.max_position_embeddings)
@@ -277,7 +273,7 @@ def load_text_encoders(source: TextSource, *, shardings: Shardings | None = None
     transformer = hf_encoder.load_json(folder / "transformer")
     return TextEncoders(source, clips, None, transformer["joint_attention_dim"])
   tokenizer_name, name = family.t5
-  tokenizer = _load_tokenizer(transformers.T5Tokenizer, folder / tokenizer_name, *_T5_FILES)
+  tokenizer = hf_tokenizer.load_tokenizer("t5", folder / tokenizer_name)
   encoder = hf_t5.load_t5(folder / name, **kw)
   t5 = _Opened(name, tokenizer, source.length, encoder, _run_t5)
   return TextEncoders(source, clips, t5, encoder.config.d_model)
@@ -289,19 +285,6 @@ def on_cpu(tree: Any) -> Any:
   mesh = jax.make_mesh((1,), ("data",), axis_types=kinds, devices=jax.devices("cpu")[:1])
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   return jax.tree.map(lambda _: place, tree)
-
-
-def _load_tokenizer(kind, folder, *choices):
-  """A tokenizer of a folder that holds every file of one of the choices."""
-  if not any(all((folder / name).is_file() for name in names) for names in choices):
-    wanted = " or ".join(" and ".join(names) for names in choices)
-    raise ValueError(
-      f"{str(folder)!r}: no {wanted} in it. Point it at a complete folder of the hub."
-    )
-  try:
-    return kind.from_pretrained(folder, local_files_only=True)
-  except Exception as error:  # the tokenizers package raises bare Exceptions
-    raise ValueError(f"{folder}: not a readable tokenizer ({error}). Fetch it again.") from error
 
 
 def _tokenize(opened, prompts):

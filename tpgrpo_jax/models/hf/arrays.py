@@ -22,6 +22,7 @@ def read_params(
   *,
   shardings: Any = None,
   aliases: Callable[[Iterable[str]], dict[str, str]] = same_names,
+  rule: str = "its config.json",
 ) -> Any:
   """Reads the tensors of a table; how, and how much memory it takes, is said in `load.load_params`.
 
@@ -32,11 +33,12 @@ def read_params(
     abstract: the wanted params, a nested dict of things with shape and dtype.
     shardings: the same tree of shardings; by default those of `abstract`, or else the first device.
     aliases: names in the file -> {the table's name: the file's name}.
+    rule: what the tensors must fit, for messages.
 
   Raises:
     ValueError: tensors that are missing, left over or misshapen; all are listed.
   """
-  sources = _match(folder, entries, tensors, aliases)
+  sources = _match(folder, entries, tensors, aliases, rule)
   wanted = flatten(abstract)
   if shardings is None:
     layouts = {path: _own_sharding(leaf) for path, leaf in wanted.items()}
@@ -123,6 +125,7 @@ def _match(
   entries: list[Entry],
   tensors: Mapping[str, files.Tensor],
   aliases: Callable[[Iterable[str]], dict[str, str]],
+  rule: str,
 ) -> dict[str, str]:
   """{name in the table: name in the file}; all that does not fit is one error."""
   sources = aliases(tensors)
@@ -137,5 +140,5 @@ def _match(
   if problems:
     where = sorted({tensor.file.name for tensor in tensors.values()})
     shown = ", ".join(where) if len(where) < 4 else f"{where[0]} and {len(where) - 1} more"
-    raise ValueError(f"{folder} ({shown}) does not fit its config.json:\n" + "\n".join(problems))
+    raise ValueError(f"{folder} ({shown}) does not fit {rule}:\n" + "\n".join(problems))
   return sources

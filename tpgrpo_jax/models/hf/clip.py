@@ -1,6 +1,7 @@
 """The names of transformers' CLIPModel, CLIPTextModel and CLIPVisionModel, with projections or without."""
 
 from collections.abc import Iterable, Mapping
+import dataclasses
 import os
 import re
 from typing import Any
@@ -108,10 +109,23 @@ def load_text(
 def load_vision(
   folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, shardings: Any = None
 ) -> encoder.Encoder:
-  """Loads a clip.CLIPVision from the folder of a CLIPVisionModelWithProjection; as `load_text`."""
-  config = clip.CLIPVisionConfig.from_transformers(encoder.load_json(folder))
+  """Loads a clip.CLIPVision from the folder of a CLIPVisionModelWithProjection; as `load_text`.
+
+  Of the folder of a CLIPModel, the image tower alone is read.
+  """
+  raw, table = encoder.load_json(folder), TABLE
+  if raw.get("model_type") == "clip":
+    both = clip.CLIPConfig.from_transformers(raw)
+    config = dataclasses.replace(both.vision, projection_dim=both.projection_dim)
+    table = encoder.Table(names, _vision_aliases)
+  else:
+    config = clip.CLIPVisionConfig.from_transformers(raw)
   create = lambda rngs: clip.CLIPVision(config, dtype=dtype, rngs=rngs)
-  return encoder.load_encoder(folder, TABLE, config, create, dtype=dtype, shardings=shardings)
+  return encoder.load_encoder(folder, table, config, create, dtype=dtype, shardings=shardings)
+
+
+def _vision_aliases(found):
+  return {k: v for k, v in aliases(found).items() if k.startswith(("vision_model.", "visual_"))}
 
 
 def load_clip(

@@ -64,6 +64,7 @@ def load_encoder(
   config: Any,
   create: Callable[[nnx.Rngs], nnx.Module],
   *,
+  file: str = "",
   dtype: Any = jnp.float32,
   shardings: Callable[[Any], Any] | None = None,
 ) -> Encoder:
@@ -74,6 +75,7 @@ def load_encoder(
     table: of this kind of encoder.
     config: its sizes.
     create: makes the model; only its shapes are asked for.
+    file: a safetensors file or index in the folder; by default the usual names are tried.
     dtype: of kernels and of token tables; the rest, which is small, is float32.
     shardings: tree of shapes -> tree of shardings; by default the default device.
 
@@ -92,7 +94,7 @@ def load_encoder(
   root = pathlib.Path(folder)
   weights = arrays.read_params(
     root,
-    files.find_tensors(root, field=""),
+    files.find_tensors(root, file=file, field=""),
     entries,
     abstract,
     shardings=None if shardings is None else shardings(abstract),

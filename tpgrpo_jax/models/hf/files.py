@@ -32,7 +32,11 @@ class Tensor(NamedTuple):
 
 
 def resolve(
-  path: str | os.PathLike[str], *, subfolder: str = "", field: str = "model.path"
+  path: str | os.PathLike[str],
+  *,
+  subfolder: str = "",
+  field: str = "model.path",
+  weights: bool = True,
 ) -> pathlib.Path:
   """The local folder of a model: the folder itself, a pipeline's subfolder, or fetched from the hub.
 
@@ -40,6 +44,7 @@ def resolve(
     path: a folder, or a hub id "owner/name".
     subfolder: the part of a pipeline; not used where there is no such subfolder.
     field: the config field that holds `path`, for messages.
+    weights: False fetches no weights, as for a tokenizer.
 
   Raises:
     ValueError: a hub id that cannot be fetched.
@@ -47,11 +52,11 @@ def resolve(
   folder = pathlib.Path(path)
   is_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
   if is_id and not folder.exists():
-    folder = _fetch(str(path), subfolder, field)
+    folder = _fetch(str(path), subfolder, field, weights)
   return folder / subfolder if (folder / subfolder).is_dir() else folder
 
 
-def _fetch(repo, subfolder, field):
+def _fetch(repo, subfolder, field, with_weights):
   import huggingface_hub
 
   def snapshot(allow, ignore=()):
@@ -62,6 +67,8 @@ def _fetch(repo, subfolder, field):
 
   try:
     folder = snapshot(["*.json", "*.txt", "*.model"])
+    if not with_weights:
+      return folder
     inside = bool(subfolder) and (folder / subfolder).is_dir()
     weights = [f"{subfolder}/*.safetensors" if inside else "*.safetensors"]
     others = () if inside else ("*/*",)
