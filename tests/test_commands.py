@@ -168,7 +168,7 @@ def test_evaluation_reports_every_reward_and_every_sample():
   prompts = [types.Prompt(word, {}) for word in "ABCD"]
   scores = np.array([0, 0, 1, 1], np.float32)
   infos = {"ocr": {"text": list("XXCD"), "exact": scores}, "other": {}}
-  reward = lambda *_: (scores, {"ocr": scores, "other": 2 * scores}, infos)
+  reward = lambda *_: lambda: (scores, {"ocr": scores, "other": 2 * scores}, infos)
   result = scoring.evaluate_images(images, prompts, reward)
   expected = {"mean": 0.5, "std": 0.5, "standard_error": 0.25, "exact": 0.5}  # .5 / sqrt(4)
   assert result["rewards"]["ocr"] == expected

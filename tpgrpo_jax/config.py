@@ -27,7 +27,10 @@ DYNAMICS = ("sde", "cps", "dance")
 SOLVERS = ("euler", "dpmpp_2m")
 CREDIT_METHODS = ("flow_grpo", "increments", "aggregation", "tp_grpo", "tp_grpo_consistent")
 NORMALIZATIONS = ("group", "group_joint", "global_std")
-REWARD_NAMES = ("ocr", "jpeg_compressibility", "jpeg_incompressibility")
+REWARD_NAMES = (
+    "ocr", "jpeg_compressibility", "jpeg_incompressibility",
+    "clipscore", "pickscore", "hpsv2", "aesthetic",
+)  # fmt: skip
 PROMPT_SOURCES = ("words", "folder")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots")

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   from tpgrpo_jax.data import prompts as prompts_lib
   from tpgrpo_jax.training import evaluation, loop, scoring
 
-  reward_fn = loop.build_eval_rewards(config, None)
+  reward_fn = loop.build_eval_rewards(config, restore.mesh_here(config))
   prompts = prompts_lib.load_prompts(config.prompts.name, config.prompts.path, _SPLIT.value)
   prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
   seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value

@@ -146,7 +146,8 @@ class Placement(NamedTuple):
 
   Attributes:
     params: tree of shapes -> the same tree of shardings, for weights.
-    batch: tree of NumPy arrays with leading axis B -> the same on the devices, divided along B.
+    batch: tree of arrays with leading axis B, of the host or laid out otherwise -> the same on the
+      devices, divided along B.
   """
 
   params: Callable[[Any], Any]

@@ -38,7 +38,8 @@ def main() -> None:
   method = build.build_method(config, model)
   plan = build.build_plan(config, method, 0)
   sample = rollout.make_rollout_fn(config, model, method)
-  reward_fn, credit_fn = rewards.make_rewards(config.rewards), step.make_credit_fn(config, method)
+  reward_fn = rewards.make_rewards(config.rewards, placement=mesh_lib.make_placement(mesh))
+  credit_fn = step.make_credit_fn(config, method)
   prompts = prompts_lib.load_prompts("words", "", "test")
   params = {"frozen": model.frozen, "trainable": model.trainable}
   key = rollout.epoch_key(config.seed, 0)
@@ -52,7 +53,7 @@ def main() -> None:
     trajectory, images = jax.device_get(sample(params, key, number, *placed, 0, plan))
     flat = images.reshape(-1, *images.shape[2:])
     metadata = [prompts[number].metadata] * len(flat)
-    reward, _, _ = reward_fn(flat, texts * len(images), metadata)
+    reward, _, _ = reward_fn(flat, texts * len(images), metadata)()
     reward = reward.reshape(len(images), GROUP)
     credit, advantage, _ = jax.device_get(credit_fn(reward))
     states = np.concatenate([trajectory.x, trajectory.x_next[-1:]])[..., 0]

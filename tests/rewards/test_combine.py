@@ -1,9 +1,11 @@
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpgrpo_jax import config, rewards
+from tpgrpo_jax import config, rewards, types
 from tpgrpo_jax.rewards import combine
 
 IMAGES = np.zeros((3, 8, 8, 3), np.uint8)
@@ -29,23 +31,23 @@ def make_nothing():
 
 
 TABLE = {
-    "one": make_constant,
-    "index": lambda: lambda images, prompts, metadata: (np.arange(len(images)), {}),
+  "one": make_constant,
+  "index": lambda: lambda images, prompts, metadata: (np.arange(len(images)), {}),
 }
 
 
 def _build(specs):
-  return combine.make_weighted_sum(specs, TABLE)
+  return combine.make_weighted_sum(specs, TABLE, {})
 
 
 def _call(specs, prompts=PROMPTS):
-  return _build(specs)(IMAGES, prompts, METADATA)
+  return _build(specs)(IMAGES, prompts, METADATA)()
 
 
 def _returning(result):
   """A combined reward "mine" whose function returns `result`."""
   table = {"mine": lambda: lambda images, prompts, metadata: result}
-  return combine.make_weighted_sum({"mine": 1.0}, table)
+  return combine.make_weighted_sum({"mine": 1.0}, table, {})
 
 
 def test_table_has_the_names_that_the_config_knows():
@@ -62,7 +64,7 @@ def test_reward_that_paints_on_the_images_is_refused():
 
   images = np.full((2, 4, 4, 3), 7, np.uint8)
   with pytest.raises(ValueError, match="read-only"):
-    combine.make_weighted_sum({"mine": 1.0}, {"mine": make})(images, ["a", "b"], [{}, {}])
+    combine.make_weighted_sum({"mine": 1.0}, {"mine": make}, {})(images, ["a", "b"], [{}, {}])()
   assert images.min() == 7 and images.flags.writeable
 
 
@@ -92,10 +94,12 @@ def test_all_scores_are_float32():
 
 
 def test_one_reward_goes_in_twice_with_different_options():
-  total, by_label, _ = _call({
+  total, by_label, _ = _call(
+    {
       "low": {"weight": 1.0, "make": "one", "value": 2.0},
       "high": {"weight": 10.0, "make": "one", "value": 3.0},
-  })
+    }
+  )
   assert list(by_label) == ["low", "high"] and total[0] == 32.0
 
 
@@ -125,31 +129,31 @@ def test_rewards_of_one_call_run_at_the_same_time():
 
     return reward
 
-  total, _, _ = combine.make_weighted_sum({"a": 1, "b": 1}, {"a": make, "b": make})(
-      IMAGES, PROMPTS, METADATA
-  )
+  total, _, _ = combine.make_weighted_sum({"a": 1, "b": 1}, {"a": make, "b": make}, {})(
+    IMAGES, PROMPTS, METADATA
+  )()
   np.testing.assert_array_equal(total, [2, 2, 2])
 
 
 @pytest.mark.parametrize(
-    ["specs", "message"],
-    [
-        ({}, "must be a mapping with one reward or more"),
-        ({"on": 1.0}, "rewards.on='on': unknown name. Did you mean 'one'"),
-        ({"x": {"weight": 1.0, "make": "on"}}, "rewards.x='on': unknown name"),
-        ({"x": {"weight": 1.0, "make": None}}, "rewards.x.make=None: must be a name"),
-        ({"x": {"weight": 1.0, "make": "no_such_module:make"}}, "cannot import 'make'"),
-        ({"one": float("nan")}, "rewards.one=nan: must be a finite number"),
-        ({"one": "1"}, "rewards.one='1': must be a finite number"),
-        ({"one": True}, "rewards.one=True: must be a finite number"),
-        ({"one": 1e39}, "must be a finite number"),
-        ({"one": {"weight": float("inf")}}, "rewards.one.weight=inf: must be a finite number"),
-        ({"one": {"value": 2.0}}, "has no weight"),
-        ({"one": {"weight": 1.0, "vale": 2.0}}, "rewards.one.vale: .* Did you mean 'value'"),
-        ({"index": {"weight": 1.0, "x": 2.0}}, "rewards.index.x: unknown option .* has none"),
-        ({f"{__name__}:reward_without_a_maker": 1.0}, "needs the options images, prompts"),
-        ({f"{__name__}:make_nothing": 1.0}, "its maker returned None"),
-    ],
+  ["specs", "message"],
+  [
+    ({}, "must be a mapping with one reward or more"),
+    ({"on": 1.0}, "rewards.on='on': unknown name. Did you mean 'one'"),
+    ({"x": {"weight": 1.0, "make": "on"}}, "rewards.x='on': unknown name"),
+    ({"x": {"weight": 1.0, "make": None}}, "rewards.x.make=None: must be a name"),
+    ({"x": {"weight": 1.0, "make": "no_such_module:make"}}, "cannot import 'make'"),
+    ({"one": float("nan")}, "rewards.one=nan: must be a finite number"),
+    ({"one": "1"}, "rewards.one='1': must be a finite number"),
+    ({"one": True}, "rewards.one=True: must be a finite number"),
+    ({"one": 1e39}, "must be a finite number"),
+    ({"one": {"weight": float("inf")}}, "rewards.one.weight=inf: must be a finite number"),
+    ({"one": {"value": 2.0}}, "has no weight"),
+    ({"one": {"weight": 1.0, "vale": 2.0}}, "rewards.one.vale: .* Did you mean 'value'"),
+    ({"index": {"weight": 1.0, "x": 2.0}}, "rewards.index.x: unknown option .* has none"),
+    ({f"{__name__}:reward_without_a_maker": 1.0}, "needs the options images, prompts"),
+    ({f"{__name__}:make_nothing": 1.0}, "its maker returned None"),
+  ],
 )
 def test_mistake_in_the_config_is_an_error_before_any_image(specs, message):
   with pytest.raises(ValueError, match=message):
@@ -164,25 +168,25 @@ def test_option_that_a_reward_refuses_is_an_error_with_its_label():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
 def test_score_that_is_not_finite_names_label_prompt_and_value(bad):
   with pytest.raises(rewards.RewardError) as error:
-    _returning(([0.0, bad, 0.0], {}))(IMAGES, PROMPTS, METADATA)
+    _returning(([0.0, bad, 0.0], {}))(IMAGES, PROMPTS, METADATA)()
   for part in ("'mine'", "'a dog'", str(bad), "finite", "start the same command again"):
     assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ["result", "message"],
-    [
-        (([1.0, 2.0], {}), r"shape \(2,\) .* must be of shape \(3,\)"),
-        ((np.ones((3, 1)), {}), r"shape \(3, 1\)"),
-        ((["1", "2", "3"], {}), "dtype <U1"),
-        (([None] * 3, {}), "dtype object"),
-        ((np.ones(3, complex), {}), "dtype complex128"),
-        (np.ones(3), "returned ndarray .* must be a pair"),
-    ],
+  ["result", "message"],
+  [
+    (([1.0, 2.0], {}), r"shape \(2,\) .* must be of shape \(3,\)"),
+    ((np.ones((3, 1)), {}), r"shape \(3, 1\)"),
+    ((["1", "2", "3"], {}), "dtype <U1"),
+    (([None] * 3, {}), "dtype object"),
+    ((np.ones(3, complex), {}), "dtype complex128"),
+    (np.ones(3), "returned ndarray .* must be a pair"),
+  ],
 )
 def test_result_of_the_wrong_form_is_an_error(result, message):
   with pytest.raises(rewards.RewardError, match=message):
-    _returning(result)(IMAGES, PROMPTS, METADATA)
+    _returning(result)(IMAGES, PROMPTS, METADATA)()
 
 
 def test_failure_inside_a_reward_keeps_its_type_and_names_the_label():
@@ -190,7 +194,9 @@ def test_failure_inside_a_reward_keeps_its_type_and_names_the_label():
     raise ConnectionError("no server")
 
   with pytest.raises(ConnectionError, match="no server") as error:
-    combine.make_weighted_sum({"mine": 1.0}, {"mine": lambda: broken})(IMAGES, PROMPTS, METADATA)
+    combine.make_weighted_sum({"mine": 1.0}, {"mine": lambda: broken}, {})(
+      IMAGES, PROMPTS, METADATA
+    )()
   assert "'mine'" in error.value.__notes__[0] and "'a cat'" in error.value.__notes__[0]
 
 
@@ -200,5 +206,95 @@ def test_unequal_numbers_of_images_and_prompts_are_an_error():
 
 
 def test_empty_batch_has_an_empty_total():
-  total, _, _ = _build({"one": 1.0})(IMAGES[:0], [], [])
+  total, _, _ = _build({"one": 1.0})(IMAGES[:0], [], [])()
   assert total.shape == (0,)
+
+
+def make_device(log, name, function=lambda images: images[:, 0, 0, 0].astype(jnp.float32)):
+  """A maker of a device reward that writes down who calls it, and with how many rows."""
+
+  def make(*, scale=1.0, placement=None):
+    def reward(images, prompts, metadata):
+      assert isinstance(images, jax.Array) and len(images) == len(prompts) == len(metadata)
+      log.append((name, threading.get_ident(), len(prompts)))
+      return scale * function(images)
+
+    return reward
+
+  return make
+
+
+def count_up(rows):
+  return np.arange(rows, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+
+
+def test_device_rewards_are_dispatched_by_the_caller_in_the_labels_order_and_host_rewards_later():
+  log = []
+
+  def make_host():
+    def reward(images, prompts, metadata):
+      log.append(("host", threading.get_ident(), len(prompts)))
+      return np.ones(len(images)), {"said": 1}
+
+    return reward
+
+  device = {name: make_device(log, name) for name in "cab"}
+  begin = combine.make_weighted_sum({"c": 1, "h": 10, "a": 100, "b": 1}, {"h": make_host}, device)
+  finish = begin(count_up(3), PROMPTS, METADATA)
+  caller = threading.get_ident()
+  assert log == [("c", caller, 3), ("a", caller, 3), ("b", caller, 3)]
+  total, by_label, infos = finish()
+  assert log[3][0] == "host" and log[3][1] != caller
+  assert list(by_label) == ["c", "h", "a", "b"] and infos["h"] == {"said": 1} and infos["a"] == {}
+  np.testing.assert_array_equal(total, np.asarray([10, 112, 214], np.float32))
+  assert total.dtype == by_label["a"].dtype == np.float32
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_rows_that_fill_up_a_mesh_are_dropped_again(on_device):
+  log, batches = [], []
+
+  def place(tree):
+    batches.append(len(tree))
+    return jnp.asarray(tree)
+
+  device = {"d": make_device(log, "d")}
+  placement = types.Placement(lambda tree: None, place)
+  begin = combine.make_weighted_sum({"d": 1.0}, {}, device, placement=placement)
+  images = jnp.asarray(count_up(3)) if on_device else count_up(3)
+  total, _, _ = begin(images, PROMPTS, METADATA)()
+  assert batches == [8] and log[0][2] == 8  # there are eight devices
+  np.testing.assert_array_equal(total, [0, 1, 2])
+
+
+def test_device_reward_takes_options_but_not_the_placement():
+  device = {"d": make_device([], "d")}
+  build = lambda **options: combine.make_weighted_sum({"d": {"weight": 1.0, **options}}, {}, device)
+  total, _, _ = build(scale=2.0)(count_up(3), PROMPTS, METADATA)()
+  np.testing.assert_array_equal(total, [0, 2, 4])
+  with pytest.raises(ValueError, match="rewards.d.placement: unknown option"):
+    build(placement=1)
+
+
+def test_device_score_that_is_not_finite_names_label_and_prompt():
+  device = {"d": make_device([], "d", lambda images: jnp.asarray([0.0, jnp.nan, 0.0]))}
+  with pytest.raises(
+    rewards.RewardError, match="'d' returned the score nan for the prompt 'a dog'"
+  ):
+    combine.make_weighted_sum({"d": 1.0}, {}, device)(count_up(3), PROMPTS, METADATA)()
+
+
+def test_device_scores_of_the_wrong_shape_are_an_error():
+  device = {"d": make_device([], "d", lambda images: jnp.zeros((len(images), 2)))}
+  with pytest.raises(rewards.RewardError, match=r"shape \(3, 2\)"):
+    combine.make_weighted_sum({"d": 1.0}, {}, device)(count_up(3), PROMPTS, METADATA)()
+
+
+def test_failure_at_dispatch_keeps_its_type_and_names_the_label():
+  def fail(images):
+    raise RuntimeError("out of memory")
+
+  begin = combine.make_weighted_sum({"d": 1.0}, {}, {"d": make_device([], "d", fail)})
+  with pytest.raises(RuntimeError, match="out of memory") as error:
+    begin(count_up(3), PROMPTS, METADATA)
+  assert "'d'" in error.value.__notes__[0] and "'a cat'" in error.value.__notes__[0]

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from tpgrpo_jax import rewards
 from tpgrpo_jax.training import build, evaluation, loop
 from tpgrpo_jax.types import Prompt
 
@@ -63,7 +62,7 @@ def test_evaluation_reports_every_reward_with_its_exact_share(config_in, single_
   def reward_fn(images, texts, metadata):
     assert texts == [p.text for p in WORDS]
     scores = {"a": np.arange(5, dtype=np.float32), "b": np.zeros(5, np.float32)}
-    return None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1])}}
+    return lambda: (None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1])}})
 
   with jax.set_mesh(single_mesh):
     evaluate = evaluation.make_evaluate(config, model, single_mesh, reward_fn, WORDS)
@@ -99,9 +98,8 @@ def test_grid_cuts_a_long_caption_to_its_image():
   assert (caption_line[:, 52:] == 255).all()
 
 
-def test_eval_rewards_by_name_are_those_of_the_config(config_in, tmp_path):
-
+def test_eval_rewards_by_name_are_those_of_the_config(config_in, single_mesh, tmp_path):
   config = config_in(tmp_path, {"eval.rewards": ("jpeg_compressibility", "coarse")})
-  reward_fn = loop.build_eval_rewards(config, rewards.make_rewards(config.rewards))
-  _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])
+  reward_fn = loop.build_eval_rewards(config, single_mesh)
+  _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])()
   assert scores.keys() == {"jpeg_compressibility", "coarse"}

@@ -56,7 +56,7 @@ def make_config(method="increments", **fields):
 def brightness(images, texts, metadata):
   scores = images.mean(axis=(1, 2, 3)).astype(np.float32)
   numbers = np.asarray([m["n"] for m in metadata], np.float32)
-  return scores, {"brightness": scores, "number": numbers}, {}
+  return lambda: (scores, {"brightness": scores, "number": numbers}, {})
 
 
 def run_epoch(config, mesh, *, epoch=0, reward_fn=brightness, on_chunk=lambda done: None):

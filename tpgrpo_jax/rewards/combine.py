@@ -1,13 +1,21 @@
-"""Several rewards at once: their weighted sum, and each on its own for the log."""
+"""Several rewards at once: their weighted sum, and each on its own for the log.
+
+A call has two phases. What runs on the devices is dispatched at once, in the caller's thread and in the
+labels' order, so that every process of a pod dispatches the same programs in the same order; rewards of
+the host run, and everything is waited for, when the result is asked for, in whatever thread.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import inspect
 import math
 import numbers
 from typing import Any
 
-from jaxtyping import Float32, UInt8
+import jax
+import jax.numpy as jnp
+from jaxtyping import UInt8
 import numpy as np
 
 from tpgrpo_jax import registry, types
@@ -16,12 +24,16 @@ _LARGEST = float(np.finfo(np.float32).max)  # a weight beyond makes every total 
 
 RewardMaker = Callable[..., types.RewardFn]
 
+DeviceRewardMaker = Callable[..., types.DeviceRewardFn]
+"""(placement=..., **options) -> the reward."""
+
+Scores = tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]
+"""(total float32 [N], label -> float32 [N], label -> info)."""
+
 CombinedRewardFn = Callable[
-    [np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]],
-    tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]],
+  [np.ndarray | jax.Array, Sequence[str], Sequence[Mapping[str, Any]]], Callable[[], Scores]
 ]
-"""(images uint8 [N, H, W, 3], prompts, metadata) -> (total float32 [N], label -> float32 [N],
-label -> info)."""
+"""(images uint8 [N, H, W, 3], prompts, metadata) -> a function that waits for their Scores."""
 
 
 class RewardError(RuntimeError):
@@ -29,21 +41,28 @@ class RewardError(RuntimeError):
 
 
 def make_weighted_sum(
-    rewards: Mapping[str, Any], table: Mapping[str, RewardMaker]
+  rewards: Mapping[str, Any],
+  host: Mapping[str, RewardMaker],
+  device: Mapping[str, DeviceRewardMaker],
+  *,
+  placement: types.Placement | None = None,
 ) -> CombinedRewardFn:
   """Makes the function total = sum over labels of weight * score, computed in the labels' order.
 
-  The rewards of one call run at the same time, each in a thread of its own, so that those that wait
-  (for a server) do not hold up those that compute.
+  Rewards of the host that are computed together run at the same time, each in a thread of its own, so
+  that those that wait (for a server) do not hold up those that compute.
 
   Args:
     rewards: label -> weight, or label -> {"weight": w, "make": name or "package.module:make",
       ...options of that reward}; without "make" the label is the name.
-    table: name -> maker.
+    host: name -> maker of a reward of the host; the user's own are of these.
+    device: name -> maker of a reward of the devices.
+    placement: of the weights and batches of rewards of the devices; None for the default device.
 
   Returns:
-    (images uint8 [N, H, W, 3], prompts, metadata) -> (total float32 [N], label -> float32 [N],
-    label -> info); raises RewardError if a reward returns anything but N finite numbers.
+    begin: (images uint8 [N, H, W, 3], of the host or of the devices, prompts, metadata) -> finish:
+    () -> (total float32 [N], label -> float32 [N], label -> info). `begin` does not wait. `finish`
+    raises RewardError if a reward returns anything but N finite numbers.
 
   Raises:
     ValueError: no rewards, an unknown name, a weight that is not a finite number, or an option that
@@ -51,43 +70,74 @@ def make_weighted_sum(
   """
   if not isinstance(rewards, Mapping) or not rewards:
     raise ValueError(
-        f"rewards={rewards!r}: must be a mapping with one reward or more, label -> weight. "
-        "Try rewards={'ocr': 1.0}."
+      f"rewards={rewards!r}: must be a mapping with one reward or more, label -> weight. "
+      "Try rewards={'ocr': 1.0}."
     )
   specs = {label: _parse(label, spec) for label, spec in rewards.items()}
-  functions = {
-      label: _make(label, registry.lookup(table, name, field=f"rewards.{label}"), options)
-      for label, (_, name, options) in specs.items()
-  }
+  table = {**host, **device}
+  functions: dict[str, dict[str, Any]] = {"host": {}, "device": {}}
+  for label, (_, name, options) in specs.items():
+    maker = registry.lookup(table, name, field=f"rewards.{label}")
+    kind, given = ("device", {"placement": placement}) if name in device else ("host", {})
+    functions[kind][label] = _make(label, maker, options, given)
   weights = {label: weight for label, (weight, _, _) in specs.items()}
 
-  def combined(
-      images: UInt8[np.ndarray, "N H W 3"],
-      prompts: Sequence[str],
-      metadata: Sequence[Mapping[str, Any]],
-  ) -> tuple[
-      Float32[np.ndarray, " N"], dict[str, Float32[np.ndarray, " N"]], dict[str, dict[str, Any]]
-  ]:
+  def begin(
+    images: UInt8[np.ndarray | jax.Array, "N H W 3"],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+  ) -> Callable[[], Scores]:
     if not len(images) == len(prompts) == len(metadata):
       raise ValueError(
-          f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: must be "
-          "equally many. Pass one prompt and one metadata per image."
+        f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: must be "
+        "equally many. Pass one prompt and one metadata per image."
       )
-    images = images.view()
-    images.flags.writeable = False  # a reward that paints on them would spoil the others' scores
-    with futures.ThreadPoolExecutor(len(functions), thread_name_prefix="reward") as pool:
-      pending = {
-          label: pool.submit(_score, label, fn, images, prompts, metadata)
-          for label, fn in functions.items()
-      }
-    results = {label: future.result() for label, future in pending.items()}
-    scores = {label: score for label, (score, _) in results.items()}
-    total = np.zeros(len(images), np.float32)
-    for label, score in scores.items():
-      total += np.float32(weights[label]) * score
-    return total, scores, {label: info for label, (_, info) in results.items()}
+    extra = 0 if placement is None else -len(prompts) % jax.device_count()
+    dispatched = _dispatch(functions["device"], images, prompts, metadata, placement, extra)
 
-  return combined
+    def finish() -> Scores:
+      results = _run_host(functions["host"], images, prompts, metadata)
+      for label, scores in dispatched.items():
+        results[label] = _wait(label, scores, prompts, extra)
+      scores = {label: results[label][0] for label in weights}
+      total = np.zeros(len(prompts), np.float32)
+      for label, score in scores.items():
+        total += np.float32(weights[label]) * score
+      return total, scores, {label: results[label][1] for label in weights}
+
+    return finish
+
+  return begin
+
+
+def _dispatch(functions, images, prompts, metadata, placement, extra):
+  """{label: scores on the devices}; the last row is repeated `extra` times, so that meshes divide."""
+  if not functions:
+    return {}
+  if extra:
+    pad = jnp.pad if isinstance(images, jax.Array) else np.pad
+    images = pad(images, [(0, extra), (0, 0), (0, 0), (0, 0)], mode="edge")
+    prompts, metadata = ([*x, *[x[-1]] * extra] for x in (prompts, metadata))
+  images = jnp.asarray(images) if placement is None else placement.batch(images)
+  dispatched = {}
+  for label, function in functions.items():
+    with _noting(label, prompts):
+      dispatched[label] = function(images, prompts, metadata)
+  return dispatched
+
+
+def _run_host(functions, images, prompts, metadata):
+  """{label: (scores, info)}."""
+  if not functions:
+    return {}
+  images = np.asarray(images).view()
+  images.flags.writeable = False  # a reward that paints on them would spoil the others' scores
+  with futures.ThreadPoolExecutor(len(functions), thread_name_prefix="reward") as pool:
+    pending = {
+      label: pool.submit(_score, label, fn, images, prompts, metadata)
+      for label, fn in functions.items()
+    }
+  return {label: future.result() for label, future in pending.items()}
 
 
 def _parse(label, spec):
@@ -108,10 +158,14 @@ def _parse(label, spec):
   return float(weight), name, options
 
 
-def _make(label, make, options):
-  """The reward function of one entry."""
+def _make(label, make, options, given):
+  """The reward function of one entry; `given` are the options that are not the user's."""
   parameters = inspect.signature(make).parameters.values()
-  named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+  named = {
+    p.name: p
+    for p in parameters
+    if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given
+  }
   if not any(p.kind is p.VAR_KEYWORD for p in parameters):
     for option in options:
       if option not in named:
@@ -120,51 +174,70 @@ def _make(label, make, options):
   missing = [n for n, p in named.items() if p.default is p.empty and n not in options]
   if missing:
     raise ValueError(
-        f"rewards.{label}: needs the options {', '.join(missing)}. Set them beside the weight. (A "
-        'reward of your own is named by its maker: "package.module:make", where make(**options) '
-        "returns the function of images, prompts and metadata.)"
+      f"rewards.{label}: needs the options {', '.join(missing)}. Set them beside the weight. (A "
+      'reward of your own is named by its maker: "package.module:make", where make(**options) '
+      "returns the function of images, prompts and metadata.)"
     )
   try:
-    function = make(**options)
+    function = make(**options, **given)
   except ValueError as error:
     raise ValueError(f"rewards.{label}: {error}") from error
   if not callable(function):
     raise ValueError(
-        f"rewards.{label}: its maker returned {function!r}, which must be a function "
-        "(images, prompts, metadata) -> (scores, info). Return the function itself."
+      f"rewards.{label}: its maker returned {function!r}, which must be a function "
+      "(images, prompts, metadata) -> (scores, info). Return the function itself."
     )
   return function
 
 
-def _score(label, function, images, prompts, metadata):
-  """(scores float32 [N], info) of one reward, checked."""
+@contextlib.contextmanager
+def _noting(label, prompts):
+  """Notes on any exception which reward raised it, and on which prompts."""
   try:
-    result = function(images, prompts, metadata)
+    yield
   except Exception as error:
     error.add_note(f"This happened in the reward {label!r}, on {_batch_name(prompts)}.")
     raise
+
+
+def _score(label, function, images, prompts, metadata):
+  """(scores float32 [N], info) of one reward of the host, checked."""
+  with _noting(label, prompts):
+    result = function(images, prompts, metadata)
   if not isinstance(result, tuple) or len(result) != 2:
     raise _error(label, prompts, f"{type(result).__name__}", "a pair (scores, info)")
   if not isinstance(result[1], dict):
     raise _error(label, prompts, f"info {result[1]!r}", "a pair (scores, info) with a dict as info")
-  given = np.asarray(result[0])
+  return _checked(label, np.asarray(result[0]), prompts), result[1]
+
+
+def _wait(label, dispatched, prompts, extra):
+  """(scores float32 [N], no info) of one reward of the devices, checked; the extra rows are dropped."""
+  with _noting(label, prompts):
+    scores = np.asarray(dispatched)  # what failed on the device is raised here
+  whole = scores.shape == (len(prompts) + extra,)
+  return _checked(label, scores[: len(prompts)] if whole else scores, prompts), {}
+
+
+def _checked(label, given, prompts):
+  """Scores as float32 [N]; RewardError where they are anything else."""
   if given.dtype.kind not in "biuf":
     raise _error(label, prompts, f"scores of dtype {given.dtype}", "numbers that float32 can hold")
-  if given.shape != (len(images),):
-    raise _error(label, prompts, f"scores of shape {given.shape}", f"of shape ({len(images)},)")
+  if given.shape != (len(prompts),):
+    raise _error(label, prompts, f"scores of shape {given.shape}", f"of shape ({len(prompts)},)")
   with np.errstate(over="ignore"):  # becomes inf, which the next line reports
     scores = given.astype(np.float32)
   bad = np.flatnonzero(~np.isfinite(scores))
   if bad.size:
     culprits = [prompts[i] for i in bad]
     raise _error(label, culprits, f"the score {given[bad[0]]}", "finite in float32")
-  return scores, result[1]
+  return scores
 
 
 def _error(label, prompts, value, rule):
   return RewardError(
-      f"reward {label!r} returned {value} for {_batch_name(prompts)}: must be {rule}. Mend the "
-      "reward, then start the same command again: the run goes on from its last checkpoint."
+    f"reward {label!r} returned {value} for {_batch_name(prompts)}: must be {rule}. Mend the "
+    "reward, then start the same command again: the run goes on from its last checkpoint."
   )
 
 

@@ -82,7 +82,7 @@ def make_evaluate(
 def _evaluate(sample, reward_fn, prompts, params):
   images = sample(params, prompts)
   texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-  _, scores, infos = reward_fn(images, texts, metadata)
+  _, scores, infos = reward_fn(images, texts, metadata)()
   row = {}
   for label, score in scores.items():
     row |= {f"reward/{label}/mean": float(score.mean()), f"reward/{label}/std": float(score.std())}

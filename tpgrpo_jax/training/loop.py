@@ -62,7 +62,7 @@ def open_session(config: config_lib.Config) -> Session:
   """
   mesh = mesh_lib.make_mesh(config.mesh)
   mesh_lib.check_divides("train.microbatch", config.train.microbatch, mesh)
-  reward_fn = rewards.make_rewards(config.rewards)
+  reward_fn = rewards.make_rewards(config.rewards, placement=mesh_lib.make_placement(mesh))
   load = functools.partial(prompts_lib.load_prompts, config.prompts.name, config.prompts.path)
   held_out = load("test")
   held_out = [held_out[i] for i in range(min(config.eval.prompts, len(held_out)))]
@@ -82,16 +82,19 @@ def open_session(config: config_lib.Config) -> Session:
     train_step=step.make_train_step(config, method),
     reward_fn=reward_fn,
     evaluate=evaluation.make_evaluate(
-      config, model, mesh, build_eval_rewards(config, reward_fn), held_out
+      config, model, mesh, build_eval_rewards(config, mesh, reward_fn), held_out
     ),
   )
 
 
-def build_eval_rewards(config: config_lib.Config, reward_fn: Any) -> Any:
+def build_eval_rewards(
+  config: config_lib.Config, mesh: jax.sharding.Mesh, reward_fn: Any = None
+) -> Any:
   """The rewards that evaluation reports: eval.rewards by name, or those of training."""
   if not config.eval.rewards:
     return reward_fn
-  return rewards.make_rewards({name: config.rewards.get(name, 1.0) for name in config.eval.rewards})
+  specs = {name: config.rewards.get(name, 1.0) for name in config.eval.rewards}
+  return rewards.make_rewards(specs, placement=mesh_lib.make_placement(mesh))
 
 
 def _reference(config, model):

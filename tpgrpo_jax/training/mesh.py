@@ -1,5 +1,6 @@
 """The device mesh, and the one table that says how every weight is laid out on it."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -9,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import types
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that a batch of samples is divided over
@@ -87,6 +89,14 @@ def param_shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     return NamedSharding(mesh, _fit(_spec(name), leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def make_placement(mesh: jax.sharding.Mesh) -> types.Placement:
+  """How weights and batches of device rewards come onto the mesh: as the transformer's own do."""
+  return types.Placement(
+    functools.partial(param_shardings, mesh),
+    lambda tree: jax.device_put(tree, batch_sharding(mesh)),
+  )
 
 
 def _spec(name):

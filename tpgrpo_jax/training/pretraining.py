@@ -101,7 +101,8 @@ def _make_evaluate(config, variant, graphdef, mesh):
   model = build.Model(variant, variant.config, velocity_fn, velocity_fn, {}, {})
   prompts = prompts_lib.load_prompts("words", "", "test")
   prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
-  reward_fn = rewards.make_rewards({name: 1.0 for name in config.eval.rewards})
+  specs = {name: 1.0 for name in config.eval.rewards}
+  reward_fn = rewards.make_rewards(specs, placement=mesh_lib.make_placement(mesh))
   return evaluation.make_evaluate(run, model, mesh, reward_fn, prompts)
 
 

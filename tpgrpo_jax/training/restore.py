@@ -84,7 +84,7 @@ def open_model(
   with checkpoints:
     if checkpoints.latest() is None:
       raise ValueError(_without_checkpoint(config, run_dir))
-    mesh = _mesh_here(config)
+    mesh = mesh_here(config)
     # The checkpoint holds the adapters: the file that the run began from need not be there.
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, path=""))
     model = build.build_model(fresh, mesh)
@@ -106,7 +106,7 @@ def _without_checkpoint(config, run_dir):
   )
 
 
-def _mesh_here(config):
+def mesh_here(config: config_lib.Config) -> jax.sharding.Mesh:
   """The run's own mesh, or data parallel over what is here when it was trained on other machines."""
   try:
     return mesh_lib.make_mesh(config.mesh)

@@ -103,12 +103,14 @@ def collect(
 ) -> Rollout:
   """Samples and scores an epoch; rewards of one microbatch run while the device does the next.
 
+  All that runs on the devices, rewards included, is dispatched by the calling thread.
+
   Args:
     config: of the run.
     model: of the run.
     mesh: of the run.
     rollout_fn: (chunk number, group [B, 2], condition) -> (Trajectory, images).
-    reward_fn: the weighted sum of the run's rewards.
+    reward_fn: as of `rewards.make_rewards`.
     prompts: [B] prompt-major, every prompt K times.
     on_chunk: called after each microbatch with the number of its samples.
   """
@@ -126,7 +128,7 @@ def collect(
       trajectory, images = rollout_fn(chunk, *placed)
       trajectories.append(trajectory)
       conditions.append(placed[1])
-      pending.append(scorer.submit(_score, reward_fn, images, prompts[part]))
+      pending.append(scorer.submit(_begin_scoring(reward_fn, images, prompts[part])))
       # Two microbatches at most are under way, so that images do not pile up on the device.
       if chunk:
         pending[chunk - 1].result()
@@ -147,14 +149,20 @@ def collect(
   )
 
 
-def _score(reward_fn, images, prompts):
-  images = np.asarray(images)  # waits for the device
+def _begin_scoring(reward_fn, images, prompts):
+  """Dispatches rewards of images [W+1 or 1, B, ...]; returns what waits for them and for images[-1]."""
   states, batch = images.shape[:2]
   texts = [p.text for p in prompts] * states
   metadata = [p.metadata for p in prompts] * states
-  total, by_label, _ = reward_fn(images.reshape(-1, *images.shape[2:]), texts, metadata)
-  shape = (states, batch)
-  return total.reshape(shape), {k: v.reshape(shape) for k, v in by_label.items()}, images[-1]
+  own = images[-1]
+  finish = reward_fn(images.reshape(-1, *images.shape[2:]), texts, metadata)
+
+  def wait():
+    total, by_label, _ = finish()
+    shape = (states, batch)
+    return total.reshape(shape), {k: v.reshape(shape) for k, v in by_label.items()}, np.asarray(own)
+
+  return wait
 
 
 def _fill(reward, config):

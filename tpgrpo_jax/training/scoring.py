@@ -42,7 +42,7 @@ def evaluate_images(
     the mean over prompts.
   """
   texts = [p.text for p in prompts]
-  _, scores, infos = reward_fn(images, texts, [p.metadata for p in prompts])
+  _, scores, infos = reward_fn(images, texts, [p.metadata for p in prompts])()
   summary, samples = {}, [{"prompt": text, "scores": {}} for text in texts]
   for label, score in scores.items():
     spread = float(score.std())
