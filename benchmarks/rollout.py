@@ -30,6 +30,7 @@ import numpy as np
 import timing
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import processes
 from tpgrpo_jax.flow import completion, sampler, steps
 from tpgrpo_jax.training import build, loop, rollout
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -71,16 +72,16 @@ def make_config(num_steps: int, window: int, batch: int) -> config_lib.Config:
 def measure_rollout(config: config_lib.Config, mesh, repeats: int, threads: int) -> None:
   """Reports the four ratios for one (T, W)."""
   batch = config.train.microbatch
-  model = build.build_model(config, mesh)
+  texts = [f"W{i % 1000:03d}" for i in range(batch)]
+  model = build.build_model(config, mesh, texts)
   method = build.build_method(config, model)
   plan = build.build_plan(config, method, 0)
   length, lanes = plan.load.shape
   num_steps, window = config.sampler.num_steps, method.window
-  params = {"frozen": model.frozen, "trainable": model.trainable}
-  texts = [f"W{i % 1000:03d}" for i in range(batch)]
+  params = model.params(model.trainable)
   group = np.stack([np.arange(batch), np.zeros(batch)], axis=1).astype(np.int32)
   placed = (group, build.build_condition(config, model, texts))
-  group, condition = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
+  group, condition = processes.put_batch(mesh, placed)
   key = rollout.epoch_key(0, 0)
   sample = functools.partial(
     rollout.make_rollout_fn(config, model, method), params, key, 0, group, condition, 0, plan

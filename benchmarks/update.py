@@ -71,10 +71,9 @@ def main() -> None:
   measure_step(args.batch, args.repeats, threads)
 
   torch = None if args.no_torch else import_torch(threads)
-  tiny = models.MODELS["tiny"]
   small = dataclasses.replace(SD3_SMALL, num_layers=args.sd3_layers)
   for name, config, latent, tokens, batch in (
-    ("tiny", hf.load_config(tiny.folder), tiny.latent_shape, 6, args.batch),
+    ("tiny", hf.load_config(models.tiny.FOLDER), models.tiny.LATENT_SHAPE, 6, args.batch),
     ("sd3_shaped", small, (16, 16, 16), 16, args.sd3_batch),
   ):
     contest = Contest(name, config, latent, tokens, batch)
@@ -91,7 +90,7 @@ def measure_step(batch: int, repeats: int, threads: int) -> None:
   )
   mesh = mesh_lib.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    model = build.build_model(config, mesh)
+    model = build.build_model(config, mesh, ())
     method = build.build_method(config, model)
     pieces = make_batch(config, model, method, mesh, chunks)
     window = method.window
@@ -103,7 +102,7 @@ def measure_step(batch: int, repeats: int, threads: int) -> None:
       state[0], metrics = train_step(state[0], model.frozen, {}, pieces)
       return state[0], metrics
 
-    weights = np.random.default_rng(0).normal(size=(batch, *model.variant.latent_shape))
+    weights = np.random.default_rng(0).normal(size=(batch, *model.pipeline.latent_shape))
     weights = jnp.asarray(weights, jnp.float32)
 
     @jax.jit
@@ -140,7 +139,7 @@ def make_batch(config, model, method, mesh, chunks: int) -> step.Batch:
   """What one update learns from: real trajectories with random advantages."""
   batch = config.train.microbatch
   sample = rollout.make_rollout_fn(config, model, method)
-  params = {"frozen": model.frozen, "trainable": model.trainable}
+  params = model.params(model.trainable)
   condition = build.build_condition(config, model, [f"W{i % 1000:03d}" for i in range(batch)])
   condition = jax.device_put(condition, mesh_lib.batch_sharding(mesh))
   group = np.stack([np.arange(batch), np.zeros(batch)], axis=1).astype(np.int32)

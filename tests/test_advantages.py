@@ -13,11 +13,11 @@ from tpgrpo_jax import config as config_lib
 
 W, P, K = 3, 2, 4
 REWARDS = hnp.arrays(np.int32, (W, P * K), elements=st.integers(-32, 32)).map(
-    lambda a: jnp.asarray(a / 16, jnp.float32)
+  lambda a: jnp.asarray(a / 16, jnp.float32)
 )
 NORMALIZE = {
-    name: jax.jit(f, static_argnames=("group_size", "eps"))
-    for name, f in advantages.ADVANTAGES.items()
+  name: jax.jit(f, static_argnames=("group_size", "eps"))
+  for name, f in advantages.ADVANTAGES.items()
 }
 properties = settings(max_examples=25, deadline=None)
 every_kind = pytest.mark.parametrize("normalize", NORMALIZE.values(), ids=NORMALIZE)
@@ -31,9 +31,7 @@ def test_group_advantage_has_its_worked_value():
   # Means 1 and 10, population deviations 1 and 3.
   reward = jnp.array([0.0, 2.0, 7.0, 13.0])
   expected = [-0.5, 0.5, -3 / 4, 3 / 4]
-  np.testing.assert_allclose(
-      advantages.normalize_group(reward, 2, eps=1.0), expected, rtol=1e-6
-  )
+  np.testing.assert_allclose(advantages.normalize_group(reward, 2, eps=1.0), expected, rtol=1e-6)
 
 
 def test_joint_advantage_has_its_worked_value():
@@ -41,7 +39,7 @@ def test_joint_advantage_has_its_worked_value():
   reward = jnp.array([[0.0, 2.0], [4.0, 6.0]])
   expected = np.array([[-3, -1], [1, 3]]) / 5**0.5
   np.testing.assert_allclose(
-      advantages.normalize_group_joint(reward, 2, eps=0.0), expected, rtol=1e-6
+    advantages.normalize_group_joint(reward, 2, eps=0.0), expected, rtol=1e-6
   )
 
 
@@ -49,7 +47,9 @@ def test_global_std_advantage_has_its_worked_value():
   # Own means 1 and 5; all four have mean 3 and variance (9 + 1 + 1 + 9) / 4 = 5.
   reward = jnp.array([0.0, 2.0, 4.0, 6.0])
   np.testing.assert_allclose(
-      advantages.normalize_global_std(reward, 2, eps=0.0), np.array([-1, 1, -1, 1]) / 5**0.5, rtol=1e-6
+    advantages.normalize_global_std(reward, 2, eps=0.0),
+    np.array([-1, 1, -1, 1]) / 5**0.5,
+    rtol=1e-6,
   )
 
 
@@ -64,7 +64,7 @@ def test_eps_is_that_of_flow_grpo():
 def test_group_advantage_ignores_a_shift(normalize, reward, shift):
   # Shifted rewards are exact; only the roundings of the means differ, blown up by 1 / eps at most.
   np.testing.assert_allclose(
-      normalize(reward + shift, group_size=K), normalize(reward, group_size=K), rtol=1e-4, atol=1e-4
+    normalize(reward + shift, group_size=K), normalize(reward, group_size=K), rtol=1e-4, atol=1e-4
   )
 
 
@@ -75,8 +75,8 @@ def test_group_advantage_ignores_a_scale_that_eps_shares(normalize, reward, expo
   # Powers of two scale floats exactly, and the eps here stays exact too.
   scale = 2.0**exponent
   np.testing.assert_array_equal(
-      normalize(reward * scale, group_size=K, eps=scale / 1024),
-      normalize(reward, group_size=K, eps=1 / 1024),
+    normalize(reward * scale, group_size=K, eps=scale / 1024),
+    normalize(reward, group_size=K, eps=1 / 1024),
   )
 
 
@@ -84,9 +84,7 @@ def test_group_advantage_ignores_a_scale_that_eps_shares(normalize, reward, expo
 @properties
 @given(reward=REWARDS)
 def test_group_advantage_turns_with_the_sign_of_the_reward(normalize, reward):
-  np.testing.assert_array_equal(
-      normalize(-reward, group_size=K), -normalize(reward, group_size=K)
-  )
+  np.testing.assert_array_equal(normalize(-reward, group_size=K), -normalize(reward, group_size=K))
 
 
 @pytest.mark.parametrize("name", ["group", "global_std"])
@@ -120,7 +118,7 @@ def test_group_advantages_have_unit_spread_where_there_is_any(reward):
 def test_group_advantage_does_not_look_at_other_prompts(name, reward, other):
   changed = reward.at[:, K:].set(other)
   np.testing.assert_array_equal(
-      NORMALIZE[name](reward, group_size=K)[:, :K], NORMALIZE[name](changed, group_size=K)[:, :K]
+    NORMALIZE[name](reward, group_size=K)[:, :K], NORMALIZE[name](changed, group_size=K)[:, :K]
   )
 
 

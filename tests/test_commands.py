@@ -15,7 +15,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.models import byte_text, hf, lora, mmdit
-from tpgrpo_jax.training import build, checkpoint, restore, scoring
+from tpgrpo_jax.training import build, checkpoint, restore, run_folder, scoring
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -81,7 +81,7 @@ def run_dir(work, config):
   state = dataclasses.replace(
     state, trainable=shift(state.trainable, 2), ema=shift(state.ema, 1), update=jnp.int32(14)
   )
-  checkpoint.save_run_config(folder, config)
+  run_folder.save_config(folder, config)
   row = {"epoch": 0, "kind": "eval", "reward/ocr/mean": 0.5, "time/total": 0.0}
   (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
   with checkpoint.RunCheckpoints(folder) as checkpoints:
@@ -142,7 +142,7 @@ def test_run_of_another_mesh_opens_on_the_devices_here(config, run_dir):
 
 @pytest.mark.parametrize("made", [False, True], ids=["no_folder", "empty_folder"])
 def test_run_without_checkpoint_says_when_there_will_be_one(config, tmp_path, made):
-  checkpoint.save_run_config(tmp_path, config)
+  run_folder.save_config(tmp_path, config)
   if made:
     (tmp_path / "checkpoints").mkdir()
   with pytest.raises(ValueError, match=r"no finished checkpoint.*checkpoint\.every=10"):
@@ -156,7 +156,7 @@ def test_exactly_one_of_run_and_config_is_asked_for(run, recipe):
 
 
 def test_same_seed_gives_the_same_images_and_another_does_not(config):
-  opened = restore.open_model(config)
+  opened = restore.open_model(config, prompts=["CAT"])
   prompts = [types.Prompt("CAT", {})]
   paint = lambda seed: scoring.sample_images(opened, prompts, num_steps=1, seed=seed)
   np.testing.assert_array_equal(paint(1), paint(1))
@@ -168,7 +168,7 @@ def test_evaluation_reports_every_reward_and_every_sample():
   prompts = [types.Prompt(word, {}) for word in "ABCD"]
   scores = np.array([0, 0, 1, 1], np.float32)
   infos = {"ocr": {"text": list("XXCD"), "exact": scores}, "other": {}}
-  reward = lambda *_: lambda: (scores, {"ocr": scores, "other": 2 * scores}, infos)
+  reward = lambda *_, rows: lambda: (scores, {"ocr": scores, "other": 2 * scores}, infos)
   result = scoring.evaluate_images(images, prompts, reward)
   expected = {"mean": 0.5, "std": 0.5, "standard_error": 0.25, "exact": 0.5}  # .5 / sqrt(4)
   assert result["rewards"]["ocr"] == expected
@@ -214,7 +214,9 @@ def test_evaluate_names_an_unknown_reward(work):
     (("--config", "recipe.py", "--config.trian.epochs=2"), "Did you mean 'train'?"),
     (("--config", "recipe.py", "more.py"), "unexpected arguments more.py"),
     ((), "--config: no recipe"),
-    (("--config", "nowhere.py"), "--config: no recipe"),
+    (("--config", "nowhere.py"), "--config='nowhere.py': no such file"),
+    (("--confg", "nowhere.py"), "Did you mean: config"),
+    (("--config", "recipe.py", "--config.train.epochs=abc"), "config.train.epochs=abc"),
   ],
 )
 def test_train_says_in_one_line_what_it_cannot_use(work, arguments, part):

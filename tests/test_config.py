@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import credit, models, rewards, validation
+from tpgrpo_jax import config_dict, credit, models, rewards, validation
 from tpgrpo_jax.data import prompts
 from tpgrpo_jax.flow import completion, schedule
 from tpgrpo_jax.models import mmdit
@@ -31,14 +31,14 @@ RECIPES = sorted((ROOT / "configs").glob("*.py"))
 )
 def test_unknown_key_of_the_command_line_is_named_with_the_nearest(key, parts):
   with pytest.raises(ValueError) as caught:
-    config_lib.check_key(config_lib.Config, key)
+    config_dict.check_key(config_lib.Config, key)
   for part in parts:
     assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["seed", "sampler.window", "rewards", "train.epochs"])
 def test_known_key_of_the_command_line_passes(key):
-  config_lib.check_key(config_lib.Config, key)
+  config_dict.check_key(config_lib.Config, key)
 
 
 def from_recipe(changes):

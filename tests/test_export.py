@@ -13,7 +13,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models
 from tpgrpo_jax.models import byte_text, hf, lora, mmdit
-from tpgrpo_jax.training import build, checkpoint, restore
+from tpgrpo_jax.training import build, checkpoint, restore, run_folder
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -65,7 +65,7 @@ def run_of(folder, config):
   ema = jax.device_put(random_like(state.ema, 1), shardings)
   last = jax.tree.map(lambda x: 2 * x, ema)
   state = dataclasses.replace(state, ema=ema, trainable=last, update=jnp.int32(3))
-  checkpoint.save_run_config(folder, config)
+  run_folder.save_config(folder, config)
   with checkpoint.RunCheckpoints(folder) as checkpoints:
     checkpoints.save(1, state, force=True)
   return jax.device_get(ema)

@@ -61,7 +61,7 @@ def test_a_step_past_the_clip_range_has_no_slope(ratio, advantage):
 @pytest.mark.parametrize("ratio, advantage", [(0.5, 1.0), (1.1, 1.0), (1.5, -1.0), (0.9, -2.0)])
 def test_a_step_the_wrong_way_or_within_the_range_keeps_its_slope(ratio, advantage):
   np.testing.assert_allclose(
-      surrogate(ratio, advantage), (-advantage * ratio, -advantage * ratio), rtol=1e-6
+    surrogate(ratio, advantage), (-advantage * ratio, -advantage * ratio), rtol=1e-6
   )
 
 
@@ -81,8 +81,10 @@ def test_loss_is_one_number_a_sample():
   log_prob, old, advantage = jax.random.normal(jax.random.key(0), (3, 5))
   together = loss.clipped_surrogate(log_prob, old, advantage, clip_range=CLIP)
   alone = [
-      loss.clipped_surrogate(log_prob[i : i + 1], old[i : i + 1], advantage[i : i + 1], clip_range=CLIP)[0]
-      for i in range(5)
+    loss.clipped_surrogate(
+      log_prob[i : i + 1], old[i : i + 1], advantage[i : i + 1], clip_range=CLIP
+    )[0]
+    for i in range(5)
   ]
   np.testing.assert_allclose(together, alone, rtol=1e-6)
 
@@ -128,5 +130,5 @@ def test_kl_ignores_a_common_scale():
   one, other = gaussians()
   double = lambda g: jax.tree.map(lambda a: 2 * a, g)
   np.testing.assert_array_equal(
-      loss.gaussian_kl(double(one), double(other)), loss.gaussian_kl(one, other)
+    loss.gaussian_kl(double(one), double(other)), loss.gaussian_kl(one, other)
   )

@@ -27,8 +27,8 @@ def test_a_known_name_is_preferred_to_an_import():
 
 def test_an_unknown_name_is_refused_with_field_nearest_and_choices():
   message = (
-      r"^credit\.method='increment': unknown name\. Did you mean 'increments'\? "
-      r"Choices: flow_grpo, increments, tp_grpo\..*package\.module:function"
+    r"^credit\.method='increment': unknown name\. Did you mean 'increments'\? "
+    r"Choices: flow_grpo, increments, tp_grpo\..*package\.module:function"
   )
   with pytest.raises(ValueError, match=message):
     lookup("increment")
@@ -41,11 +41,13 @@ def test_a_name_like_no_other_gets_no_guess():
 
 
 @pytest.mark.parametrize(
-    "name, cause",
-    [("no_such_package:f", "No module named"), ("collections:no_such_function", "no_such_function")],
+  "name, cause",
+  [("no_such_package:f", "No module named"), ("collections:no_such_function", "no_such_function")],
 )
 def test_a_failed_import_is_refused_with_its_cause(name, cause):
-  with pytest.raises(ValueError, match=f"credit.method='{name}': cannot import.*{cause}.*PYTHONPATH"):
+  with pytest.raises(
+    ValueError, match=f"credit.method='{name}': cannot import.*{cause}.*PYTHONPATH"
+  ):
     lookup(name)
 
 

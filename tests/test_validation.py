@@ -71,7 +71,10 @@ BAD = {
     {"sampler.noise_level": 1.5},
     ("noise_level=1.5:", "at most 1 for cps"),
   ),
-  "shift_of_zero": ({"sampler.shift": 0.0}, ("sampler.shift=0.0:", "must be finite and > 0", "SD3 uses 3")),
+  "shift_of_zero": (
+    {"sampler.shift": 0.0},
+    ("sampler.shift=0.0:", "must be finite and > 0", "SD3 uses 3"),
+  ),
   "guidance_of_nan": (
     {"sampler.guidance_scale": float("nan")},
     ("sampler.guidance_scale=nan:", "must be finite and >= 0", "1 is no guidance"),
@@ -105,7 +108,12 @@ BAD = {
   "checkpoint_never": ({"checkpoint.every": 0}, ("checkpoint.every=0:", "must be at least 1")),
   "microbatch_that_does_not_divide": (
     {"train.microbatch": 48},
-    ("train.microbatch=48:", "must divide the 64 samples of an update", "128 / 2", "Set microbatch to 16"),
+    (
+      "train.microbatch=48:",
+      "must divide the 64 samples of an update",
+      "128 / 2",
+      "Set microbatch to 16",
+    ),
   ),
   "unknown_credit": (
     {"credit.method": "tp_gpro"},
@@ -118,8 +126,27 @@ BAD = {
   ),
   "unknown_model": (
     {"model.variant": "tinny"},
-    ("model.variant='tinny':", "unknown name", "Did you mean 'tiny'?", "Choices: tiny"),
+    ("model.variant='tinny':", "unknown name", "Did you mean 'tiny'?", "Choices: flux, sd3, tiny"),
   ),
+  "pipeline_without_a_path": (
+    {"model.variant": "sd3"},
+    ("model.path='':", "needs a pipeline in diffusers' layout", "Set model.path"),
+  ),
+  "flux_without_t5": (
+    {"model.variant": "flux", "model.path": "x", "text.t5": False},
+    ("text.t5=False:", "nothing but T5's tokens", "Set it to True"),
+  ),
+  "schedule_of_another_model": (
+    {"sampler.schedule": "flux"},
+    ("sampler.schedule='flux':", "FLUX.1's tokens", "Use 'sd3'"),
+  ),
+  "too_many_tokens": (
+    {"text.max_sequence_length": 600},
+    ("text.max_sequence_length=600:", "must be 1 ... 512", "0 for"),
+  ),
+  "unknown_text_device": ({"text.device": "gpu"}, ("text.device='gpu':", "Choices: cpu, mesh")),
+  "no_image_a_chunk": ({"vae.images_per_chunk": 0}, ("vae.images_per_chunk=0:", "at least 1")),
+  "negative_height": ({"sampler.height": -16}, ("sampler.height=-16:", "at least 0")),
   "unknown_dynamics": (
     {"sampler.dynamics": "spc"},
     ("sampler.dynamics='spc':", "unknown name", "Choices: cps, dance, sde"),

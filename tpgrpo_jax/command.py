@@ -5,11 +5,12 @@ import pathlib
 import re
 import sys
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import config_dict
 
 PACKAGE = pathlib.Path(__file__).parent
 
@@ -29,10 +30,11 @@ def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -
     keys = (re.match(r"--?config\.([^=]+)", arg) for arg in argv)
     try:
       for key in filter(None, keys):
-        config_lib.check_key(recipe, key[1])
-    except ValueError as error:
+        config_dict.check_key(recipe, key[1])
+      _check_recipe(argv)
+      return flags.FLAGS(argv)
+    except (ValueError, TypeError, flags.Error) as error:  # TypeError: config_flags, a wrong value
       _stop(error)
-    return flags.FLAGS(argv)
 
   def quiet(argv: list[str]) -> None:
     if flags.FLAGS["verbosity"].present:
@@ -54,7 +56,21 @@ def refuse_arguments(argv: list[str]) -> None:
     raise ValueError(f"unexpected arguments {' '.join(argv[1:])}. Recipes go behind --config.")
 
 
-def _stop(error):
+def _check_recipe(argv):
+  """Raises ValueError where --config names no file, which config_flags would keep to itself."""
+  for i, arg in enumerate(argv):
+    found = re.fullmatch(r"--?config(?:=(.*))?", arg)
+    if not found:
+      continue
+    value = found[1] if found[1] is not None else (argv[i + 1 : i + 2] or [""])[0]
+    file = value.split(":", 1)[0]  # config_flags hands what follows the colon to get_config
+    if not pathlib.Path(file).is_file():
+      raise ValueError(
+        f"--config={value!r}: no such file. Give a recipe, such as configs/tiny_text_tpgrpo.py."
+      )
+
+
+def _stop(error) -> NoReturn:
   print(f"error: {error}", file=sys.stderr)
   sys.exit(1)
 

@@ -1,28 +1,21 @@
-"""Frozen dataclasses of primitives with every default, their validation, and the bridge to ml_collections.
+"""Frozen dataclasses of primitives with every default, and the settings that recipes share.
 
 A recipe (configs/x.py) returns `to_config_dict(Config())` with its differences; the command line
-changes single fields; `from_config_dict` gives frozen dataclasses back and checks every rule.
-Imports no jax.
+changes single fields; `from_config_dict` gives frozen dataclasses back. Imports no jax.
 """
 
 import dataclasses
-import types
-import typing
-from typing import Any, TypeVar
+from typing import Any
 
-import ml_collections
-
-from tpgrpo_jax import registry
-
-C = TypeVar("C")
+from tpgrpo_jax.config_dict import from_config_dict, to_config_dict
 
 REFERENCE_LORA_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 )  # fmt: skip
 
-MODEL_VARIANTS = ("tiny",)
-SCHEDULES = ("linear", "sd3")
+MODEL_VARIANTS = ("tiny", "sd3", "flux")
+SCHEDULES = ("linear", "sd3", "flux")
 DYNAMICS = ("sde", "cps", "dance")
 SOLVERS = ("euler", "dpmpp_2m")
 CREDIT_METHODS = ("flow_grpo", "increments", "aggregation", "tp_grpo", "tp_grpo_consistent")
@@ -33,6 +26,7 @@ REWARD_NAMES = (
 )  # fmt: skip
 PROMPT_SOURCES = ("words", "folder")
 DTYPES = ("float32", "bfloat16")
+TEXT_DEVICES = ("mesh", "cpu")
 REMAT_POLICIES = ("none", "full", "dots")
 LORA_INITS = ("gaussian", "kaiming")
 
@@ -49,9 +43,10 @@ class Model:
   """Which transformer.
 
   Attributes:
-    variant: a name of tpgrpo_jax.models.MODELS; "tiny" ships with its weights.
-    path: a transformer or a pipeline in diffusers' layout: a folder (config.json + safetensors) or a
-      hub id "owner/name"; empty for the variant's own.
+    variant: a name of tpgrpo_jax.models.MODELS; "tiny" ships with its weights. "sd3" is Stable
+      Diffusion 3 and 3.5, "flux" is FLUX.1.
+    path: a pipeline in diffusers' layout: a folder or a hub id "owner/name". For "tiny" a transformer
+      alone will do (config.json + safetensors); empty for the one that ships.
     dtype: compute dtype; trainable weights are float32 always.
     remat: what the backward pass recomputes: none, full (every block), dots (all but matmuls).
   """
@@ -60,6 +55,33 @@ class Model:
   path: str = ""
   dtype: str = "float32"
   remat: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """The text encoders of a pipeline; they are loaded for new prompts only, and freed before training.
+
+  Attributes:
+    max_sequence_length: T5 tokens a prompt; 0 is the pipeline's own (SD3 256, FLUX.1 512).
+    t5: False leaves T5 out, as SD3 allows.
+    dtype: of the encoders and the embeddings.
+    device: "mesh" divides them over the mesh, "cpu" keeps them on the host.
+    cache: folder of embeddings that runs share; empty for ~/.cache/tpgrpo_jax/prompts.
+  """
+
+  max_sequence_length: int = 0
+  t5: bool = True
+  dtype: str = "float32"
+  device: str = "mesh"
+  cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vae:
+  """The autoencoder: compute dtype, and how many images a device decodes at once."""
+
+  dtype: str = "float32"
+  images_per_chunk: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +118,14 @@ class Sampler:
     window: (start, end), the half-open range of stochastic steps.
     window_range: () keeps the window; (lo, hi) shifts it every epoch to a start drawn from
       lo ... hi - length.
-    shift: of the sd3 schedule; unused by linear.
-    guidance_scale: 1 is no guidance, and costs one model evaluation a step instead of two.
+    schedule: noise levels: linear, sd3 (diffusers' FlowMatchEulerDiscreteScheduler with a fixed
+      shift), flux (the same with a shift that grows with the image, as FLUX.1-dev).
+    shift: of the sd3 schedule; the others do not use it.
+    guidance_scale: 1 is no guidance. For tiny and sd3 another value costs two model evaluations a
+      step instead of one; FLUX.1-dev is told it, and FLUX.1-schnell knows none.
     same_latent: the samples of one prompt start from the same noise.
+    height: of an image in pixels; 0 is the model's own.
+    width: likewise.
   """
 
   num_steps: int = 10
@@ -110,6 +137,8 @@ class Sampler:
   noise_level: float = 0.7
   guidance_scale: float = 1.0
   same_latent: bool = False
+  height: int = 0
+  width: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +246,24 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distributed:
+  """How the processes of a run find each other.
+
+  Attributes:
+    coordinator: "auto" asks SLURM, Open MPI, Kubernetes or Cloud TPU; "off" is one process; else the
+      host:port of process 0, and num_processes and process_id say the rest.
+    timeout: seconds to wait for all processes at the start.
+    heartbeat_timeout: seconds after which a silent process counts as lost, and the others stop.
+  """
+
+  coordinator: str = "auto"
+  num_processes: int = 1
+  process_id: int = 0
+  timeout: int = 300
+  heartbeat_timeout: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """Epochs between checkpoints, and how many of the newest are kept."""
 
@@ -245,6 +292,8 @@ class Config:
   seed: int = 0
   run: Run = Run()
   model: Model = Model()
+  text: Text = Text()
+  vae: Vae = Vae()
   lora: Lora = Lora()
   prompts: Prompts = Prompts()
   sampler: Sampler = Sampler()
@@ -258,6 +307,7 @@ class Config:
   ema: Ema = Ema()
   eval: Eval = Eval()
   mesh: Mesh = Mesh()
+  distributed: Distributed = Distributed()
   checkpoint: Checkpoint = Checkpoint()
   log: Log = Log()
 
@@ -271,6 +321,34 @@ def tiny_text() -> Config:
     ema=Ema(decay=0.95, every=1),
     eval=Eval(num_steps=4, prompts=256),
     log=Log(images_every=20),
+  )
+
+
+def sd35m() -> Config:
+  """What the SD3.5-Medium recipes share: the settings of arXiv 2602.06422, Sec. 5.1, without its KL."""
+  return Config(
+    model=Model("sd3", "stabilityai/stable-diffusion-3.5-medium", dtype="bfloat16", remat="full"),
+    text=Text(dtype="bfloat16"),
+    vae=Vae(dtype="bfloat16"),
+    lora=Lora(rank=32, alpha=64.0),
+    prompts=Prompts("folder"),
+    sampler=Sampler(schedule="sd3", guidance_scale=4.5, height=512, width=512),
+    train=Train(epochs=1000, prompts_per_epoch=48, group_size=24, microbatch=32),
+    eval=Eval(every=30, num_steps=40, batch=32),
+    checkpoint=Checkpoint(every=5),
+  )
+
+
+def flux_dev() -> Config:
+  """What the FLUX.1-dev recipes share: the settings of arXiv 2602.06422, App. B."""
+  base = sd35m()
+  return dataclasses.replace(
+    base,
+    model=dataclasses.replace(base.model, variant="flux", path="black-forest-labs/FLUX.1-dev"),
+    sampler=dataclasses.replace(
+      base.sampler, num_steps=6, window=(0, 5), schedule="flux", guidance_scale=3.5
+    ),
+    eval=dataclasses.replace(base.eval, num_steps=28),
   )
 
 
@@ -303,85 +381,4 @@ class PretrainConfig:
   mesh: Mesh = Mesh()
 
 
-def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-  """A ConfigDict with the fields of a config dataclass, for a recipe to change."""
-  tree = dataclasses.asdict(config)
-  rewards = tree.pop("rewards", None)
-  result = ml_collections.ConfigDict(tree)
-  if rewards is not None:
-    # Labels of rewards are data, not fields: a recipe or the command line may add and remove them.
-    result.rewards = ml_collections.ConfigDict(rewards, allow_dotted_keys=True)
-  return result
-
-
-def from_config_dict(cls: type[C], tree: Any) -> C:
-  """Builds the frozen dataclass `cls` from a ConfigDict (or nested dict), checking names and types.
-
-  Raises:
-    ValueError: an unknown key (with the nearest one) or a value of the wrong type.
-  """
-  if isinstance(tree, ml_collections.ConfigDict):
-    tree = tree.to_dict()
-  if not isinstance(tree, dict):
-    raise ValueError(
-      "--config: no recipe. Give a Python file whose get_config() returns one, such as "
-      "--config configs/tiny_text_tpgrpo.py."
-    )
-  return _build(cls, tree, prefix="")
-
-
-def check_key(cls: type, key: str) -> None:
-  """Checks that a dotted key of the command line names a field of the dataclass `cls`.
-
-  Raises:
-    ValueError: no such field (with the nearest one), or a label below `rewards`: these are set all
-      together.
-  """
-  hints, prefix = typing.get_type_hints(cls), ""
-  for part in key.split("."):
-    if prefix == "rewards.":
-      raise ValueError(
-        f"{key}: labels of rewards are set together on the command line, such as "
-        """--config.rewards="{'ocr': 1.0, 'jpeg_compressibility': 0.1}"."""
-      )
-    if part not in hints:
-      raise ValueError(f"{prefix}{part}: unknown config key.{registry.nearest(part, hints)}")
-    prefix += f"{part}."
-    hints = typing.get_type_hints(hints[part]) if dataclasses.is_dataclass(hints[part]) else {}
-
-
-def _build(cls, tree, prefix):
-  hints = typing.get_type_hints(cls)
-  if not isinstance(tree, dict):
-    raise ValueError(
-      f"{prefix[:-1]}={tree!r}: must be a group of fields.{registry.nearest('', hints)}"
-    )
-  for key in tree:
-    if key not in hints:
-      raise ValueError(f"{prefix}{key}: unknown config key.{registry.nearest(key, hints)}")
-  values = {key: _convert(hints[key], value, prefix + key) for key, value in tree.items()}
-  return cls(**values)
-
-
-def _convert(hint, value, field):
-  if dataclasses.is_dataclass(hint):
-    return _build(hint, value, field + ".")
-  origin = typing.get_origin(hint)
-  if origin is tuple:
-    if not isinstance(value, (tuple, list)):
-      example = f"({value!r},)" if isinstance(value, str) else "(0, 9)"
-      raise ValueError(f"{field}={value!r}: must be a tuple, such as {field}={example}.")
-    args = [a for a in typing.get_args(hint) if a is not Ellipsis]
-    kinds = args * len(value) if Ellipsis in typing.get_args(hint) else args
-    if len(kinds) != len(value):
-      raise ValueError(f"{field}={value!r}: must have {len(kinds)} elements, has {len(value)}.")
-    return tuple(_convert(kind, v, field) for kind, v in zip(kinds, value))
-  if origin is dict or isinstance(hint, types.GenericAlias):
-    if not isinstance(value, dict):
-      raise ValueError(f"{field}={value!r}: must be a mapping, such as {{'ocr': 1.0}}.")
-    return dict(value)
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if type(value) is not hint:
-    raise ValueError(f"{field}={value!r}: must be {hint.__name__}, is {type(value).__name__}.")
-  return value
+__all__ = ["Config", "PretrainConfig", "from_config_dict", "to_config_dict"]

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
   prompts = prompts_lib.load_prompts(config.prompts.name, config.prompts.path, _SPLIT.value)
   prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
   seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value
-  opened = restore.open_model(config, _RUN.value)
+  opened = restore.open_model(config, _RUN.value, prompts=[p.text for p in prompts])
   images = scoring.sample_images(opened, prompts, num_steps=config.eval.num_steps, seed=seed)
   setting = {"model": opened.name, "split": _SPLIT.value, "prompts": len(prompts), "seed": seed}
   setting["num_steps"] = config.eval.num_steps

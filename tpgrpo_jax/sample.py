@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
   if not texts:
     raise ValueError("no prompts: give them as arguments, or one a line in --prompts_file.")
   texts = [text for text in texts for _ in range(_SAMPLES.value)]
-  opened = restore.open_model(config, _RUN.value)
+  opened = restore.open_model(config, _RUN.value, prompts=texts)
   prompts = [types.Prompt(text, {}) for text in texts]
   images = scoring.sample_images(opened, prompts, num_steps=config.eval.num_steps, seed=_SEED.value)
   paths = scoring.save_samples(images, texts, _OUTPUT.value, samples=_SAMPLES.value)

@@ -34,7 +34,7 @@ class Condition:
 
 @_pytree
 class GuidedCondition:
-  """A condition and the one that guidance moves away from, both with leading axis B."""
+  """A condition and the one that guidance moves away from, of leading axis B, or 1 for all the same."""
 
   positive: Condition
   negative: Condition

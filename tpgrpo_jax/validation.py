@@ -12,7 +12,8 @@ def validate(config: config_lib.Config) -> None:
 
   What depends on devices, weights or files is checked where they are opened.
   """
-  groups = (_run, _model, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
+  groups = (_run, _model, _pipeline, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
+  groups += (_distributed,)
   _raise([problem for group in groups for problem in group(config)])
 
 
@@ -42,6 +43,41 @@ def _model(config) -> Iterator[str]:
       ("model.remat", config.model.remat, config_lib.REMAT_POLICIES, False),
     )
   )
+
+
+def _pipeline(config) -> Iterator[str]:
+  variant, text, s = config.model.variant, config.text, config.sampler
+  yield from _check_names(
+    (
+      ("text.dtype", text.dtype, config_lib.DTYPES, False),
+      ("text.device", text.device, config_lib.TEXT_DEVICES, False),
+      ("vae.dtype", config.vae.dtype, config_lib.DTYPES, False),
+    )
+  )
+  yield from _at_least(
+    (
+      ("sampler.height", s.height, 0),
+      ("sampler.width", s.width, 0),
+      ("vae.images_per_chunk", config.vae.images_per_chunk, 1),
+    )
+  )
+  if not 0 <= text.max_sequence_length <= 512:
+    yield (
+      f"text.max_sequence_length={text.max_sequence_length}: must be 1 ... 512, as in diffusers, or 0 for "
+      "the pipeline's own."
+    )
+  if variant in ("sd3", "flux") and not config.model.path:
+    yield (
+      f"model.path='': model.variant={variant!r} needs a pipeline in diffusers' layout, a folder or a "
+      "hub id such as 'stabilityai/stable-diffusion-3.5-medium'. Set model.path."
+    )
+  if variant == "flux" and not text.t5:
+    yield "text.t5=False: FLUX.1 reads nothing but T5's tokens. Set it to True."
+  if variant != "flux" and s.schedule == "flux":
+    yield (
+      f"sampler.schedule='flux': its shift grows with FLUX.1's tokens, and model.variant={variant!r} was "
+      "made for another. Use 'sd3'."
+    )
 
 
 def _adapter(config) -> Iterator[str]:
@@ -128,6 +164,26 @@ def _sampler(config) -> Iterator[str]:
     yield (
       f"sampler.guidance_scale={s.guidance_scale}: must be finite and >= 0. 1 is no guidance; the "
       "papers use 4.5 (SD3.5) and 3.5 (FLUX.1)."
+    )
+
+
+def _distributed(config) -> Iterator[str]:
+  d = config.distributed
+  yield from _at_least(
+    (
+      ("distributed.timeout", d.timeout, 1),
+      ("distributed.heartbeat_timeout", d.heartbeat_timeout, 1),
+      ("distributed.num_processes", d.num_processes, 1),
+    )
+  )
+  if not 0 <= d.process_id < max(d.num_processes, 1):
+    yield (
+      f"distributed.process_id={d.process_id}: must be 0 ... num_processes - 1 = {d.num_processes - 1}."
+    )
+  if d.coordinator not in ("auto", "off") and not d.coordinator.rpartition(":")[2].isdecimal():
+    yield (
+      f"distributed.coordinator={d.coordinator!r}: must be 'auto', 'off' or host:port of process 0, such "
+      "as '10.0.0.2:8476'."
     )
 
 
@@ -221,6 +277,8 @@ def _optimizer(config) -> Iterator[str]:
 
 def _pretrain(config) -> Iterator[str]:
   t = config.train
+  if config.model.variant != "tiny":
+    yield f"model.variant={config.model.variant!r}: only 'tiny' is trained from scratch here."
   yield from _at_least(
     (
       ("train.updates", t.updates, 1),

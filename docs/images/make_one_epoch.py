@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import rewards
+from tpgrpo_jax import processes, rewards
 from tpgrpo_jax.data import prompts as prompts_lib
 from tpgrpo_jax.training import build, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -34,14 +34,14 @@ def main() -> None:
     train=dataclasses.replace(base.train, group_size=GROUP, microbatch=GROUP),
   )
   mesh = mesh_lib.make_mesh(config.mesh)
-  model = build.build_model(config, mesh)
+  prompts = prompts_lib.load_prompts("words", "", "test")
+  model = build.build_model(config, mesh, [prompts[i].text for i in range(CANDIDATES)])
   method = build.build_method(config, model)
   plan = build.build_plan(config, method, 0)
   sample = rollout.make_rollout_fn(config, model, method)
   reward_fn = rewards.make_rewards(config.rewards, placement=mesh_lib.make_placement(mesh))
   credit_fn = step.make_credit_fn(config, method)
-  prompts = prompts_lib.load_prompts("words", "", "test")
-  params = {"frozen": model.frozen, "trainable": model.trainable}
+  params = model.params(model.trainable)
   key = rollout.epoch_key(config.seed, 0)
 
   def sample_group(number: int) -> dict:
@@ -49,8 +49,9 @@ def main() -> None:
     texts = [prompts[number].text] * GROUP
     noise = np.stack([np.full(GROUP, number), np.arange(GROUP)], axis=1).astype(np.int32)
     placed = (noise, build.build_condition(config, model, texts))
-    placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
+    placed = processes.put_batch(mesh, placed)
     trajectory, images = jax.device_get(sample(params, key, number, *placed, 0, plan))
+    images = images.swapaxes(0, 1)
     flat = images.reshape(-1, *images.shape[2:])
     metadata = [prompts[number].metadata] * len(flat)
     reward, _, _ = reward_fn(flat, texts * len(images), metadata)()

@@ -13,7 +13,7 @@ from tpgrpo_jax import credit
 
 W, B = 5, 6
 REWARDS = hnp.arrays(np.int32, (W + 1, B), elements=st.integers(-12, 12)).map(
-    lambda a: jnp.asarray(a / 8, jnp.float32)  # differences are exact, ties are common
+  lambda a: jnp.asarray(a / 8, jnp.float32)  # differences are exact, ties are common
 )
 properties = settings(max_examples=25, deadline=None)
 
@@ -65,29 +65,29 @@ def reference(method, balanced, reward):
   if method == "increments":
     return increments, nothing
   columns = [
-      reference_turns([row[b] for row in reward], method == "tp_grpo_consistent") for b in range(B)
+    reference_turns([row[b] for row in reward], method == "tp_grpo_consistent") for b in range(B)
   ]
   turns = [[columns[b][k] for b in range(B)] for k in range(W)]
   if balanced:
     turns = reference_balance(turns, aggregated)
   elsewhere = [end] * W if method == "aggregation" else increments
   paid = [
-      [
-          # A sum of 0 replaces no increment; where the alternative is the outcome, it does.
-          aggregated[k][b]
-          if turns[k][b] and (aggregated[k][b] != 0 or method == "aggregation")
-          else elsewhere[k][b]
-          for b in range(B)
-      ]
-      for k in range(W)
+    [
+      # A sum of 0 replaces no increment; where the alternative is the outcome, it does.
+      aggregated[k][b]
+      if turns[k][b] and (aggregated[k][b] != 0 or method == "aggregation")
+      else elsewhere[k][b]
+      for b in range(B)
+    ]
+    for k in range(W)
   ]
   return paid, turns
 
 
 FUNCTIONS = {
-    (name, table is credit.BALANCED): jax.jit(method.function)
-    for table in (credit.CREDIT, credit.BALANCED)
-    for name, method in table.items()
+  (name, table is credit.BALANCED): jax.jit(method.function)
+  for table in (credit.CREDIT, credit.BALANCED)
+  for name, method in table.items()
 }
 
 
@@ -121,7 +121,9 @@ def test_only_flow_grpo_does_without_completions():
 def test_methods_differ_on_a_trajectory_that_turns():
   # Def. 4.1 turns at 0 and 2, Def. 5.1 nowhere.
   reward = jnp.array([0, 0.5, -0.25, 0.375, 0.125])[:, None]
-  paid = {name: tuple(np.ravel(jax.jit(m.function)(reward).reward)) for name, m in credit.CREDIT.items()}
+  paid = {
+    name: tuple(np.ravel(jax.jit(m.function)(reward).reward)) for name, m in credit.CREDIT.items()
+  }
   distinct = set(paid.values())
   assert len(distinct) == 4
   assert paid["tp_grpo_consistent"] == paid["increments"]

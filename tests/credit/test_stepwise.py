@@ -11,7 +11,7 @@ from tpgrpo_jax.credit import outcome, stepwise
 
 # Sixteenths of small integers: float32 sums of them are exact, so no test here needs a tolerance.
 REWARDS = hnp.arrays(np.int32, (6, 4), elements=st.integers(-64, 64)).map(
-    lambda a: jnp.asarray(a / 16, jnp.float32)
+  lambda a: jnp.asarray(a / 16, jnp.float32)
 )
 increments = jax.jit(stepwise.increments)
 properties = settings(max_examples=25, deadline=None)
@@ -20,7 +20,7 @@ properties = settings(max_examples=25, deadline=None)
 def test_increments_have_their_worked_values():
   reward = jnp.array([0, 1, 0.5, 0.2, 0.8, 1.5])[:, None]
   np.testing.assert_allclose(
-      stepwise.increments(reward)[:, 0], [1, -0.5, -0.3, 0.6, 0.7], atol=1e-7
+    stepwise.increments(reward)[:, 0], [1, -0.5, -0.3, 0.6, 0.7], atol=1e-7
   )
 
 

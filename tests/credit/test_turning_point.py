@@ -16,7 +16,7 @@ W, B = 5, 4
 def sixteenths(shape):
   """Rewards with many ties, whose float32 differences are exact."""
   return hnp.arrays(np.int32, shape, elements=st.integers(-24, 24)).map(
-      lambda a: jnp.asarray(a / 16, jnp.float32)
+    lambda a: jnp.asarray(a / 16, jnp.float32)
   )
 
 
@@ -24,8 +24,8 @@ REWARDS = sixteenths((W + 1, B))
 VALUES = sixteenths((W, B))
 MASKS = hnp.arrays(bool, (W, B)).map(jnp.asarray)
 RULES = {
-    "turning_points": jax.jit(turning_point.turning_points),
-    "consistent_turning_points": jax.jit(turning_point.consistent_turning_points),
+  "turning_points": jax.jit(turning_point.turning_points),
+  "consistent_turning_points": jax.jit(turning_point.consistent_turning_points),
 }
 aggregated = jax.jit(turning_point.aggregated)
 step_reward = jax.jit(turning_point.step_reward)
@@ -48,13 +48,13 @@ SECOND = column(0, 0.5, -0.2, 0.3, 0.1)
 
 
 @pytest.mark.parametrize(
-    "rule, reward, turns, paid",
-    [
-        ("turning_points", FIRST, [0, 3], [1.5, -0.5, -0.3, 1.3, 0.7]),
-        ("turning_points", SECOND, [0, 2], [0.1, -0.7, 0.3, -0.2]),
-        ("consistent_turning_points", FIRST, [0, 3], [1.5, -0.5, -0.3, 1.3, 0.7]),
-        ("consistent_turning_points", SECOND, [], [0.5, -0.7, 0.5, -0.2]),
-    ],
+  "rule, reward, turns, paid",
+  [
+    ("turning_points", FIRST, [0, 3], [1.5, -0.5, -0.3, 1.3, 0.7]),
+    ("turning_points", SECOND, [0, 2], [0.1, -0.7, 0.3, -0.2]),
+    ("consistent_turning_points", FIRST, [0, 3], [1.5, -0.5, -0.3, 1.3, 0.7]),
+    ("consistent_turning_points", SECOND, [], [0.5, -0.7, 0.5, -0.2]),
+  ],
 )
 def test_worked_examples(rule, reward, turns, paid):
   found = RULES[rule](reward)
@@ -117,7 +117,9 @@ def test_two_neighbouring_steps_after_the_first_never_both_turn(reward):
 
 @both_rules
 @properties
-@given(jumps=hnp.arrays(np.int32, (W, B), elements=st.integers(1, 9)), sign=st.sampled_from([1, -1]))
+@given(
+  jumps=hnp.arrays(np.int32, (W, B), elements=st.integers(1, 9)), sign=st.sampled_from([1, -1])
+)
 def test_a_monotone_trajectory_turns_at_the_first_step_alone(rule, jumps, sign):
   start = np.zeros((1, B), np.int32)
   reward = jnp.asarray(sign * np.concatenate([start, jumps]).cumsum(0), jnp.float32)
@@ -149,7 +151,7 @@ def test_an_aggregated_reward_of_zero_leaves_the_increment():
 @given(REWARDS, MASKS, st.integers(-8, 8), st.sampled_from([-4.0, -1.0, 0.25, 2.0]))
 def test_step_reward_ignores_a_shift_and_scales(reward, mask, shift, factor):
   np.testing.assert_array_equal(
-      step_reward(reward * factor + shift, mask), step_reward(reward, mask) * factor
+    step_reward(reward * factor + shift, mask), step_reward(reward, mask) * factor
   )
 
 
@@ -213,5 +215,5 @@ def test_balance_breaks_ties_by_earlier_step_then_earlier_sample():
   everywhere = jnp.ones((2, 3), bool)
   np.testing.assert_array_equal(balance(everywhere, value), [[1, 1, 1], [0, 0, 1]])
   np.testing.assert_array_equal(
-      balance(everywhere, value.at[1, 2].set(2.0)), [[1, 1, 0], [0, 0, 0]]
+    balance(everywhere, value.at[1, 2].set(2.0)), [[1, 1, 0], [0, 0, 0]]
   )

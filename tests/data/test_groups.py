@@ -40,8 +40,8 @@ def test_seeds_differ_in_order():
 def test_shares_of_the_processes_tile_the_epoch(process_count):
   for epoch in range(5):  # epoch 2 spans two passes
     shares = [
-        groups.epoch_indices(epoch, process_index=i, process_count=process_count, **SIZES)
-        for i in range(process_count)
+      groups.epoch_indices(epoch, process_index=i, process_count=process_count, **SIZES)
+      for i in range(process_count)
     ]
     assert {len(s) for s in shares} == {4 // process_count}
     np.testing.assert_array_equal(np.concatenate(shares), groups.epoch_indices(epoch, **SIZES))
@@ -58,16 +58,16 @@ def test_prompts_that_processes_cannot_share_equally_are_refused():
 
 
 @pytest.mark.parametrize(
-    "field, value",
-    [
-        ("epoch", -1),
-        ("seed", -1),
-        ("dataset_size", 0),
-        ("prompts_per_epoch", 0),
-        ("process_count", 0),
-        ("process_index", -1),
-        ("process_index", 1),
-    ],
+  "field, value",
+  [
+    ("epoch", -1),
+    ("seed", -1),
+    ("dataset_size", 0),
+    ("prompts_per_epoch", 0),
+    ("process_count", 0),
+    ("process_index", -1),
+    ("process_index", 1),
+  ],
 )
 def test_numbers_out_of_range_are_refused(field, value):
   with pytest.raises(ValueError, match=f"{field}={value}"):

@@ -34,11 +34,11 @@ def load(source, tmp_path):
 
 def run_python(*lines):
   return subprocess.Popen(
-      [sys.executable, "-c", "\n".join(lines)],
-      cwd=REPOSITORY,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
+    [sys.executable, "-c", "\n".join(lines)],
+    cwd=REPOSITORY,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
   )
 
 
@@ -56,7 +56,7 @@ def test_built_in_words_carry_their_text_as_metadata(word_cache):
 
 
 def test_txt_gives_its_lines_in_order_without_blank_ones(source, load):
-  (source / "train.txt").write_bytes("\ufeffa cat\r\n\n  \n a \"dög\" \nlast".encode())
+  (source / "train.txt").write_bytes('\ufeffa cat\r\n\n  \n a "dög" \nlast'.encode())
   assert list(load()) == [Prompt("a cat", {}), Prompt('a "dög"', {}), Prompt("last", {})]
 
 
@@ -107,12 +107,12 @@ def test_processes_that_prepare_at_once_all_read_the_whole_dataset(source, tmp_p
   (source / "train.txt").write_text("\n".join(f"prompt {i}" for i in range(300)))
   cache = tmp_path / "cache"
   processes = [
-      run_python(
-          "from tpgrpo_jax.data import prompts",
-          f"d = prompts.load_prompts('folder', {str(source)!r}, 'train', data_dir={str(cache)!r})",
-          "assert [p.text for p in d] == [f'prompt {i}' for i in range(300)]",
-      )
-      for _ in range(3)
+    run_python(
+      "from tpgrpo_jax.data import prompts",
+      f"d = prompts.load_prompts('folder', {str(source)!r}, 'train', data_dir={str(cache)!r})",
+      "assert [p.text for p in d] == [f'prompt {i}' for i in range(300)]",
+    )
+    for _ in range(3)
   ]
   for process in processes:
     _, errors = process.communicate(timeout=120)
@@ -149,24 +149,24 @@ def test_a_preparation_that_fails_leaves_nothing_behind(source, load, tmp_path, 
 def test_preparing_and_reading_loads_no_tensorflow_and_prints_nothing(source, tmp_path):
   (source / "test.txt").write_text("a")
   process = run_python(
-      "import sys",
-      "from tpgrpo_jax.data import prompts",
-      "assert 'tensorflow_datasets' not in sys.modules",
-      f"d = prompts.load_prompts('folder', {str(source)!r}, 'test', data_dir={str(tmp_path)!r})",
-      "assert d[0].text == 'a'",
-      "assert 'tensorflow' not in sys.modules",
+    "import sys",
+    "from tpgrpo_jax.data import prompts",
+    "assert 'tensorflow_datasets' not in sys.modules",
+    f"d = prompts.load_prompts('folder', {str(source)!r}, 'test', data_dir={str(tmp_path)!r})",
+    "assert d[0].text == 'a'",
+    "assert 'tensorflow' not in sys.modules",
   )
   output, errors = process.communicate(timeout=120)
   assert (process.returncode, output) == (0, ""), errors
 
 
 @pytest.mark.parametrize(
-    "variables, expected",
-    [
-        ({"TFDS_DATA_DIR": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
-        ({"XDG_CACHE_HOME": "/b"}, "/b/tpgrpo_jax"),
-        ({"HOME": "/c"}, "/c/.cache/tpgrpo_jax"),
-    ],
+  "variables, expected",
+  [
+    ({"TFDS_DATA_DIR": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+    ({"XDG_CACHE_HOME": "/b"}, "/b/tpgrpo_jax"),
+    ({"HOME": "/c"}, "/c/.cache/tpgrpo_jax"),
+  ],
 )
 def test_default_data_dir_follows_the_environment(monkeypatch, variables, expected):
   for name in ("TFDS_DATA_DIR", "XDG_CACHE_HOME"):
@@ -231,14 +231,14 @@ def test_a_file_that_is_not_utf8_is_refused(source, load):
 
 
 @pytest.mark.parametrize(
-    "line, rule",
-    [
-        ('{"prompt": "a"', "is not JSON"),
-        ('{"text": "a"}', "must be an object"),
-        ('{"prompt": 3}', "must be an object"),
-        ('{"prompt": " "}', "must be an object"),
-        ('["a"]', "must be an object"),
-    ],
+  "line, rule",
+  [
+    ('{"prompt": "a"', "is not JSON"),
+    ('{"text": "a"}', "must be an object"),
+    ('{"prompt": 3}', "must be an object"),
+    ('{"prompt": " "}', "must be an object"),
+    ('["a"]', "must be an object"),
+  ],
 )
 def test_a_bad_jsonl_line_is_refused_with_its_number(source, load, line, rule):
   (source / "train.jsonl").write_text('{"prompt": "a"}\n\n' + line)

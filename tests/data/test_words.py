@@ -84,7 +84,7 @@ def test_jitter_moves_the_word_and_changes_nothing_else(rng):
   moved = {p.tobytes() for p in words.render(["MMMM"] * 300, rng)}
   # No ink lies on the border, so that rolling is moving.
   expected = {
-      np.roll(still, (down, right), (0, 1)).tobytes() for down in (-1, 0, 1) for right in (-1, 0, 1)
+    np.roll(still, (down, right), (0, 1)).tobytes() for down in (-1, 0, 1) for right in (-1, 0, 1)
   }
   assert moved == expected
 

@@ -15,10 +15,10 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "dpmpp_2m.npz"
 B, SHAPE, E = 3, (2, 2, 1), 5
 RNG = np.random.default_rng(0)
 PARAMS = {
-    "x": RNG.normal(size=(4, 16)),
-    "sigma": RNG.normal(size=16),
-    "condition": RNG.normal(size=(E, 16)),
-    "out": RNG.normal(size=(16, 4)) / 4,
+  "x": RNG.normal(size=(4, 16)),
+  "sigma": RNG.normal(size=16),
+  "condition": RNG.normal(size=(E, 16)),
+  "out": RNG.normal(size=(16, 4)) / 4,
 }
 CONDITION = RNG.normal(size=(B, E))
 
@@ -90,7 +90,7 @@ def states(sigmas, start, window, seed=0):
 
 def complete(trajectory, plan, **options):
   return completion.complete(
-      velocity_fn, float32(PARAMS), trajectory, float32(CONDITION), plan, **options
+    velocity_fn, float32(PARAMS), trajectory, float32(CONDITION), plan, **options
   )
 
 
@@ -98,7 +98,7 @@ def assert_packed_equals_naive(num_steps, start, window, num, solver, plan_optio
   sigmas = schedule.sd3_sigmas(num_steps)
   x, trajectory = states(sigmas, start, window)
   plan = completion.plan(
-      sigmas, start=start, window=window, steps=num, solver=solver, **(plan_options or {})
+    sigmas, start=start, window=window, steps=num, solver=solver, **(plan_options or {})
   )
   packed = complete(trajectory, plan, **options)
   naive = [NAIVE[solver](x[k], naive_grid(sigmas, start + k, num)) for k in range(window)]
@@ -166,7 +166,7 @@ def test_drawn_windows_share_one_compilation():
 def test_plan_loads_and_stores_every_unfinished_state_once(num_steps, start, window, num):
   plan = completion.plan(schedule.sd3_sigmas(num_steps), start=start, window=window, steps=num)
   unfinished = [
-      k for k in range(window) if len(naive_grid(range(num_steps + 1), start + k, num)) > 2
+    k for k in range(window) if len(naive_grid(range(num_steps + 1), start + k, num)) > 2
   ]
   assert sorted(plan.load[plan.load >= 0]) == sorted(plan.store[plan.store < window]) == unfinished
 
@@ -183,16 +183,16 @@ def test_full_windows_pack_into_the_fewest_lanes(num_steps):
 
 
 @pytest.mark.parametrize(
-    "options, expected",
-    [
-        ({"num_steps": 10, "start": 0, "window": 9}, 55),
-        ({"num_steps": 10, "start": 0, "window": 9, "steps": 1}, 10),
-        ({"num_steps": 10, "start": 0, "window": 9, "steps": 2}, 19),
-        ({"num_steps": 10, "start": 0, "window": 9, "steps": 10}, 55),
-        ({"num_steps": 10, "start": 0, "window": 0}, 10),
-        ({"num_steps": 6, "start": 0, "window": 5}, 21),
-        ({"num_steps": 10, "start": 6, "window": 2}, 10 + 3 + 2),
-    ],
+  "options, expected",
+  [
+    ({"num_steps": 10, "start": 0, "window": 9}, 55),
+    ({"num_steps": 10, "start": 0, "window": 9, "steps": 1}, 10),
+    ({"num_steps": 10, "start": 0, "window": 9, "steps": 2}, 19),
+    ({"num_steps": 10, "start": 0, "window": 9, "steps": 10}, 55),
+    ({"num_steps": 10, "start": 0, "window": 0}, 10),
+    ({"num_steps": 6, "start": 0, "window": 5}, 21),
+    ({"num_steps": 10, "start": 6, "window": 2}, 10 + 3 + 2),
+  ],
 )
 def test_num_evaluations_has_its_worked_values(options, expected):
   assert completion.num_evaluations(**options) == expected

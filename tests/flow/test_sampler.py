@@ -17,9 +17,9 @@ PARAMS = jax.random.normal(jax.random.key(10), (4, 4))
 CONDITION = jnp.linspace(-1.0, 1.0, B)
 X_INIT = jax.random.normal(jax.random.key(11), (B, *SHAPE))
 DYNAMICS = {
-    "sde": (functools.partial(steps.sde_step, sigma_max=float(SIGMAS[1])), steps.gaussian_log_prob),
-    "cps": (steps.cps_step, steps.cps_log_prob),
-    "dance": (steps.dance_step, steps.gaussian_log_prob),
+  "sde": (functools.partial(steps.sde_step, sigma_max=float(SIGMAS[1])), steps.gaussian_log_prob),
+  "cps": (steps.cps_step, steps.cps_log_prob),
+  "dance": (steps.dance_step, steps.gaussian_log_prob),
 }
 
 
@@ -40,7 +40,16 @@ def _sample(key, start, params, x_init, condition, sigmas, dynamics, noise_level
   step, log_prob = DYNAMICS[dynamics]
   step = functools.partial(step, noise_level=noise_level)
   return sampler.sample_trajectory(
-      velocity_fn, step, log_prob, params, key, x_init, condition, sigmas=sigmas, start=start, window=W
+    velocity_fn,
+    step,
+    log_prob,
+    params,
+    key,
+    x_init,
+    condition,
+    sigmas=sigmas,
+    start=start,
+    window=W,
   )
 
 
@@ -91,9 +100,10 @@ def test_steps_after_the_window_are_ode_steps(start):
 
 def test_every_step_of_the_window_is_noisy():
   trajectory = sample(KEY, 2)
-  euler = trajectory.x + trajectory.velocity * (trajectory.sigma_next - trajectory.sigma)[
-      :, None, None, None, None
-  ]
+  euler = (
+    trajectory.x
+    + trajectory.velocity * (trajectory.sigma_next - trajectory.sigma)[:, None, None, None, None]
+  )
   assert np.all(np.abs(trajectory.x_next - euler).max((2, 3, 4)) > 1e-3)
 
 

@@ -41,7 +41,19 @@ def test_sd3_sigmas_are_those_of_the_installed_diffusers():
 
 
 def test_sd3_sigmas_of_ten_steps_are_the_published_ones():
-  published = [1, 0.96013, 0.91335, 0.85769, 0.79037, 0.70728, 0.60215, 0.46488, 0.27805, 0.00893, 0]
+  published = [
+    1,
+    0.96013,
+    0.91335,
+    0.85769,
+    0.79037,
+    0.70728,
+    0.60215,
+    0.46488,
+    0.27805,
+    0.00893,
+    0,
+  ]
   np.testing.assert_allclose(schedule.sd3_sigmas(10, shift=3.0), published, atol=5e-6)
 
 
@@ -96,7 +108,7 @@ def test_linear_sigmas_are_evenly_spaced():
 @pytest.mark.parametrize("name", schedule.SCHEDULES)
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
 def test_every_schedule_falls_from_one_to_zero(name, num_steps):
-  sigmas = schedule.SCHEDULES[name](num_steps, 3.0)
+  sigmas = schedule.SCHEDULES[name](num_steps, 3.0, 1024)
   assert (len(sigmas), sigmas[0], sigmas[-1]) == (num_steps + 1, 1.0, 0.0)
   assert np.all(np.diff(sigmas) < 0)
 
@@ -123,7 +135,7 @@ def test_a_fixed_window_is_not_drawn():
 @given(st.integers(0, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 2**32))
 def test_a_drawn_window_keeps_its_length_and_its_range(low, length, room, seed):
   drawn = schedule.draw_window(
-      np.random.default_rng(seed), (1, 1 + length), (low, low + length + room)
+    np.random.default_rng(seed), (1, 1 + length), (low, low + length + room)
   )
   assert drawn[1] - drawn[0] == length
   assert low <= drawn[0] and drawn[1] <= low + length + room

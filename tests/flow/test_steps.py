@@ -16,21 +16,23 @@ from tpgrpo_jax.flow import steps
 from tpgrpo_jax.types import Gaussian
 
 NOISY = {
-    "sde": functools.partial(steps.sde_step, sigma_max=0.9),
-    "cps": steps.cps_step,
-    "dance": steps.dance_step,
+  "sde": functools.partial(steps.sde_step, sigma_max=0.9),
+  "cps": steps.cps_step,
+  "dance": steps.dance_step,
 }
 LOG_PROBS = {
-    "sde": steps.gaussian_log_prob,
-    "cps": steps.cps_log_prob,
-    "dance": steps.gaussian_log_prob,
+  "sde": steps.gaussian_log_prob,
+  "cps": steps.cps_log_prob,
+  "dance": steps.gaussian_log_prob,
 }
 
 
 def one_step(step, x, velocity, sigma, sigma_next, **options):
   """(mean, std) of a step at a single number."""
   column = lambda a: jnp.full((1, 1), a, jnp.float32)
-  gaussian = step(column(x), column(velocity), jnp.float32(sigma), jnp.float32(sigma_next), **options)
+  gaussian = step(
+    column(x), column(velocity), jnp.float32(sigma), jnp.float32(sigma_next), **options
+  )
   return float(gaussian.mean.squeeze()), float(jnp.squeeze(gaussian.std))
 
 
@@ -41,20 +43,20 @@ def random_inputs(seed=0):
 
 # Worked by hand from the papers' formulas.
 @pytest.mark.parametrize(
-    "step, inputs, options, mean, std",
-    [
-        # g = .8, dt = -.25: 1 (1 - .16) + 2 (1 + .32) (-.25) = .18;  std = .8 sqrt(.25)
-        (steps.sde_step, (1, 2, 0.5, 0.25), {"noise_level": 0.8, "sigma_max": 0.9}, 0.18, 0.4),
-        # sigma = 1, stand-in .5: g^2 = .25 / .5; 1 (1 - .125) + 2 (1 + 0) (-.5); std = sqrt(.5 .5)
-        (steps.sde_step, (1, 2, 1.0, 0.5), {"noise_level": 0.5, "sigma_max": 0.5}, -0.125, 0.5),
-        # std = .25 sin(30 degrees); x0 = 0, x1 = 2: .75 * 0 + sqrt(.0625 - .015625) * 2
-        (steps.cps_step, (1, 2, 0.5, 0.25), {"noise_level": 1 / 3}, 0.4330127, 0.125),
-        # a = 1: all of x1 is replaced; x0 = -1: .75 * -1
-        (steps.cps_step, (1, 4, 0.5, 0.25), {"noise_level": 1.0}, -0.75, 0.25),
-        # x0 = 0, score = -1 / .25; 1 - .5 + .5 * .09 * 4 * (-.25); std = .3 * .5
-        (steps.dance_step, (1, 2, 0.5, 0.25), {"noise_level": 0.3}, 0.455, 0.15),
-        (steps.ode_step, (1, 2, 0.5, 0.25), {}, 0.5, 0.0),
-    ],
+  "step, inputs, options, mean, std",
+  [
+    # g = .8, dt = -.25: 1 (1 - .16) + 2 (1 + .32) (-.25) = .18;  std = .8 sqrt(.25)
+    (steps.sde_step, (1, 2, 0.5, 0.25), {"noise_level": 0.8, "sigma_max": 0.9}, 0.18, 0.4),
+    # sigma = 1, stand-in .5: g^2 = .25 / .5; 1 (1 - .125) + 2 (1 + 0) (-.5); std = sqrt(.5 .5)
+    (steps.sde_step, (1, 2, 1.0, 0.5), {"noise_level": 0.5, "sigma_max": 0.5}, -0.125, 0.5),
+    # std = .25 sin(30 degrees); x0 = 0, x1 = 2: .75 * 0 + sqrt(.0625 - .015625) * 2
+    (steps.cps_step, (1, 2, 0.5, 0.25), {"noise_level": 1 / 3}, 0.4330127, 0.125),
+    # a = 1: all of x1 is replaced; x0 = -1: .75 * -1
+    (steps.cps_step, (1, 4, 0.5, 0.25), {"noise_level": 1.0}, -0.75, 0.25),
+    # x0 = 0, score = -1 / .25; 1 - .5 + .5 * .09 * 4 * (-.25); std = .3 * .5
+    (steps.dance_step, (1, 2, 0.5, 0.25), {"noise_level": 0.3}, 0.455, 0.15),
+    (steps.ode_step, (1, 2, 0.5, 0.25), {}, 0.5, 0.0),
+  ],
 )
 def test_steps_have_their_worked_values(step, inputs, options, mean, std):
   # A few float32 roundings of numbers near 1.
@@ -83,9 +85,7 @@ def test_levels_per_sample_equal_one_level_at_a_time(name):
   x, velocity, sigma, sigma_next = random_inputs()
   together = NOISY[name](x, velocity, sigma, sigma_next, noise_level=0.7)
   for b in range(3):
-    alone = NOISY[name](
-        x[b : b + 1], velocity[b : b + 1], sigma[b], sigma_next[b], noise_level=0.7
-    )
+    alone = NOISY[name](x[b : b + 1], velocity[b : b + 1], sigma[b], sigma_next[b], noise_level=0.7)
     np.testing.assert_array_equal(together.mean[b], alone.mean[0])
     np.testing.assert_array_equal(jnp.ravel(together.std)[b], alone.std)
 
@@ -141,7 +141,9 @@ def test_log_prob_does_not_depend_on_the_number_of_dims(name):
   gaussian = Gaussian(mean, jnp.float32(0.5))
   wide = Gaussian(jnp.tile(mean, (1, 1, 1, 5)), gaussian.std)
   np.testing.assert_allclose(
-      LOG_PROBS[name](jnp.tile(x_next, (1, 1, 1, 5)), wide), LOG_PROBS[name](x_next, gaussian), rtol=1e-5
+    LOG_PROBS[name](jnp.tile(x_next, (1, 1, 1, 5)), wide),
+    LOG_PROBS[name](x_next, gaussian),
+    rtol=1e-5,
   )
 
 
@@ -211,19 +213,17 @@ def orders(errors):
 # cps adds noise of size sigma_next sin(a pi / 2) in EVERY step, so the SDE that its steps approach
 # has a level that falls as 1 / sqrt(T).
 @pytest.mark.parametrize(
-    "step, options",
-    [
-        (steps.ode_step, lambda num_steps: {}),
-        (steps.sde_step, lambda num_steps: {"noise_level": 0.7, "sigma_max": 0.99}),
-        (steps.dance_step, lambda num_steps: {"noise_level": 0.3}),
-        (steps.cps_step, lambda num_steps: {"noise_level": 0.7 * (10 / num_steps) ** 0.5}),
-    ],
-    ids=["ode", "sde", "dance", "cps"],
+  "step, options",
+  [
+    (steps.ode_step, lambda num_steps: {}),
+    (steps.sde_step, lambda num_steps: {"noise_level": 0.7, "sigma_max": 0.99}),
+    (steps.dance_step, lambda num_steps: {"noise_level": 0.3}),
+    (steps.cps_step, lambda num_steps: {"noise_level": 0.7 * (10 / num_steps) ** 0.5}),
+  ],
+  ids=["ode", "sde", "dance", "cps"],
 )
 def test_marginal_variance_is_kept_to_first_order(step, options):
-  errors = [
-      final_moments(step, n, top=0.9, **options(n))[1] - S**2 for n in (80, 160, 320, 640)
-  ]
+  errors = [final_moments(step, n, top=0.9, **options(n))[1] - S**2 for n in (80, 160, 320, 640)]
   # The next term of the expansion, O(1 / T), still shows at T = 80.
   np.testing.assert_allclose(orders(errors), 1.0, atol=0.07)
 

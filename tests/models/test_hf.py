@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from tpgrpo_jax import models
-from tpgrpo_jax.models import hf, lora, mmdit
+from tpgrpo_jax.models import hf, lora, mmdit, tiny
 from tpgrpo_jax.models.hf import files
 
 CONFIG = mmdit.MMDiTConfig(
@@ -142,8 +142,7 @@ def test_config_of_other_sizes_than_the_weights_is_refused(folder, abstract, tmp
 
 
 def test_shipped_weights_fit_the_variants_own_sizes():
-  variant = models.MODELS["tiny"]
-  assert hf.load_config(variant.folder) == variant.config
+  assert hf.load_config(tiny.FOLDER) == tiny.CONFIG
 
 
 def save_in_shards(folder, params, count=4):
@@ -382,6 +381,24 @@ def test_sharded_folder_is_read_by_diffusers_and_its_own_by_us(folder, params, a
     if variant:
       wanted = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     assert_same(hf.load_params(target, abstract), wanted)
+
+
+@pytest.mark.parametrize(
+  "change, rule",
+  [
+    ({"patch_size": None}, "patch_size=None: must be int"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0: must be at least 1"),
+    ({"attention_head_dim": "8"}, "attention_head_dim='8': must be int"),
+    ({"dual_attention_layers": None}, "dual_attention_layers=None: must be a list of int"),
+    ({"caption_projection_dim": 7}, "caption_projection_dim=7: must equal"),
+  ],
+)
+def test_sizes_that_are_none_are_named_with_their_file(folder, tmp_path, change, rule):
+  content = json.loads((folder / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps(content | change))
+  with pytest.raises(ValueError) as caught:
+    hf.load_config(tmp_path)
+  assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ") and rule in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(set(hf.ARCHITECTURES) - {"SD3Transformer2DModel"}))

@@ -12,6 +12,7 @@ import pytest
 from stored_pipelines import GOLDEN, assert_equal, write_pipeline
 
 from tpgrpo_jax.models import prompt_cache, prompt_embedding
+from tpgrpo_jax.models.hf import files as hf_files
 from tpgrpo_jax.models.prompt_embedding import TextSource
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts have more than.*:UserWarning")
@@ -137,8 +138,8 @@ def test_identity_is_that_of_a_copy_and_of_nothing_else(stored, folder):
 
 
 def test_identity_samples_large_files(folder, monkeypatch):
-  monkeypatch.setattr(prompt_cache, "STRIDE", 1000)
-  monkeypatch.setattr(prompt_cache, "SAMPLE", 100)
+  monkeypatch.setattr(hf_files, "STRIDE", 1000)
+  monkeypatch.setattr(hf_files, "SAMPLE", 100)
   source, path = TextSource(folder, "sd3", 20), folder / "text_encoder/model.safetensors"
   own = prompt_cache.identity(source)
   content = bytearray(path.read_bytes())

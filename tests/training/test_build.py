@@ -21,18 +21,18 @@ def dtypes(tree):
 
 @pytest.fixture(scope="module")
 def full(config_in, single_mesh):
-  return build.build_model(config_in("unused"), single_mesh)
+  return build.build_model(config_in("unused"), single_mesh, ())
 
 
 @pytest.fixture(scope="module")
 def adapted(config_in, single_mesh):
-  return build.build_model(config_in("unused", {"lora": LORA}), single_mesh)
+  return build.build_model(config_in("unused", {"lora": LORA}), single_mesh, ())
 
 
 def run(velocity_fn, trainable, frozen, model):
   rng = np.random.default_rng(0)
-  x = rng.standard_normal((2, *model.variant.latent_shape)).astype(np.float32)
-  condition = jax.tree.map(jnp.asarray, model.variant.encode(model.config, ["CAT", "DOG"]))
+  x = rng.standard_normal((2, *model.pipeline.latent_shape)).astype(np.float32)
+  condition = jax.tree.map(jnp.asarray, model.pipeline.encode(["CAT", "DOG"]))
   params = {"frozen": frozen, "trainable": trainable}
   return jax.jit(velocity_fn)(params, jnp.asarray(x), jnp.asarray([0.9, 0.4]), condition)
 
@@ -106,7 +106,7 @@ def test_no_guidance_takes_the_velocity_function_itself(config_in, full):
 def test_guidance_moves_away_from_the_empty_prompt(config_in, full):
   config = config_in("unused", {"sampler.guidance_scale": 3.0})
   condition = build.build_condition(config, full, ["CAT", "DOG"])
-  empty = full.variant.encode(full.config, ["", ""])
+  empty = full.pipeline.encode([""])
   assert isinstance(condition, types.GuidedCondition)
   np.testing.assert_array_equal(condition.negative.text, empty.text)
   assert method_of(config, full).velocity_fn is not full.velocity_fn

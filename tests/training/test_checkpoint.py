@@ -1,7 +1,5 @@
 """Checkpoints come back bit for bit, on any mesh, and a damaged one never passes for a good one."""
 
-import dataclasses
-import json
 import logging
 import threading
 import warnings
@@ -13,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 
-from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.training import checkpoint
 
 
@@ -21,20 +18,20 @@ def make_state(seed=0):
   """All that a run's state may hold: two float dtypes, integers, optax's tuples, typed keys."""
   w, b = jax.random.split(jax.random.key(seed))
   params = {
-      "blocks": {
-          "w": jax.random.normal(w, (8, 16)),
-          "b": jax.random.normal(b, (16,), jnp.bfloat16),
-      },
-      "heads": [jnp.full((4,), -0.0), jnp.array([jnp.nan, jnp.inf])],
+    "blocks": {
+      "w": jax.random.normal(w, (8, 16)),
+      "b": jax.random.normal(b, (16,), jnp.bfloat16),
+    },
+    "heads": [jnp.full((4,), -0.0), jnp.array([jnp.nan, jnp.inf])],
   }
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
   updates, moments = optimizer.update(params, optimizer.init(params), params)
   return {
-      "params": optax.apply_updates(params, updates),
-      "optimizer": moments,
-      "step": jnp.int32(7),
-      "key": jax.random.key(seed + 1),
-      "keys": jax.random.split(jax.random.key(seed + 2), 8),
+    "params": optax.apply_updates(params, updates),
+    "optimizer": moments,
+    "step": jnp.int32(7),
+    "key": jax.random.key(seed + 1),
+    "keys": jax.random.split(jax.random.key(seed + 2), 8),
   }
 
 
@@ -174,7 +171,7 @@ def test_half_written_checkpoint_is_ignored_and_cleared_by_the_next_save(two_che
 
 # orbax leaves a failed read's other coroutines behind; Python complains when it frees them.
 @pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
+  "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
 )
 @pytest.mark.parametrize("how", ["truncated data", "no metadata", "no extra", "empty manifest"])
 def test_damaged_newest_is_skipped_with_a_warning(two_checkpoints, how):
@@ -304,110 +301,3 @@ def test_saving_and_restoring_prints_nothing(tmp_path, capfd, caplog):
       checkpoints.restore(on_one_device(state))
   assert capfd.readouterr() == ("", "")
   assert not caplog.records
-
-
-CONFIG = config_lib.Config(rewards={"ocr": 1.0})
-
-
-def replaced(field, **changes):
-  group = dataclasses.replace(getattr(CONFIG, field), **changes)
-  return dataclasses.replace(CONFIG, **{field: group})
-
-
-def test_config_is_written_for_people_to_read(tmp_path):
-  checkpoint.save_run_config(tmp_path / "new", CONFIG)
-  text = (tmp_path / "new" / "config.json").read_text()
-  assert json.loads(text)["sampler"]["window"] == [0, 9]
-  assert '\n    "learning_rate": 0.0003,\n' in text
-  assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.json"]
-
-
-def save_trained(folder, config):
-  """What a run with one checkpoint leaves, as far as its config is concerned."""
-  checkpoint.save_run_config(folder, config)
-  (folder / "checkpoints" / "1").mkdir(parents=True)
-
-
-def test_same_config_and_new_folder_pass(tmp_path):
-  checkpoint.check_run_config(tmp_path, CONFIG)
-  save_trained(tmp_path, CONFIG)
-  checkpoint.check_run_config(tmp_path, CONFIG)
-
-
-def test_folder_without_a_checkpoint_binds_nobody(tmp_path):
-  checkpoint.save_run_config(tmp_path, CONFIG)
-  (tmp_path / "checkpoints").mkdir()
-  checkpoint.check_run_config(tmp_path, dataclasses.replace(CONFIG, seed=7))
-
-
-def test_other_config_is_refused_field_by_field(tmp_path):
-  save_trained(tmp_path, CONFIG)
-  asked = replaced("optimizer", learning_rate=0.001)
-  asked = dataclasses.replace(asked, seed=1, rewards={"jpeg": 2.0})
-  with pytest.raises(ValueError) as error:
-    checkpoint.check_run_config(tmp_path, asked)
-  message = str(error.value)
-  assert "optimizer.learning_rate: the run has 0.0003, you ask for 0.001" in message
-  assert "seed: the run has 0, you ask for 1" in message
-  assert "rewards.ocr: the run has 1.0, you do not set it" in message
-  assert "rewards.jpeg: the run has no such field, you ask for 2.0" in message
-  assert "another run.dir" in message
-  assert len(message.splitlines()) == 6
-
-
-@pytest.mark.parametrize(
-    "field,changes",
-    [
-        ("run", {"dir": "elsewhere"}),
-        ("train", {"epochs": 999}),
-        ("eval", {"every": 1}),
-        ("log", {"wandb": True}),
-        ("checkpoint", {"every": 1, "keep": 9}),
-        ("mesh", {"fsdp": 8}),
-    ],
-)
-def test_fields_that_change_no_result_may_differ(tmp_path, field, changes):
-  save_trained(tmp_path, CONFIG)
-  checkpoint.check_run_config(tmp_path, replaced(field, **changes))
-
-
-def test_damaged_config_is_named(tmp_path):
-  save_trained(tmp_path, CONFIG)
-  (tmp_path / "config.json").write_text('{"seed": ')
-  with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
-    checkpoint.check_run_config(tmp_path, CONFIG)
-
-
-def write_rows(path, epochs, tail=""):
-  path.write_text("".join(json.dumps({"epoch": e, "reward": 0.5}) + "\n" for e in epochs) + tail)
-  return path
-
-
-def epochs_of(path):
-  return [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
-
-
-def test_rows_after_the_checkpoint_are_dropped(tmp_path):
-  path = write_rows(tmp_path / "metrics.jsonl", [0, 1, 1, 2, 3])
-  assert checkpoint.truncate_metrics(path, 2) == 2
-  assert epochs_of(path) == [0, 1, 1]
-  assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-@pytest.mark.parametrize("tail", ['{"epoch": 1, "rew', '{"epoch": ', "{", '"\xe9', "[1]", "\x00"])
-def test_half_written_last_row_is_dropped(tmp_path, tail):
-  path = write_rows(tmp_path / "metrics.jsonl", [0, 1], tail)
-  assert checkpoint.truncate_metrics(path, 5) == 1
-  assert epochs_of(path) == [0, 1]
-
-
-def test_kept_rows_keep_their_bytes(tmp_path):
-  path = tmp_path / "metrics.jsonl"
-  path.write_text('{"epoch":0,  "note": "\u00e9", "loss": NaN}\n{"epoch": 1}')
-  checkpoint.truncate_metrics(path, 2)
-  assert path.read_text() == '{"epoch":0,  "note": "\u00e9", "loss": NaN}\n{"epoch": 1}\n'
-
-
-def test_missing_metrics_file_is_no_error(tmp_path):
-  assert checkpoint.truncate_metrics(tmp_path / "metrics.jsonl", 3) == 0
-  assert not (tmp_path / "metrics.jsonl").exists()

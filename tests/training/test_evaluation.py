@@ -14,8 +14,8 @@ WORDS = [Prompt(word, {}) for word in ("ANT", "BEE", "CAT", "DOG", "ELK")]
 def sampled(config_in, single_mesh, tmp_path_factory):
   """(eval.batch, prompts, **) -> images of the small model on one device."""
   folder = tmp_path_factory.mktemp("evaluation")
-  model = build.build_model(config_in(folder), single_mesh)
-  params = {"frozen": model.frozen, "trainable": model.trainable}
+  model = build.build_model(config_in(folder), single_mesh, ())
+  params = model.params(model.trainable)
 
   def sample(batch, prompts, **options):
     config = config_in(folder, {"eval.batch": batch})
@@ -57,16 +57,17 @@ def test_same_prompt_at_two_places_gets_two_images(sampled):
 
 def test_evaluation_reports_every_reward_with_its_exact_share(config_in, single_mesh, tmp_path):
   config = config_in(tmp_path)
-  model = build.build_model(config, single_mesh)
+  model = build.build_model(config, single_mesh, ())
 
-  def reward_fn(images, texts, metadata):
+  def reward_fn(images, texts, metadata, *, rows):
+    assert rows.all()
     assert texts == [p.text for p in WORDS]
     scores = {"a": np.arange(5, dtype=np.float32), "b": np.zeros(5, np.float32)}
     return lambda: (None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1])}})
 
   with jax.set_mesh(single_mesh):
     evaluate = evaluation.make_evaluate(config, model, single_mesh, reward_fn, WORDS)
-    result = evaluate({"frozen": model.frozen, "trainable": model.trainable})
+    result = evaluate(model.params(model.trainable))
   assert result.row["reward/a/mean"] == 2.0
   assert result.row["reward/b/exact"] == pytest.approx(0.4)
   assert "reward/a/exact" not in result.row

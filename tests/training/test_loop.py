@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import pytest
 import scripted_rewards
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import rewards
+from tpgrpo_jax import models, rewards
 from tpgrpo_jax.flow import schedule
 from tpgrpo_jax.training import checkpoint, loop, metrics
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -162,12 +163,16 @@ def test_bad_reward_stops_the_run_with_the_prompt_named_and_the_run_resumes(
 
 
 @pytest.mark.parametrize("name", ["states_credit", "bare_credit"])
-def test_credit_of_another_form_is_refused_before_anything_is_sampled(name, make_config, one_device):
+def test_credit_of_another_form_is_refused_before_anything_is_sampled(
+  name, make_config, one_device
+):
   config = make_config({"credit.method": f"scripted_rewards:{name}"})
   with pytest.raises(ValueError) as caught:
     loop.open_session(config)
   message = str(caught.value)
-  assert f"credit.method='scripted_rewards:{name}': must return StepCredit(reward [2, 16]" in message
+  assert (
+    f"credit.method='scripted_rewards:{name}': must return StepCredit(reward [2, 16]" in message
+  )
 
 
 def test_credit_that_is_not_finite_stops_the_run(make_config, one_device, prompt_folder):
@@ -195,6 +200,19 @@ def test_other_prompts_in_the_same_folder_are_refused_on_resume(make_config, one
   loop.train(make_config(fields))
   (folder / "train.txt").write_text("ELK\nFOX\nGNU\nHEN\n")
   with pytest.raises(ValueError, match="its files have changed since the run"):
+    loop.train(make_config(fields | {"train.epochs": 2}))
+
+
+def test_other_weights_in_the_same_folder_are_refused_on_resume(make_config, one_device, tmp_path):
+  folder = tmp_path / "model"
+  shutil.copytree(models.tiny.FOLDER, folder)
+  fields = {"model.path": str(folder), "train.epochs": 1}
+  loop.train(make_config(fields))
+  weights = folder / "diffusion_pytorch_model.safetensors"
+  content = bytearray(weights.read_bytes())
+  content[-1] ^= 1
+  weights.write_bytes(content)
+  with pytest.raises(ValueError, match="model.path=.*its files have changed since the run"):
     loop.train(make_config(fields | {"train.epochs": 2}))
 
 

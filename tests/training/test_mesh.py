@@ -14,7 +14,7 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
-from tpgrpo_jax.models import flux, hf, lora
+from tpgrpo_jax.models import flux, hf, lora, tiny
 from tpgrpo_jax.training import build, loop, state
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -73,7 +73,7 @@ def test_one_epoch_on_a_mesh_equals_that_of_a_single_device(shape, single, make_
 
 
 DUAL = dataclasses.replace(
-  models.MODELS["tiny"].config,
+  tiny.CONFIG,
   num_layers=3,
   dual_attention_layers=(0, 1),
   attention_head_dim=16,
@@ -149,9 +149,9 @@ def gradient(mesh, family, rank):
 
 def mmdit_family():
   """(key -> model, what adapters are put where, latent shape, condition of eight samples)."""
-  condition = models.MODELS["tiny"].encode(DUAL, ["ANT", "BEE"] * 4)
+  condition = tiny.encode(DUAL, ["ANT", "BEE"] * 4)
   options = {"targets": config_lib.REFERENCE_LORA_TARGETS}
-  return models.build_transformer(DUAL), options, models.MODELS["tiny"].latent_shape, condition
+  return models.build_transformer(DUAL), options, tiny.LATENT_SHAPE, condition
 
 
 def flux_family():
@@ -166,8 +166,7 @@ FAMILIES = {"mmdit": mmdit_family, "flux": flux_family}
 
 def tiny_state(rank):
   """Shapes of the train state and of the frozen weights of the shipped model."""
-  variant = models.MODELS["tiny"]
-  create = models.build_transformer(variant.config)
+  create = models.build_transformer(tiny.CONFIG)
   optimizer = state.make_optimizer(config_lib.Optimizer())
 
   def init(key):
@@ -264,7 +263,7 @@ def test_microbatch_that_does_not_divide_over_the_mesh_is_refused(make_config):
 
 def test_weights_arrive_on_the_mesh_as_they_are_in_the_file(make_config, small_model):
   mesh = mesh_lib.make_mesh(config_lib.Mesh(2, 2, 2))
-  model = build.build_model(make_config(), mesh)
+  model = build.build_model(make_config(), mesh, ())
   tree = lora.merge_trees(model.trainable, model.frozen)
   loaded = hf.load_transformer(small_model, tree)
   jax.tree.map(np.testing.assert_array_equal, tree, loaded)

@@ -10,35 +10,35 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.flow import sampler
-from tpgrpo_jax.training import build, rollout
+from tpgrpo_jax.training import build, pipeline, rollout
 from tpgrpo_jax.training import mesh as mesh_lib
 
 PROMPTS = [types.Prompt(word, {"n": i}) for i, word in enumerate(("A", "B", "C")) for _ in range(4)]
 
 
-def encode(sizes, prompts):
+def encode(prompts):
   """A prompt is the number of its letter."""
-  del sizes
   codes = np.asarray([[ord(p) - ord("A")] for p in prompts], np.float32)
   return types.Condition(text=codes[..., None], pooled=codes)
 
 
 def velocity(params, x, sigma, condition):
   level = sigma.reshape(-1, 1, 1, 1)
-  return params * jnp.tanh(x) + level * condition.pooled[:, :, None, None]
+  return params["scale"] * jnp.tanh(x) + level * condition.pooled[:, :, None, None]
 
 
 def decode(latents):
   return jnp.repeat(jax.nn.sigmoid(latents), 3, axis=-1)
 
 
+PARAMS = {"scale": jnp.float32(0.5), "decoder": {}}
 MODEL = build.Model(
-  variant=models.Variant(None, (2, 3, 1), encode, decode, None),
   config=None,
   velocity_fn=velocity,
   base_velocity_fn=velocity,
   frozen={},
   trainable={},
+  pipeline=pipeline.Pipeline((2, 3, 1), encode, lambda decoder, x: decode(x), {}),
 )
 
 
@@ -53,7 +53,9 @@ def make_config(method="increments", **fields):
   )
 
 
-def brightness(images, texts, metadata):
+def brightness(images, texts, metadata, *, rows):
+  assert rows.all()
+  images = np.asarray(images)
   scores = images.mean(axis=(1, 2, 3)).astype(np.float32)
   numbers = np.asarray([m["n"] for m in metadata], np.float32)
   return lambda: (scores, {"brightness": scores, "number": numbers}, {})
@@ -68,14 +70,14 @@ def run_epoch(config, mesh, *, epoch=0, reward_fn=brightness, on_chunk=lambda do
 
   def sample(chunk, group, condition):
     key = rollout.epoch_key(config.seed, epoch)
-    trajectory, pictures = rollout_fn(jnp.float32(0.5), key, chunk, group, condition, start, plan)
+    trajectory, pictures = rollout_fn(PARAMS, key, chunk, group, condition, start, plan)
     images.append(np.asarray(pictures))
     return trajectory, pictures
 
   with jax.set_mesh(mesh):
     rollout_fn = rollout.make_rollout_fn(config, MODEL, method)
     rolled = rollout.collect(config, MODEL, mesh, sample, reward_fn, PROMPTS, on_chunk)
-  return rolled, np.concatenate(images, axis=1)
+  return rolled, np.concatenate(images).swapaxes(0, 1)
 
 
 def joined(rolled, name):
@@ -110,9 +112,9 @@ def test_first_images_are_the_ode_images_of_the_windows_first_states(single_mesh
   config = make_config(sampler={"window": (0, 3)})
   rolled, images = run_epoch(config, single_mesh)
   method = build.build_method(config, MODEL)
-  condition = encode(None, [p.text for p in PROMPTS])
+  condition = encode([p.text for p in PROMPTS])
   latents = sampler.sample_ode(
-    velocity, jnp.float32(0.5), jnp.asarray(joined(rolled, "x")[0]), condition, sigmas=method.sigmas
+    velocity, PARAMS, jnp.asarray(joined(rolled, "x")[0]), condition, sigmas=method.sigmas
   )
   difference = images[0].astype(int) - np.asarray(models.images_uint8(decode(latents)), int)
   assert np.abs(difference).max() <= 1  # float32 in another order, on the edge of two levels
@@ -126,9 +128,9 @@ def test_prompts_are_those_of_the_samples(epoch):
 def test_method_without_completions_scores_the_finished_images_alone(single_mesh):
   calls = []
 
-  def reward_fn(images, texts, metadata):
+  def reward_fn(images, texts, metadata, *, rows):
     calls.append(len(images))
-    return brightness(images, texts, metadata)
+    return brightness(images, texts, metadata, rows=rows)
 
   rolled, images = run_epoch(make_config("flow_grpo"), single_mesh, reward_fn=reward_fn)
   assert calls == [4, 4, 4]
@@ -172,7 +174,7 @@ def test_progress_counts_every_sample_once(single_mesh):
 
 
 def test_failing_reward_stops_the_epoch(single_mesh):
-  def reward_fn(images, texts, metadata):
+  def reward_fn(images, texts, metadata, *, rows):
     raise ConnectionError("gone")
 
   with pytest.raises(ConnectionError):

@@ -283,9 +283,9 @@ def on_policy_config(dynamics, scale, rank, kl_coef):
 
 def first_update_metrics(config, mesh):
   """The metrics of the first update of the shipped model on one epoch of noise."""
-  model = build.build_model(config, mesh)
+  model = build.build_model(config, mesh, ())
   method = build.build_method(config, model)
-  params = {"frozen": model.frozen, "trainable": model.trainable}
+  params = model.params(model.trainable)
   with jax.set_mesh(mesh):
     sample_fn = rollout.make_rollout_fn(config, model, method)
     trajectories, conditions = [], []

@@ -9,13 +9,13 @@ import numpy as np
 
 
 def epoch_indices(
-    epoch: int,
-    *,
-    seed: int,
-    dataset_size: int,
-    prompts_per_epoch: int,
-    process_index: int = 0,
-    process_count: int = 1,
+  epoch: int,
+  *,
+  seed: int,
+  dataset_size: int,
+  prompts_per_epoch: int,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Int64[np.ndarray, "prompts"]:
   """The indices of the prompts that one process draws in an epoch.
 
@@ -44,14 +44,14 @@ def epoch_indices(
       raise ValueError(f"{field}={value}: must be >= 0. Count from 0.")
   if not 0 <= process_index < process_count:
     raise ValueError(
-        f"process_index={process_index}: must be in 0 ... {process_count - 1} for "
-        f"process_count={process_count}. Pass jax.process_index()."
+      f"process_index={process_index}: must be in 0 ... {process_count - 1} for "
+      f"process_count={process_count}. Pass jax.process_index()."
     )
   if prompts_per_epoch % process_count:
     raise ValueError(
-        f"train.prompts_per_epoch={prompts_per_epoch}: must be a multiple of the number of "
-        f"processes, {process_count}. "
-        f"Set it to {-(-prompts_per_epoch // process_count) * process_count}."
+      f"train.prompts_per_epoch={prompts_per_epoch}: must be a multiple of the number of "
+      f"processes, {process_count}. "
+      f"Set it to {-(-prompts_per_epoch // process_count) * process_count}."
     )
   share = prompts_per_epoch // process_count
   start = epoch * prompts_per_epoch + process_index * share
@@ -59,7 +59,7 @@ def epoch_indices(
 
 
 def repeat_groups(
-    indices: Int64[np.ndarray, "prompts"], group_size: int
+  indices: Int64[np.ndarray, "prompts"], group_size: int
 ) -> Int64[np.ndarray, "samples"]:
   """Repeats every index K times, prompt-major: [p0] * K, [p1] * K, ...
 
@@ -81,8 +81,8 @@ def _stream(start, stop, *, seed, dataset_size):
   """Entries start ... stop - 1 of the concatenated permutations."""
   first, last = start // dataset_size, (stop - 1) // dataset_size
   passes = [
-      np.random.default_rng((seed, number)).permutation(dataset_size)
-      for number in range(first, last + 1)
+    np.random.default_rng((seed, number)).permutation(dataset_size)
+    for number in range(first, last + 1)
   ]
   offset = first * dataset_size
   return np.concatenate(passes)[start - offset : stop - offset]

@@ -38,7 +38,7 @@ class _Source(NamedTuple):
 
 
 def load_prompts(
-    name: str, path: str, split: str, *, data_dir: str | os.PathLike | None = None
+  name: str, path: str, split: str, *, data_dir: str | os.PathLike | None = None
 ) -> Sequence[Prompt]:
   """Opens one split of a prompt dataset, which is prepared first if it is new or has changed.
 
@@ -63,7 +63,7 @@ def load_prompts(
   sources = PROMPT_SOURCES[name](path)
   if split not in sources:
     raise ValueError(
-        f"prompts.path={path!r}: holds no {split} prompts. Add one of {', '.join(FILES[split])}."
+      f"prompts.path={path!r}: holds no {split} prompts. Add one of {', '.join(FILES[split])}."
     )
   root = pathlib.Path(data_dir) if data_dir is not None else _default_data_dir()
   folder = root / f"prompts-{name}-{_digest(sources)}"
@@ -75,8 +75,8 @@ def load_prompts(
 def _word_sources(path: str) -> dict[str, _Source]:
   if path:
     raise ValueError(
-        f"prompts.path={path!r}: prompts.name='words' reads no files. Set prompts.path='', or "
-        "prompts.name='folder'."
+      f"prompts.path={path!r}: prompts.name='words' reads no files. Set prompts.path='', or "
+      "prompts.name='folder'."
     )
   sources = {}
   for split, count in BUILT_IN_WORDS.items():
@@ -89,16 +89,16 @@ def _folder_sources(path: str) -> dict[str, _Source]:
   folder = pathlib.Path(path).expanduser()
   if not path or not folder.is_dir():
     raise ValueError(
-        f"prompts.path={path!r}: must be a folder when prompts.name='folder'. Point it at one that "
-        f"holds {FILES['train'][0]} and {FILES['test'][0]} (or .jsonl)."
+      f"prompts.path={path!r}: must be a folder when prompts.name='folder'. Point it at one that "
+      f"holds {FILES['train'][0]} and {FILES['test'][0]} (or .jsonl)."
     )
   sources = {}
   for split, names in FILES.items():
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) > 1:
       raise ValueError(
-          f"prompts.path={path!r}: holds {' and '.join(f.name for f in found)}; a split must have "
-          "one file. Remove or rename the others."
+        f"prompts.path={path!r}: holds {' and '.join(f.name for f in found)}; a split must have "
+        "one file. Remove or rename the others."
       )
     for file in found:
       parse = _parse_jsonl if file.suffix == ".jsonl" else _parse_txt
@@ -106,7 +106,7 @@ def _folder_sources(path: str) -> dict[str, _Source]:
   if not sources:
     looked_for = ", ".join(name for names in FILES.values() for name in names)
     raise ValueError(
-        f"prompts.path={path!r}: holds no prompts. Looked for {looked_for}: add at least one."
+      f"prompts.path={path!r}: holds no prompts. Looked for {looked_for}: add at least one."
     )
   return sources
 
@@ -114,8 +114,8 @@ def _folder_sources(path: str) -> dict[str, _Source]:
 # The last form is what Flow-GRPO's datasets use for prompts with metadata.
 FILES = {s: (f"{s}.txt", f"{s}.jsonl", f"{s}_metadata.jsonl") for s in SPLITS}
 PROMPT_SOURCES: dict[str, Callable[[str], dict[str, _Source]]] = {
-    "words": _word_sources,
-    "folder": _folder_sources,
+  "words": _word_sources,
+  "folder": _folder_sources,
 }
 
 
@@ -135,14 +135,14 @@ def _parse_jsonl(content: bytes, where: str) -> list[Prompt]:
       json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
       raise ValueError(
-          f"{where}:{number}: is not JSON ({error}). Write one object a line, such as "
-          '{"prompt": "a red bird"}.'
+        f"{where}:{number}: is not JSON ({error}). Write one object a line, such as "
+        '{"prompt": "a red bird"}.'
       ) from error
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
       raise ValueError(
-          f'{where}:{number}: must be an object whose "prompt" is a text that is not empty, is '
-          f"{line[:80]!r}. Add the prompt, or remove the line."
+        f'{where}:{number}: must be an object whose "prompt" is a text that is not empty, is '
+        f"{line[:80]!r}. Add the prompt, or remove the line."
       )
     prompts.append(Prompt(text.strip(), {k: v for k, v in row.items() if k != "prompt"}))
   return prompts

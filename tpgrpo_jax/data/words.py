@@ -32,11 +32,11 @@ def split_of(word: str) -> str:
 
 
 def sample_words(
-    rng: np.random.Generator,
-    count: int,
-    *,
-    lengths: Sequence[int] = LENGTHS,
-    split: str = "train",
+  rng: np.random.Generator,
+  count: int,
+  *,
+  lengths: Sequence[int] = LENGTHS,
+  split: str = "train",
 ) -> list[str]:
   """Draws `count` words of one split independently, so that a word may come up twice.
 
@@ -61,11 +61,11 @@ def sample_words(
 
 
 def sample_distinct_words(
-    rng: np.random.Generator,
-    count: int,
-    *,
-    lengths: Sequence[int] = LENGTHS,
-    split: str = "train",
+  rng: np.random.Generator,
+  count: int,
+  *,
+  lengths: Sequence[int] = LENGTHS,
+  split: str = "train",
 ) -> list[str]:
   """Draws `count` words of one split, no two the same; arguments as of `sample_words`.
 
@@ -80,8 +80,8 @@ def sample_distinct_words(
   most = int(share * sum(len(ALPHABET) ** n for n in set(lengths)) / 2)
   if count > most:
     raise ValueError(
-        f"count={count}: at most {most} distinct {split} words of lengths {tuple(lengths)} can be "
-        "drawn. Ask for fewer words, or add a longer length."
+      f"count={count}: at most {most} distinct {split} words of lengths {tuple(lengths)} can be "
+      "drawn. Ask for fewer words, or add a longer length."
     )
   words = {}
   while len(words) < count:
@@ -90,11 +90,11 @@ def sample_distinct_words(
 
 
 def render(
-    words: Sequence[str],
-    rng: np.random.Generator | None = None,
-    *,
-    height: int = HEIGHT,
-    width: int = WIDTH,
+  words: Sequence[str],
+  rng: np.random.Generator | None = None,
+  *,
+  height: int = HEIGHT,
+  width: int = WIDTH,
 ) -> UInt8[np.ndarray, "words height width"]:
   """Paints every word in white on black, centred, one character a cell.
 
@@ -115,7 +115,7 @@ def render(
   for word in words:
     if not 0 < len(word) <= LONGEST or not glyphs.keys() >= set(word):
       raise ValueError(
-          f"word={word!r}: must be 1 to {LONGEST} characters of {ALPHABET}. Change the word."
+        f"word={word!r}: must be 1 to {LONGEST} characters of {ALPHABET}. Change the word."
       )
   shifts = np.zeros((len(words), 2), int)
   if rng is not None:
@@ -134,8 +134,8 @@ def _check_draw(lengths, split):
     raise ValueError(f"split={split!r}: unknown name.{registry.nearest(split, SPLITS)}")
   if not lengths or not all(1 <= n <= LONGEST for n in lengths):
     raise ValueError(
-        f"lengths={tuple(lengths)!r}: must be one or more of 1 ... {LONGEST}, what fits a picture. "
-        f"Use lengths={LENGTHS}."
+      f"lengths={tuple(lengths)!r}: must be one or more of 1 ... {LONGEST}, what fits a picture. "
+      f"Use lengths={LENGTHS}."
     )
 
 
@@ -144,8 +144,8 @@ def _glyphs(height, width):
   """({character: uint8 [height + 2 jitter, cell]}, cell); drawn once, as Pillow is slow at text."""
   if height < 8 or width < 16 or height % 8 or width % 8:
     raise ValueError(
-        f"height={height}, width={width}: must be multiples of 8, at least 8 x 16 pixels. "
-        f"Use height={HEIGHT}, width={WIDTH}."
+      f"height={height}, width={width}: must be multiples of 8, at least 8 x 16 pixels. "
+      f"Use height={HEIGHT}, width={WIDTH}."
     )
   cell = (width - 2 * _JITTER) // LONGEST
   # The widest letter of Pillow's built-in font fills a cell at this size; few rows stay empty.

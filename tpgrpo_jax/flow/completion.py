@@ -107,7 +107,7 @@ def complete(
     velocity_fn: the model.
     params: of velocity_fn.
     trajectory: its x and velocity are used.
-    condition: of velocity_fn, leading axis B.
+    condition: of velocity_fn, leading axis B (or 1).
     plan: of this trajectory's grid and window.
     lanes_per_chunk: lanes computed at once when memory is short; 0 is all.
 
@@ -143,7 +143,9 @@ def _scan_lanes(velocity_fn, params, condition, begun, data, done, tables):
   """Runs one chunk of lanes; `done` [W, B, ...] receives what they complete."""
   size = tables[0].shape[1]
   batch = begun.shape[1]
-  repeated = jax.tree.map(lambda c: jnp.repeat(c, size, axis=0), condition)
+  # What all samples share (leading axis 1) stays as it is.
+  widen = lambda c: jnp.repeat(c, size, axis=0) if len(c) == batch else c
+  repeated = jax.tree.map(widen, condition)
   # Lanes lie inside the batch axis ([B, lanes] flattened), so that its layout on a mesh stays.
   per_sample = lambda row: jnp.tile(row, batch)
   wide = lambda row: per_sample(row).reshape(-1, *(1,) * (begun.ndim - 2))

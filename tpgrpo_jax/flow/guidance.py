@@ -31,4 +31,4 @@ def classifier_free(velocity_fn: types.VelocityFn, guidance_scale: float) -> typ
 
 
 def _interleave(a, b):
-  return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+  return jnp.stack([a, jnp.broadcast_to(b, a.shape)], axis=1).reshape(-1, *a.shape[1:])

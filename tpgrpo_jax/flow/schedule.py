@@ -70,9 +70,11 @@ def flux_sigmas(
   return shift_sigmas(linear_sigmas(num_steps), np.exp(mu))
 
 
+# name -> function of (num_steps, shift, image_tokens)
 SCHEDULES = {
-  "linear": lambda num_steps, shift: linear_sigmas(num_steps),
-  "sd3": lambda num_steps, shift: sd3_sigmas(num_steps, shift=shift),
+  "linear": lambda num_steps, shift, image_tokens: linear_sigmas(num_steps),
+  "sd3": lambda num_steps, shift, image_tokens: sd3_sigmas(num_steps, shift=shift),
+  "flux": lambda num_steps, shift, image_tokens: flux_sigmas(num_steps, image_tokens),
 }
 
 

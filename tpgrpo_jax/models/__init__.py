@@ -1,8 +1,7 @@
-"""The models, and what turns prompts and latents into their terms."""
+"""The models, and what turns their weights into pure functions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
-import pathlib
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -10,67 +9,52 @@ import jax
 import jax.numpy as jnp
 
 from tpgrpo_jax import types
-from tpgrpo_jax.models import byte_text, hf, lora, mmdit
+from tpgrpo_jax.models import flux, hf, lora, mmdit, tiny
 
-ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+Sizes = mmdit.MMDiTConfig | flux.FluxConfig
 
 
 class Variant(NamedTuple):
-  """A model family member.
+  """A family of models.
 
   Attributes:
-    config: sizes when no weights are loaded.
-    latent_shape: (h, w, c) of one sample.
-    encode: prompts -> Condition of NumPy arrays, for a transformer of the given config.
-    decode: latents [N, h, w, c] -> images [N, H, W, 3] float in [0, 1].
-    folder: the weights that ship with the package.
+    sizes: the class of a transformer's config.
+    guidance: "classifier_free" evaluates the model with and without the prompt; "embedded" tells it the
+      scale, where it was made for that (FLUX.1-dev).
+    pipeline: family of the pipeline around it, of models.prompt_embedding.FAMILIES; "" for none.
+    path: the weights that ship with the package; "" where none do.
   """
 
-  config: mmdit.MMDiTConfig
-  latent_shape: tuple[int, int, int]
-  encode: Callable[[mmdit.MMDiTConfig, Sequence[str]], types.Condition]
-  decode: Callable[[jax.Array], jax.Array]
-  folder: pathlib.Path
+  sizes: type
+  guidance: str
+  pipeline: str
+  path: str
 
-
-def pixels_to_latents(pixels: jax.Array) -> jax.Array:
-  """Gray pixels uint8 [N, H, W] -> latents [N, H, W, 1] in [-1, 1]; the tiny model has no VAE."""
-  return jnp.asarray(pixels, jnp.float32)[..., None] / 127.5 - 1.0
-
-
-def _gray_to_rgb(latents):
-  return jnp.repeat(jnp.clip(latents * 0.5 + 0.5, 0.0, 1.0), 3, axis=-1)
-
-
-def _encode_bytes(config, prompts):
-  return byte_text.encode(prompts, config.joint_attention_dim - byte_text.BYTES)
-
-
-_TINY = mmdit.MMDiTConfig(
-  sample_size=48,
-  patch_size=8,
-  in_channels=1,
-  num_layers=4,
-  attention_head_dim=32,
-  num_attention_heads=4,
-  joint_attention_dim=byte_text.embedding_dim(6),
-  caption_projection_dim=128,
-  pooled_projection_dim=byte_text.embedding_dim(6),
-  out_channels=1,
-  pos_embed_max_size=6,
-  qk_norm="rms_norm",
-)
 
 MODELS = {
-  "tiny": Variant(_TINY, (24, 48, 1), _encode_bytes, _gray_to_rgb, ASSETS / "tiny_text"),
+  "tiny": Variant(mmdit.MMDiTConfig, "classifier_free", "", str(tiny.FOLDER)),
+  "sd3": Variant(mmdit.MMDiTConfig, "classifier_free", "sd3", ""),
+  "flux": Variant(flux.FluxConfig, "embedded", "flux", ""),
 }
 
 
-def build_transformer(config: mmdit.MMDiTConfig, *, dtype=jnp.float32, remat: str = "none") -> Any:
-  """Returns a function key -> MMDiT, pure, so that jax.eval_shape serves it."""
+def build_transformer(
+  config: Sizes, *, dtype=jnp.float32, remat: str = "none", guidance: float | None = None
+) -> Callable[[jax.Array], nnx.Module]:
+  """Returns a function key -> MMDiT or Flux, pure, so that jax.eval_shape serves it.
+
+  Args:
+    config: sizes.
+    dtype: compute dtype.
+    remat: what the backward pass recomputes.
+    guidance: the scale that a FLUX.1-dev is told.
+  """
 
   def create(key):
-    return mmdit.MMDiT(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(params=key))
+    options = dict(dtype=dtype, remat=remat, rngs=nnx.Rngs(params=key))
+    if isinstance(config, flux.FluxConfig):
+      return flux.Flux(config, guidance=guidance, **options)
+    return mmdit.MMDiT(config, **options)
 
   return create
 
@@ -96,4 +80,13 @@ def images_uint8(images: jax.Array) -> jax.Array:
   return jnp.round(jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
-__all__ = ["MODELS", "Variant", "build_transformer", "hf", "lora", "make_velocity_fn", "mmdit"]
+__all__ = [
+  "MODELS",
+  "Variant",
+  "build_transformer",
+  "hf",
+  "lora",
+  "make_velocity_fn",
+  "mmdit",
+  "tiny",
+]

@@ -76,7 +76,7 @@ class FluxConfig:
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(k for k in config if not k.startswith("_") and k not in names)
     if unknown:
-      raise ValueError(f"config.json: {', '.join(unknown)}: not fields of FluxTransformer2DModel.")
+      raise ValueError(f"{', '.join(unknown)}: not fields of FluxTransformer2DModel.")
     known = {k: v for k, v in config.items() if k in names}
     known["axes_dims_rope"] = tuple(known.get("axes_dims_rope", cls.axes_dims_rope))
     if known.get("out_channels") is None:

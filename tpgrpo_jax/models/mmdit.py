@@ -66,7 +66,7 @@ class MMDiTConfig:
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(k for k in config if not k.startswith("_") and k not in names)
     if unknown:
-      raise ValueError(f"config.json: {', '.join(unknown)}: not fields of SD3Transformer2DModel.")
+      raise ValueError(f"{', '.join(unknown)}: not fields of SD3Transformer2DModel.")
     known = {k: v for k, v in config.items() if k in names}
     known["dual_attention_layers"] = tuple(known.get("dual_attention_layers", ()))
     if known.get("out_channels") is None:

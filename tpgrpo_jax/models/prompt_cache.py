@@ -22,10 +22,9 @@ import tqdm
 from tpgrpo_jax import types
 from tpgrpo_jax.models import prompt_embedding
 from tpgrpo_jax.models.hf import encoder as hf_encoder
+from tpgrpo_jax.models.hf import files as hf_files
 
 FORMAT = 1  # raise it when embeddings of the same files change
-STRIDE, SAMPLE = 2**24, 2**16
-"""Of a large file, `SAMPLE` bytes out of every `STRIDE` are looked at."""
 
 
 class EmbeddedPrompts(NamedTuple):
@@ -84,9 +83,7 @@ def embed_prompts(
 def identity(source: prompt_embedding.TextSource) -> str:
   """Names all that decides an embedding, the prompt aside: 32 hex digits.
 
-  Files count by name, size and content, not by place or age: a copy of the folder has the same
-  identity. Of files above 16 MiB one 64 KiB sample in each 16 MiB is read, which takes a second for
-  T5-XXL and sees every change that training makes.
+  As `hf.files.fingerprint`: a copy of the folder has the same identity.
 
   Raises:
     ValueError: a wrong or partial folder.
@@ -99,27 +96,12 @@ def identity(source: prompt_embedding.TextSource) -> str:
     names += family.t5
   else:
     facts.append(hf_encoder.load_json(folder / "transformer").get("joint_attention_dim"))
-  digest = hashlib.sha256(json.dumps(facts).encode())
   for name in names:
     if not (folder / name).is_dir():
       raise ValueError(
         f"{str(folder)!r}: no {name} in it. Point it at a complete folder of the hub."
       )
-    for path in sorted(path for path in (folder / name).iterdir() if path.is_file()):
-      digest.update(f"\n{name}/{path.name} {path.stat().st_size} ".encode())
-      _update(digest, path)
-  return digest.hexdigest()[:32]
-
-
-def _update(digest, path):
-  size = path.stat().st_size
-  with path.open("rb") as file:
-    if size <= STRIDE:
-      digest.update(file.read())
-      return
-    for start in [*range(0, size, STRIDE), size - SAMPLE]:
-      file.seek(start)
-      digest.update(file.read(SAMPLE))
+  return hf_files.fingerprint(folder, json.dumps(facts).encode(), names)
 
 
 def _path(folder, prompt):

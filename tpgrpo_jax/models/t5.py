@@ -48,7 +48,7 @@ class T5Config:
     """
     found = config.get("model_type", "t5")
     if found != "t5":
-      raise ValueError(f"config.json: model_type={found!r}: must be 't5'.")
+      raise ValueError(f"model_type={found!r}: must be 't5'.")
     names = {f.name for f in dataclasses.fields(cls)}
     return cls(**{k: v for k, v in config.items() if k in names})
 

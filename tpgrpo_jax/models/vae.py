@@ -73,7 +73,7 @@ class VAEConfig:
     known_names = names.union(_FIXED, _BLOCK_TYPES, _UNUSED)
     unknown = sorted(k for k in config if not k.startswith("_") and k not in known_names)
     if unknown:
-      raise ValueError(f"config.json: {', '.join(unknown)}: not fields of AutoencoderKL.")
+      raise ValueError(f"{', '.join(unknown)}: not fields of AutoencoderKL.")
     for field, value in _FIXED.items():
       if config.get(field, value) != value:
         raise ValueError(f"{field}={config[field]!r}: must be {value!r}; no other kind is known.")

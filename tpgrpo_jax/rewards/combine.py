@@ -15,10 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 import numpy as np
 
-from tpgrpo_jax import registry, types
+from tpgrpo_jax import processes, registry, types
 
 _LARGEST = float(np.finfo(np.float32).max)  # a weight beyond makes every total infinite
 
@@ -30,10 +30,8 @@ DeviceRewardMaker = Callable[..., types.DeviceRewardFn]
 Scores = tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]
 """(total float32 [N], label -> float32 [N], label -> info)."""
 
-CombinedRewardFn = Callable[
-  [np.ndarray | jax.Array, Sequence[str], Sequence[Mapping[str, Any]]], Callable[[], Scores]
-]
-"""(images uint8 [N, H, W, 3], prompts, metadata) -> a function that waits for their Scores."""
+CombinedRewardFn = Callable[..., Callable[[], Scores]]
+"""(images uint8 [N, H, W, 3], prompts, metadata, *, rows=None) -> a function that waits for their Scores."""
 
 
 class RewardError(RuntimeError):
@@ -60,9 +58,11 @@ def make_weighted_sum(
     placement: of the weights and batches of rewards of the devices; None for the default device.
 
   Returns:
-    begin: (images uint8 [N, H, W, 3], of the host or of the devices, prompts, metadata) -> finish:
-    () -> (total float32 [N], label -> float32 [N], label -> info). `begin` does not wait. `finish`
-    raises RewardError if a reward returns anything but N finite numbers.
+    begin: (images uint8 [N, H, W, 3], of the host or of the devices, prompts, metadata, rows) ->
+    finish: () -> (total float32 [N], label -> float32 [N], label -> info). `begin` does not wait.
+    `finish` raises RewardError if a reward returns anything but N finite numbers. `rows`, bool [N],
+    marks those that this process scores, by default all: the other scores are 0, so that the sum
+    over processes has them all, and an info is of these rows alone.
 
   Raises:
     ValueError: no rewards, an unknown name, a weight that is not a finite number, or an option that
@@ -86,19 +86,22 @@ def make_weighted_sum(
     images: UInt8[np.ndarray | jax.Array, "N H W 3"],
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]],
+    *,
+    rows: Bool[np.ndarray, " N"] | None = None,
   ) -> Callable[[], Scores]:
     if not len(images) == len(prompts) == len(metadata):
       raise ValueError(
         f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: must be "
         "equally many. Pass one prompt and one metadata per image."
       )
+    rows = np.ones(len(prompts), bool) if rows is None else rows
     extra = 0 if placement is None else -len(prompts) % jax.device_count()
     dispatched = _dispatch(functions["device"], images, prompts, metadata, placement, extra)
 
     def finish() -> Scores:
-      results = _run_host(functions["host"], images, prompts, metadata)
+      results = _run_host(functions["host"], images, prompts, metadata, rows)
       for label, scores in dispatched.items():
-        results[label] = _wait(label, scores, prompts, extra)
+        results[label] = (_wait(label, scores, prompts, extra) * rows, {})
       scores = {label: results[label][0] for label in weights}
       total = np.zeros(len(prompts), np.float32)
       for label, score in scores.items():
@@ -126,18 +129,25 @@ def _dispatch(functions, images, prompts, metadata, placement, extra):
   return dispatched
 
 
-def _run_host(functions, images, prompts, metadata):
-  """{label: (scores, info)}."""
-  if not functions:
-    return {}
-  images = np.asarray(images).view()
+def _run_host(functions, images, prompts, metadata, rows):
+  """{label: (scores, info)}; other scores than those of `rows` are 0."""
+  if not functions or not rows.any():
+    return {label: (np.zeros(len(rows), np.float32), {}) for label in functions}
+  images = processes.fetch_rows(images, rows)
+  prompts, metadata = ([x for x, own in zip(xs, rows) if own] for xs in (prompts, metadata))
   images.flags.writeable = False  # a reward that paints on them would spoil the others' scores
   with futures.ThreadPoolExecutor(len(functions), thread_name_prefix="reward") as pool:
     pending = {
       label: pool.submit(_score, label, fn, images, prompts, metadata)
       for label, fn in functions.items()
     }
-  return {label: future.result() for label, future in pending.items()}
+  results = {}
+  for label, future in pending.items():
+    scores, info = future.result()
+    whole = np.zeros(len(rows), np.float32)
+    whole[rows] = scores
+    results[label] = (whole, info)
+  return results
 
 
 def _parse(label, spec):
@@ -212,11 +222,11 @@ def _score(label, function, images, prompts, metadata):
 
 
 def _wait(label, dispatched, prompts, extra):
-  """(scores float32 [N], no info) of one reward of the devices, checked; the extra rows are dropped."""
+  """Scores float32 [N] of one reward of the devices, checked; the extra rows are dropped."""
   with _noting(label, prompts):
     scores = np.asarray(dispatched)  # what failed on the device is raised here
   whole = scores.shape == (len(prompts) + extra,)
-  return _checked(label, scores[: len(prompts)] if whole else scores, prompts), {}
+  return _checked(label, scores[: len(prompts)] if whole else scores, prompts)
 
 
 def _checked(label, given, prompts):

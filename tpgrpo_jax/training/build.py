@@ -16,6 +16,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.flow import completion, guidance, schedule, steps
 from tpgrpo_jax.models import hf, lora
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import pipeline
 from tpgrpo_jax.training import state as state_lib
 
 log = logging.getLogger(__name__)
@@ -33,20 +34,27 @@ class Model:
   """A transformer with its weights on the mesh.
 
   Attributes:
-    variant: encode, decode, latent shape.
     config: sizes, as loaded.
     velocity_fn: of one Condition; params are {"frozen", "trainable"}.
     base_velocity_fn: the same without adapters.
     frozen: weights that never change.
     trainable: their initial values.
+    pipeline: what stands around it; None for a transformer alone.
+    identity: names the content of the weights' files; "" where there are none.
   """
 
-  variant: models.Variant
-  config: models.mmdit.MMDiTConfig
+  config: models.Sizes
   velocity_fn: types.VelocityFn
   base_velocity_fn: types.VelocityFn
   frozen: Any
   trainable: Any
+  pipeline: Any = None
+  identity: str = ""
+
+  def params(self, trainable: Any) -> dict[str, Any]:
+    """What sampling takes: the weights with these trainable ones, and the decoder's."""
+    decoder = self.pipeline.decoder if self.pipeline else {}
+    return {"frozen": self.frozen, "trainable": trainable, "decoder": decoder}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +84,38 @@ class Method:
   optimizer: optax.GradientTransformation
 
 
-def build_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Model:
+def build_model(
+  config: config_lib.Config, mesh: jax.sharding.Mesh, prompts: Sequence[str] | None = None
+) -> Model:
   """Loads the weights and lays them out on the mesh.
+
+  Args:
+    config: of the run.
+    mesh: of the run.
+    prompts: all that the model will be asked for; None opens the transformer alone.
 
   Raises:
     ValueError: no such variant or folder, weights or adapters that do not fit, LoRA targets that
-      match nothing.
+      match nothing, a guidance scale that the model cannot be told.
   """
   variant = registry.lookup(models.MODELS, config.model.variant, field="model.variant")
-  folder = hf.resolve(config.model.path or variant.folder, subfolder="transformer")
+  folder = hf.resolve(config.model.path or variant.path, subfolder="transformer")
   sizes = hf.load_config(folder)
-  if type(sizes) is not type(variant.config):
+  if type(sizes) is not variant.sizes:
+    known = [name for name, other in models.MODELS.items() if other.sizes is type(sizes)]
     raise ValueError(
       f"model.path={config.model.path!r}: holds a {hf.class_name(sizes)}, but model.variant="
-      f"{config.model.variant!r} is a {hf.class_name(variant.config)}. Change one of them."
+      f"{config.model.variant!r} is another model. Use model.variant={' or '.join(map(repr, known))}."
+      if known
+      else f"model.path={config.model.path!r}: holds a {hf.class_name(sizes)}, which is no transformer "
+      "that can be trained. Point it at the pipeline's folder."
     )
+  # Before the transformer: the text encoders are gone when it comes.
+  surroundings = None if prompts is None else pipeline.open_pipeline(config, mesh, sizes, prompts)
   dtype = jnp.dtype(config.model.dtype)
-  create = models.build_transformer(sizes, dtype=dtype, remat=config.model.remat)
+  create = models.build_transformer(
+    sizes, dtype=dtype, remat=config.model.remat, guidance=_told_guidance(config, sizes)
+  )
 
   def create_adapted(key):
     model_key, lora_key = jax.random.split(key)
@@ -128,13 +151,29 @@ def build_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Model:
     loaded = load(dtype=np.float32)
     trainable, frozen = _like(base, loaded), _like(buffers, loaded)
   return Model(
-    variant=variant,
     config=sizes,
     velocity_fn=models.make_velocity_fn(graphdef),
     base_velocity_fn=models.make_velocity_fn(base_graphdef),
     frozen=frozen,
     trainable=trainable,
+    pipeline=surroundings,
+    identity=hf.fingerprint(folder),
   )
+
+
+def _told_guidance(config, sizes):
+  """The guidance scale that is an input of the model, or None."""
+  scale = config.sampler.guidance_scale
+  if models.MODELS[config.model.variant].guidance != "embedded":
+    return None
+  if sizes.guidance_embeds:
+    return scale
+  if scale != 1.0:
+    raise ValueError(
+      f"sampler.guidance_scale={scale}: this model knows no guidance (FLUX.1-schnell was made to do "
+      "without; config.json: guidance_embeds is false). Set it to 1."
+    )
+  return None
 
 
 def _check_adapter(lora_config, adapter, wanted):
@@ -178,7 +217,7 @@ def _like(shape_tree, tree):
 def build_method(config: config_lib.Config, model: Model) -> Method:
   """Binds sampler, credit, advantages and optimizer to the config."""
   sampler = config.sampler
-  sigmas = schedule.SCHEDULES[sampler.schedule](sampler.num_steps, sampler.shift)
+  sigmas = make_sigmas(sampler, model, sampler.num_steps)
   step_fn, log_prob_fn = _bind_dynamics(sampler, sigmas)
   table = credit.BALANCED if config.credit.balance else credit.CREDIT
   method = registry.lookup(table, config.credit.method, field="credit.method")
@@ -186,8 +225,8 @@ def build_method(config: config_lib.Config, model: Model) -> Method:
     method = types.CreditMethod(method, completions="all")  # the user's own function
   _check_credit(config, method)
   return Method(
-    velocity_fn=guide(model.velocity_fn, sampler),
-    reference_velocity_fn=guide(model.base_velocity_fn, sampler),
+    velocity_fn=guide(config, model.velocity_fn),
+    reference_velocity_fn=guide(config, model.base_velocity_fn),
     step_fn=step_fn,
     log_prob_fn=log_prob_fn,
     sigmas=sigmas,
@@ -224,26 +263,32 @@ def _bind_dynamics(sampler, sigmas):
   return functools.partial(step_fn, **options), log_prob_fn
 
 
-def guide(velocity_fn: types.VelocityFn, sampler: config_lib.Sampler) -> types.VelocityFn:
+def make_sigmas(sampler: config_lib.Sampler, model: Model, num_steps: int) -> np.ndarray:
+  """The grid of noise levels, [num_steps + 1]."""
+  height, width, _ = model.pipeline.latent_shape
+  image_tokens = height * width // 4  # of a FLUX.1, whose patches are 2 x 2; no one else asks
+  return schedule.SCHEDULES[sampler.schedule](num_steps, sampler.shift, image_tokens)
+
+
+def is_guided(config: config_lib.Config) -> bool:
+  """Whether a step evaluates the model twice, with the prompt and without."""
+  variant = models.MODELS[config.model.variant]
+  return variant.guidance == "classifier_free" and config.sampler.guidance_scale != 1.0
+
+
+def guide(config: config_lib.Config, velocity_fn: types.VelocityFn) -> types.VelocityFn:
   """The velocity function that takes what `build_condition` makes."""
-  if sampler.guidance_scale == 1.0:
+  if not is_guided(config):
     return velocity_fn
-  return guidance.classifier_free(velocity_fn, sampler.guidance_scale)
+  return guidance.classifier_free(velocity_fn, config.sampler.guidance_scale)
 
 
 def build_condition(config: config_lib.Config, model: Model, prompts: list[str]) -> Any:
   """Embeds prompts on the host: a Condition, or a GuidedCondition when guidance is on."""
-  positive = model.variant.encode(model.config, prompts)
-  if config.sampler.guidance_scale == 1.0:
+  positive = model.pipeline.encode(prompts)
+  if not is_guided(config):
     return positive
-  return types.GuidedCondition(positive, model.variant.encode(model.config, [""] * len(prompts)))
-
-
-def check_prompts(model: Model, prompts: Sequence[types.Prompt]) -> None:
-  """Raises ValueError for a prompt that the model cannot read, such as one that is too long."""
-  texts = list(dict.fromkeys(prompt.text for prompt in prompts))
-  for first in range(0, len(texts), 512):
-    model.variant.encode(model.config, texts[first : first + 512])
+  return types.GuidedCondition(positive, model.pipeline.encode([""]))
 
 
 def build_plan(config: config_lib.Config, method: Method, start: int) -> completion.Plan | None:
@@ -274,4 +319,4 @@ def evaluations_per_sample(config: config_lib.Config, plan: completion.Plan | No
   if plan is not None:
     lanes_per_chunk = config.completion.lanes_per_chunk
     count += completion.num_lane_evaluations(plan, lanes_per_chunk=lanes_per_chunk)
-  return count * (1 if config.sampler.guidance_scale == 1.0 else 2)
+  return count * (2 if is_guided(config) else 1)

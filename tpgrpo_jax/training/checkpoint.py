@@ -1,13 +1,9 @@
-"""What a run needs to resume: its state (orbax), its config and its metrics rows.
+"""The state of a run on disk (orbax), below `checkpoints/<step>/` of its folder.
 
-One run folder holds `checkpoints/<step>/`, `config.json` and `metrics.jsonl`. A step here is the
-number of finished epochs, so a run restored from step n goes on with epoch n.
+A step here is the number of finished epochs, so a run restored from step n goes on with epoch n.
 """
 
 from collections.abc import Mapping
-import dataclasses
-import fnmatch
-import json
 import logging
 import os
 import time
@@ -19,12 +15,6 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 from orbax.checkpoint import v1 as ocp
-
-RESUMABLE_FIELDS = (
-    "run.*", "train.epochs", "train.updates", "train.log_every", "output",
-    "eval.every", "log.*", "checkpoint.*", "mesh.*",
-)  # fmt: skip
-"""Config fields that may differ when a run is resumed: they do not change what is learned."""
 
 _STATE = "state"
 _MAX_DIFFERENCES = 12
@@ -294,107 +284,3 @@ def _differences(found, asked):
   lines += [f"{name}: not in the checkpoint" for name in asked if name not in found]
   more = len(lines) - _MAX_DIFFERENCES
   return lines[:_MAX_DIFFERENCES] + ([f"... and {more} more"] if more > 0 else [])
-
-
-def save_run_config(run_dir: os.PathLike | str, config: Any) -> None:
-  """Writes the config as `<run_dir>/config.json`, whole or not at all; process 0 only.
-
-  Args:
-    run_dir: the run's folder, created if need be.
-    config: a frozen dataclass of primitives.
-  """
-  if jax.process_index() != 0:
-    return
-  folder = _absolute(run_dir)
-  folder.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-  _write_atomically(folder / "config.json", text.encode())
-
-
-def check_run_config(
-  run_dir: os.PathLike | str, config: Any, ignore: tuple[str, ...] = RESUMABLE_FIELDS
-) -> None:
-  """Checks that the folder holds no checkpoint yet, or was made by the same config.
-
-  Args:
-    run_dir: the run's folder.
-    config: the config asked for now.
-    ignore: patterns of dotted field names that may differ.
-
-  Raises:
-    ValueError: other fields differ (each is listed with both values), or config.json is damaged.
-  """
-  path = _absolute(run_dir) / "config.json"
-  checkpoints = path.parent / "checkpoints"
-  if not path.exists() or not (checkpoints.exists() and any(checkpoints.iterdir())):
-    return  # nothing was trained: a first start that failed binds nobody
-  try:
-    old = _flatten(json.loads(path.read_text()))
-  except ValueError as error:
-    raise ValueError(
-      f"{path}: not valid JSON ({error}). Repair it, or use another run.dir."
-    ) from error
-  # Through JSON and back, because there a tuple is a list.
-  new = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
-  lines = []
-  for field in [*new, *(f for f in old if f not in new)]:
-    ignored = any(fnmatch.fnmatchcase(field, pattern) for pattern in ignore)
-    if ignored or (field in old and field in new and old[field] == new[field]):
-      continue
-    has = repr(old[field]) if field in old else "no such field"
-    asks = f"you ask for {new[field]!r}" if field in new else "you do not set it"
-    lines.append(f"  {field}: the run has {has}, {asks}")
-  if lines:
-    raise ValueError(
-      f"run.dir={os.fspath(run_dir)!r}: this folder was made by another config.\n"
-      + "\n".join(lines)
-      + "\nTo resume it, set the old value; to start anew, use another run.dir."
-    )
-
-
-def _flatten(tree, prefix=""):
-  if not isinstance(tree, dict) or (prefix and not tree):
-    return {prefix[:-1]: tree}
-  fields = {}
-  for key, value in tree.items():
-    fields |= _flatten(value, f"{prefix}{key}.")
-  return fields
-
-
-def truncate_metrics(path: os.PathLike | str, next_epoch: int) -> int:
-  """Drops the rows that a resumed run will write again; process 0 only.
-
-  A row that cannot be read (the half-written last one of a killed run) is dropped too. The file is
-  replaced in one step, and only if something was dropped; a missing file is no error.
-
-  Args:
-    path: a file with one JSON object a line, each with an integer "epoch".
-    next_epoch: the first epoch that will be run; rows with epoch < next_epoch stay.
-
-  Returns:
-    How many rows were dropped.
-  """
-  path = _absolute(path)
-  if jax.process_index() != 0 or not path.exists():
-    return 0
-  content = path.read_bytes()
-  lines = [line for line in content.split(b"\n") if line.strip()]
-  kept = [line for line in lines if (epoch := _epoch(line)) is not None and epoch < next_epoch]
-  new = b"".join(line + b"\n" for line in kept)
-  if new != content:
-    _write_atomically(path, new)
-  return len(lines) - len(kept)
-
-
-def _epoch(line):
-  try:
-    epoch = json.loads(line)["epoch"]
-  except (ValueError, TypeError, KeyError):
-    return None
-  return epoch if isinstance(epoch, int) else None
-
-
-def _write_atomically(path, content):
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_bytes(content)
-  temporary.replace(path)

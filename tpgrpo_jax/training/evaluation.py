@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, types
-from tpgrpo_jax.flow import sampler, schedule
+from tpgrpo_jax import models, processes, rewards, types
+from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.training import build, metrics
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -40,15 +40,15 @@ def make_sample_fn(
 
   Image i depends on the weights, prompt i, i and the seed alone.
   """
-  velocity_fn = build.guide(model.velocity_fn, config.sampler)
-  sigmas = schedule.SCHEDULES[config.sampler.schedule](num_steps, config.sampler.shift)
+  velocity_fn = build.guide(config, model.velocity_fn)
+  sigmas = build.make_sigmas(config.sampler, model, num_steps)
 
   @jax.jit
   def sample(params, key, group, condition):
-    x_init = sampler.initial_noise(key, model.variant.latent_shape, group, same_latent=False)
+    x_init = sampler.initial_noise(key, model.pipeline.latent_shape, group, same_latent=False)
     x_init = jax.lax.with_sharding_constraint(x_init, jax.sharding.PartitionSpec(mesh_lib.BATCH))
     latents = sampler.sample_ode(velocity_fn, params, x_init, condition, sigmas=sigmas)
-    return models.images_uint8(model.variant.decode(latents))
+    return models.images_uint8(model.pipeline.decode(params["decoder"], latents))
 
   def run(params: Any, prompts: Sequence[types.Prompt], seed: int = NOISE_SEED) -> np.ndarray:
     shards = mesh_lib.batch_shards(mesh)
@@ -60,8 +60,8 @@ def make_sample_fn(
       texts = [prompts[min(int(i), len(prompts) - 1)].text for i in index]
       group = np.stack([index, np.zeros_like(index)], axis=1)
       placed = (group, build.build_condition(config, model, texts))
-      placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
-      images.append(np.asarray(sample(params, jax.random.key(seed), *placed)))
+      placed = processes.put_batch(mesh, placed)
+      images.append(processes.fetch(sample(params, jax.random.key(seed), *placed)))
     return np.concatenate(images)[: len(prompts)]
 
   return run
@@ -71,7 +71,7 @@ def make_evaluate(
   config: config_lib.Config,
   model: build.Model,
   mesh: jax.sharding.Mesh,
-  reward_fn: Callable[..., Any],
+  reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
 ) -> Callable[[Any], Evaluation]:
   """Returns params -> Evaluation on these prompts, with eval.num_steps and the fixed noise."""
@@ -81,15 +81,45 @@ def make_evaluate(
 
 def _evaluate(sample, reward_fn, prompts, params):
   images = sample(params, prompts)
-  texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-  _, scores, infos = reward_fn(images, texts, metadata)()
+  scores, infos = score(reward_fn, images, prompts)
   row = {}
-  for label, score in scores.items():
-    row |= {f"reward/{label}/mean": float(score.mean()), f"reward/{label}/std": float(score.std())}
+  for label, values in scores.items():
+    row |= {
+      f"reward/{label}/mean": float(values.mean()),
+      f"reward/{label}/std": float(values.std()),
+    }
     exact = infos[label].get("exact")
     if exact is not None:
       row[f"reward/{label}/exact"] = float(np.mean(exact))
   return Evaluation(row | metrics.image_statistics(images), scores, images, prompts)
+
+
+def score(
+  reward_fn: rewards.CombinedRewardFn, images: np.ndarray, prompts: Sequence[types.Prompt]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+  """(label -> scores [N], label -> info) of images uint8 [N, H, W, 3] that every process holds.
+
+  Of several processes each scores its share; an info then holds what is a number for every image.
+  """
+  count, process = jax.process_count(), jax.process_index()
+  rows = np.arange(len(images)) % count == process
+  texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+  _, scores, infos = reward_fn(images, texts, metadata, rows=rows)()
+  if count == 1:
+    return scores, infos
+  numbers = {label: _spread(info, rows) for label, info in infos.items()}
+  return processes.sum_over((scores, numbers))
+
+
+def _spread(info, rows):
+  """The numbers of an info, one for each marked row, among zeros."""
+  spread = {}
+  for name, values in info.items():
+    array = np.asarray(values)
+    if array.shape == (rows.sum(),) and array.dtype.kind in "biuf":
+      spread[name] = np.zeros(len(rows), np.float32)
+      spread[name][rows] = array
+  return spread
 
 
 def grid(

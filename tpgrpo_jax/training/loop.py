@@ -16,7 +16,15 @@ from tpgrpo_jax import rewards
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.data import prompts as prompts_lib
 from tpgrpo_jax.flow import schedule
-from tpgrpo_jax.training import build, checkpoint, evaluation, metrics, rollout, step
+from tpgrpo_jax.training import (
+  build,
+  checkpoint,
+  evaluation,
+  metrics,
+  rollout,
+  run_folder,
+  step,
+)
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -67,9 +75,9 @@ def open_session(config: config_lib.Config) -> Session:
   held_out = load("test")
   held_out = [held_out[i] for i in range(min(config.eval.prompts, len(held_out)))]
   train_prompts = load("train")
-  model = build.build_model(config, mesh)
+  asked = [*held_out, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
+  model = build.build_model(config, mesh, [prompt.text for prompt in asked])
   method = build.build_method(config, model)
-  build.check_prompts(model, [*held_out, *train_prompts])
   return Session(
     config=config,
     mesh=mesh,
@@ -87,14 +95,33 @@ def open_session(config: config_lib.Config) -> Session:
   )
 
 
+def _epoch_indices(config, epoch, dataset_size):
+  return groups.epoch_indices(
+    epoch,
+    seed=config.seed,
+    dataset_size=dataset_size,
+    prompts_per_epoch=config.train.prompts_per_epoch,
+  )
+
+
+def _visited(config, dataset_size):
+  """Which training prompts the run will see, in order: those that must be embedded."""
+  visited: set[int] = set()
+  for epoch in range(config.train.epochs):
+    if len(visited) == dataset_size:
+      break
+    visited.update(map(int, _epoch_indices(config, epoch, dataset_size)))
+  return sorted(visited)
+
+
 def build_eval_rewards(
   config: config_lib.Config, mesh: jax.sharding.Mesh, reward_fn: Any = None
-) -> Any:
+) -> rewards.CombinedRewardFn:
   """The rewards that evaluation reports: eval.rewards by name, or those of training."""
   if not config.eval.rewards:
     return reward_fn
-  specs = {name: config.rewards.get(name, 1.0) for name in config.eval.rewards}
-  return rewards.make_rewards(specs, placement=mesh_lib.make_placement(mesh))
+  asked = {name: config.rewards.get(name, 1.0) for name in config.eval.rewards}
+  return rewards.make_rewards(asked, placement=mesh_lib.make_placement(mesh))
 
 
 def _reference(config, model):
@@ -124,35 +151,48 @@ def train(config: config_lib.Config) -> dict[str, float]:
     ValueError: a config that cannot run, or a run folder made by another one.
     RewardError: a reward returned what cannot be trained on; the run can be resumed.
   """
-  run_dir = pathlib.Path(config.run.dir)
-  session = open_session(config)
-  checkpoint.check_run_config(run_dir, config)
-  run_dir.mkdir(parents=True, exist_ok=True)
-  checkpoint.save_run_config(run_dir, config)
+  metrics.check_sinks(config.log)
+  with run_folder.hold(config.run.dir):
+    run_folder.check_config(config.run.dir, config)
+    return _train_in_folder(open_session(config))
+
+
+def _train_in_folder(session):
+  """Resumes or starts, and trains to the end."""
+  config, run_dir = session.config, pathlib.Path(session.config.run.dir)
+  run_folder.save_config(run_dir, config)
   every, keep = config.checkpoint.every, config.checkpoint.keep
   with (
     jax.set_mesh(session.mesh),
     checkpoint.RunCheckpoints(run_dir, keep=keep, every=every) as checkpoints,
   ):
-    state, totals = (
-      init_state(session),
-      {"epoch": 0, "evaluations": 0, "samples": 0, "seconds": 0.0},
-    )
-    data = session.train_prompts.identity
-    if checkpoints.latest() is not None:
-      state, totals = checkpoints.restore(_abstract(state))
-      if totals.get("prompts", data) != data:
-        raise ValueError(
-          f"prompts.path={config.prompts.path!r}: its files have changed since the run in {run_dir} "
-          "began. To resume it, bring them back; to train on the new ones, use another run.dir."
-        )
-      tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")
-    totals["prompts"] = data
+    state, totals = _restore_or_start(session, checkpoints)
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
-    resumed = totals["epoch"] > 0
-    checkpoint.truncate_metrics(run_dir / "metrics.jsonl", totals["epoch"] + 1 if resumed else 0)
+    done = totals["epoch"]
+    run_folder.truncate_metrics(run_dir / "metrics.jsonl", done + 1 if done else 0)
     with metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink:
       return _train(session, state, totals, checkpoints, sink, run_dir)
+
+
+def _restore_or_start(session, checkpoints):
+  """(state, totals) of the newest checkpoint, or of a run that begins."""
+  config, run_dir = session.config, session.config.run.dir
+  state = init_state(session)
+  totals = {"epoch": 0, "evaluations": 0, "samples": 0, "seconds": 0.0}
+  files = {
+    "prompts": (f"prompts.path={config.prompts.path!r}", session.train_prompts.identity),
+    "weights": (f"model.path={config.model.path!r}", session.model.identity),
+  }
+  if checkpoints.latest() is not None:
+    state, totals = checkpoints.restore(_abstract(state))
+    for name, (field, identity) in files.items():
+      if totals.get(name, identity) != identity:
+        raise ValueError(
+          f"{field}: its files have changed since the run in {run_dir} began. To resume it, bring "
+          "them back; to train on the new ones, use another run.dir."
+        )
+    tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")
+  return state, totals | {name: identity for name, (_, identity) in files.items()}
 
 
 def _abstract(state):
@@ -167,7 +207,7 @@ def _train(session, state, totals, checkpoints, sink, run_dir):
   if not first:
     row = _evaluate(session, state, totals, sink, run_dir)
   elif first >= config.train.epochs:  # nothing left to train: say where the run stands
-    row = session.evaluate({"frozen": session.model.frozen, "trainable": state.ema}).row
+    row = session.evaluate(session.model.params(state.ema)).row
   with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs") as bar:
     for epoch in range(first, config.train.epochs):
       state, train_row = train_epoch(session, state, epoch, totals, run_dir)
@@ -193,15 +233,10 @@ def train_epoch(session: Session, state: state_lib.TrainState, epoch: int, total
   began = time.perf_counter()
   rng = np.random.default_rng((config.seed, epoch, 1))
   start, _ = schedule.draw_window(rng, config.sampler.window, config.sampler.window_range)
-  indices = groups.epoch_indices(
-    epoch,
-    seed=config.seed,
-    dataset_size=len(session.train_prompts),
-    prompts_per_epoch=config.train.prompts_per_epoch,
-  )
+  indices = _epoch_indices(config, epoch, len(session.train_prompts))
   indices = groups.repeat_groups(indices, config.train.group_size)
   prompts = [session.train_prompts[int(i)] for i in indices]
-  params = {"frozen": session.model.frozen, "trainable": state.trainable}
+  params = session.model.params(state.trainable)
   key, plan = rollout.epoch_key(config.seed, epoch), build.build_plan(config, method, start)
   sample = lambda chunk, group, condition: session.rollout_fn(
     params, key, chunk, group, condition, start, plan
@@ -265,8 +300,7 @@ def totals_row(totals: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluate(session, state, totals, sink, run_dir):
   """Writes the row and a sample grid."""
-  params = {"frozen": session.model.frozen, "trainable": state.ema}
-  result = session.evaluate(params)
+  result = session.evaluate(session.model.params(state.ema))
   number = totals["epoch"]
   sink.write(
     {

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import types
+from tpgrpo_jax import processes, types
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that a batch of samples is divided over
@@ -95,7 +95,7 @@ def make_placement(mesh: jax.sharding.Mesh) -> types.Placement:
   """How weights and batches of device rewards come onto the mesh: as the transformer's own do."""
   return types.Placement(
     functools.partial(param_shardings, mesh),
-    lambda tree: jax.device_put(tree, batch_sharding(mesh)),
+    functools.partial(processes.put_batch, mesh),
   )
 
 

@@ -1,5 +1,6 @@
 """What is measured in an epoch, and where the rows go."""
 
+import importlib.util
 import json
 import math
 import os
@@ -59,6 +60,12 @@ def image_statistics(images: np.ndarray) -> dict[str, float]:
   }
 
 
+def check_sinks(log: config_lib.Log) -> None:
+  """Raises ValueError when a sink that is asked for cannot be opened, before anything runs."""
+  if log.wandb and importlib.util.find_spec("wandb") is None:
+    raise ValueError("log.wandb=True: wandb is missing. pip install wandb")
+
+
 class MetricsLog:
   """Rows of metrics.jsonl in the run folder, copied to TensorBoard and Weights & Biases on request."""
 
@@ -74,10 +81,9 @@ class MetricsLog:
       folder = str(pathlib.Path(run_dir) / "tensorboard")
       self._board = _import_tensorboardx().SummaryWriter(folder)
     if log.wandb:
-      try:
-        import wandb  # pyright: ignore[reportMissingImports]
-      except ImportError as error:
-        raise ValueError("log.wandb=True: wandb is missing. pip install wandb") from error
+      check_sinks(log)
+      import wandb  # pyright: ignore[reportMissingImports]
+
       self._wandb = wandb.init(dir=str(run_dir), config=config, resume="allow")
 
   def __enter__(self) -> "MetricsLog":

@@ -13,11 +13,11 @@ from PIL import Image
 import tqdm
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, registry, rewards, types
+from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.data import prompts as prompts_lib
 from tpgrpo_jax.data import words
-from tpgrpo_jax.models import hf, lora
-from tpgrpo_jax.training import build, evaluation
+from tpgrpo_jax.models import hf, lora, tiny
+from tpgrpo_jax.training import build, evaluation, pipeline
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -57,14 +57,13 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
   Returns:
     The folder with the EMA weights.
   """
-  variant = registry.lookup(models.MODELS, config.model.variant, field="model.variant")
   mesh = mesh_lib.make_mesh(config.mesh)
   mesh_lib.check_divides("train.batch", config.train.batch, mesh)
   run_dir, output = pathlib.Path(config.run.dir), pathlib.Path(config.output)
   run_dir.mkdir(parents=True, exist_ok=True)
   optimizer = state_lib.make_optimizer(config.optimizer)
   model = models.build_transformer(
-    variant.config, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+    tiny.CONFIG, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
   )(jax.random.key(config.seed))
   graphdef, params, buffers = lora.split_trainable(model, rank=0)
   with jax.set_mesh(mesh):
@@ -73,11 +72,11 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
     update = functools.partial(_update, models.make_velocity_fn(graphdef), optimizer, config)
     update = jax.jit(update, donate_argnums=0)
     rng = np.random.default_rng(config.seed)
-    evaluate = _make_evaluate(config, variant, graphdef, mesh)
+    evaluate = _make_evaluate(config, graphdef, buffers, mesh)
     sharding = mesh_lib.batch_sharding(mesh)
     with open(run_dir / "metrics.jsonl", "w") as metrics:
       for step in tqdm.trange(1, config.train.updates + 1, desc="pretrain", mininterval=2):
-        pixels, condition = batch(config, variant, rng)
+        pixels, condition = batch(config, rng)
         data = jax.device_put((pixels, condition), sharding)
         key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
         state, loss = update(state, buffers, key, *data)
@@ -85,8 +84,8 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
           metrics.write(json.dumps({"update": step, "loss": float(loss)}) + "\n")
           metrics.flush()
         if step % config.eval.every == 0 or step == config.train.updates:
-          _save(output, variant.config, lora.merge_trees(state.ema, buffers))
-          result = evaluate({"frozen": buffers, "trainable": state.ema})
+          _save(output, tiny.CONFIG, lora.merge_trees(state.ema, buffers))
+          result = evaluate(state.ema)
           metrics.write(json.dumps({"update": step, "kind": "eval", **result.row}) + "\n")
           sheet = evaluation.grid(result.images[:32], [p.text for p in result.prompts[:32]])
           Image.fromarray(sheet).save(run_dir / f"eval_{step:05d}.png")
@@ -94,32 +93,35 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
   return output
 
 
-def _make_evaluate(config, variant, graphdef, mesh):
+def _make_evaluate(config, graphdef, buffers, mesh):
   """The evaluation of a training run, on the base model."""
   run = config_lib.Config(model=config.model, eval=config.eval)
   velocity_fn = models.make_velocity_fn(graphdef)
-  model = build.Model(variant, variant.config, velocity_fn, velocity_fn, {}, {})
+  encode = functools.partial(tiny.encode, tiny.CONFIG)
+  around = pipeline.Pipeline(tiny.LATENT_SHAPE, encode, lambda _, x: tiny.decode(x), {})
+  model = build.Model(tiny.CONFIG, velocity_fn, velocity_fn, buffers, {}, around)
   prompts = prompts_lib.load_prompts("words", "", "test")
   prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
   specs = {name: 1.0 for name in config.eval.rewards}
   reward_fn = rewards.make_rewards(specs, placement=mesh_lib.make_placement(mesh))
-  return evaluation.make_evaluate(run, model, mesh, reward_fn, prompts)
+  evaluate = evaluation.make_evaluate(run, model, mesh, reward_fn, prompts)
+  return lambda trainable: evaluate(model.params(trainable))
 
 
 def batch(
-  config: config_lib.PretrainConfig, variant: models.Variant, rng: np.random.Generator
+  config: config_lib.PretrainConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, types.Condition]:
   """Draws training words: (pixels uint8 [B, H, W], condition), a share of the texts dropped."""
-  height, width, _ = variant.latent_shape
+  height, width, _ = tiny.LATENT_SHAPE
   drawn = words.sample_words(rng, config.train.batch)
   pixels = words.render(drawn, rng, height=height, width=width)
   dropped = rng.random(len(drawn)) < config.train.text_dropout
   texts = ["" if drop else word for word, drop in zip(drawn, dropped)]
-  return pixels, variant.encode(variant.config, texts)
+  return pixels, tiny.encode(tiny.CONFIG, texts)
 
 
 def _update(velocity_fn, optimizer, config, state, buffers, key, pixels, condition):
-  data = models.pixels_to_latents(pixels)
+  data = tiny.pixels_to_latents(pixels)
 
   def loss_fn(params):
     split = {"trainable": params, "frozen": buffers}

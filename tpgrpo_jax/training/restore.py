@@ -1,5 +1,6 @@
 """Opens a run's newest checkpoint, or a base model, to sample from; writes nothing."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import logging
@@ -23,7 +24,7 @@ class Opened(NamedTuple):
     config: of the run or the recipe.
     mesh: over the devices that are here.
     model: functions and the weights that never change.
-    params: {"frozen", "trainable"}, what `model.velocity_fn` takes.
+    params: what sampling takes, as of Model.params.
     name: what it is, for people.
   """
 
@@ -59,6 +60,7 @@ def open_model(
   config: config_lib.Config,
   run_dir: str | os.PathLike[str] | None = None,
   *,
+  prompts: Sequence[str] | None = None,
   weights: str = "ema",
 ) -> Opened:
   """Opens the base model of a config, or the weights of a run's newest checkpoint.
@@ -66,6 +68,7 @@ def open_model(
   Args:
     config: of the run or of the recipe.
     run_dir: of a run, which may still be training; empty for the base model.
+    prompts: as of `build.build_model`.
     weights: of a run: "ema", their moving average, or "last", as the last update left them.
 
   Raises:
@@ -73,10 +76,10 @@ def open_model(
   """
   if not run_dir:
     mesh = mesh_lib.make_mesh(config.mesh)
-    model = build.build_model(config, mesh)
+    model = build.build_model(config, mesh, prompts)
     name = f"base model of {config.model.path or config.model.variant}"
     name += f" with {config.lora.path}" if config.lora.path else ""
-    return Opened(config, mesh, model, _params(model, model.trainable), name)
+    return Opened(config, mesh, model, model.params(model.trainable), name)
   try:
     checkpoints = checkpoint.RunCheckpoints(run_dir, read_only=True)
   except ValueError as error:
@@ -87,15 +90,11 @@ def open_model(
     mesh = mesh_here(config)
     # The checkpoint holds the adapters: the file that the run began from need not be there.
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, path=""))
-    model = build.build_model(fresh, mesh)
+    model = build.build_model(fresh, mesh, prompts)
     state, extra = checkpoints.restore(_abstract_state(config, mesh, model))
   trainable, kind = (state.ema, "EMA") if weights == "ema" else (state.trainable, "last")
   name = f"{os.fspath(run_dir)} after epoch {extra['step']}, {kind} weights"
-  return Opened(config, mesh, model, _params(model, trainable), name)
-
-
-def _params(model, trainable):
-  return {"frozen": model.frozen, "trainable": trainable}
+  return Opened(config, mesh, model, model.params(trainable), name)
 
 
 def _without_checkpoint(config, run_dir):

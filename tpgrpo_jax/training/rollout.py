@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, types
+from tpgrpo_jax import models, processes, rewards, types
 from tpgrpo_jax.flow import completion, sampler
 from tpgrpo_jax.training import build
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -49,7 +49,7 @@ def make_rollout_fn(
   """Returns a jitted function that samples one microbatch.
 
   (params, key, chunk, group [B, 2], condition, start, plan) -> (Trajectory, images uint8
-  [W+1 or 1, B, H, W, 3]); the last image is the trajectory's own.
+  [B, W+1 or 1, H, W, 3]); a sample's last image is the trajectory's own. `params` as of Model.params.
   """
 
   @jax.jit
@@ -57,7 +57,7 @@ def make_rollout_fn(
     # The noise belongs to the sample, the draws to the microbatch; both are functions of the epoch.
     noise_key, draw_key = jax.random.split(key)
     x_init = sampler.initial_noise(
-      noise_key, model.variant.latent_shape, group, same_latent=config.sampler.same_latent
+      noise_key, model.pipeline.latent_shape, group, same_latent=config.sampler.same_latent
     )
     x_init = jax.lax.with_sharding_constraint(x_init, jax.sharding.PartitionSpec(mesh_lib.BATCH))
     trajectory = sampler.sample_trajectory(
@@ -83,9 +83,10 @@ def make_rollout_fn(
         lanes_per_chunk=config.completion.lanes_per_chunk,
       )
       latents = jnp.concatenate([completed, latents])
-    flat = latents.reshape(-1, *latents.shape[2:])
-    images = models.images_uint8(model.variant.decode(flat))
-    return trajectory, images.reshape(*latents.shape[:2], *images.shape[1:])
+    # Samples lead: each stays on the devices that sampled it.
+    flat = latents.swapaxes(0, 1).reshape(-1, *latents.shape[2:])
+    images = models.images_uint8(model.pipeline.decode(params["decoder"], flat))
+    return trajectory, images.reshape(*latents.shape[1::-1], *images.shape[1:])
 
   # An argument and not a constant: XLA would fold log(std) at compile time, with another rounding
   # than the update's.
@@ -97,20 +98,18 @@ def collect(
   model: build.Model,
   mesh: jax.sharding.Mesh,
   rollout_fn: Callable[..., tuple[types.Trajectory, jax.Array]],
-  reward_fn: Callable[..., Any],
+  reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
   on_chunk: Callable[[int], Any] = lambda done: None,
 ) -> Rollout:
   """Samples and scores an epoch; rewards of one microbatch run while the device does the next.
-
-  All that runs on the devices, rewards included, is dispatched by the calling thread.
 
   Args:
     config: of the run.
     model: of the run.
     mesh: of the run.
     rollout_fn: (chunk number, group [B, 2], condition) -> (Trajectory, images).
-    reward_fn: as of `rewards.make_rewards`.
+    reward_fn: the weighted sum of the run's rewards; of several processes each scores its own samples.
     prompts: [B] prompt-major, every prompt K times.
     on_chunk: called after each microbatch with the number of its samples.
   """
@@ -123,8 +122,8 @@ def collect(
     for chunk, first in enumerate(range(0, len(prompts), size)):
       part = slice(first, first + size)
       texts = [p.text for p in prompts[part]]
-      placed = (group[part], build.build_condition(config, model, texts))
-      placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
+      condition = build.build_condition(config, model, texts)
+      placed = processes.put_batch(mesh, (group[part], condition))
       trajectory, images = rollout_fn(chunk, *placed)
       trajectories.append(trajectory)
       conditions.append(placed[1])
@@ -136,33 +135,47 @@ def collect(
     jax.block_until_ready(trajectories)
     device_done = time.perf_counter()
     scored = [job.result() for job in pending]
-  total, by_label, images = zip(*scored)
+  total, by_label, images = processes.sum_over(_concatenate(scored))
   finished = time.perf_counter()
   return Rollout(
     trajectories,
     conditions,
-    _fill(np.concatenate(total, axis=1), config),
-    {k: _fill(np.concatenate([d[k] for d in by_label], axis=1), config) for k in by_label[0]},
-    np.concatenate(images),
+    _fill(total, config),
+    {label: _fill(scores, config) for label, scores in by_label.items()},
+    images,
     list(prompts),
     {"rollout": device_done - began, "reward_wait": finished - device_done},
   )
 
 
 def _begin_scoring(reward_fn, images, prompts):
-  """Dispatches rewards of images [W+1 or 1, B, ...]; returns what waits for them and for images[-1]."""
-  states, batch = images.shape[:2]
-  texts = [p.text for p in prompts] * states
-  metadata = [p.metadata for p in prompts] * states
-  own = images[-1]
-  finish = reward_fn(images.reshape(-1, *images.shape[2:]), texts, metadata)
+  """Dispatches what runs on the devices; the returned function does the rest, in another thread.
 
-  def wait():
-    total, by_label, _ = finish()
-    shape = (states, batch)
-    return total.reshape(shape), {k: v.reshape(shape) for k, v in by_label.items()}, np.asarray(own)
+  It gives the scores [states, B] of all samples and their last images, zeros for the samples of other
+  processes.
+  """
+  batch, states = images.shape[:2]
+  flat = images.reshape(-1, *images.shape[2:])
+  texts = [p.text for p in prompts for _ in range(states)]
+  metadata = [p.metadata for p in prompts for _ in range(states)]
+  last, own = images[:, -1], processes.own_rows(images)
+  wait = reward_fn(flat, texts, metadata, rows=np.repeat(own, states))
 
-  return wait
+  def finish():
+    total, by_label, _ = wait()
+    scores = lambda flat: flat.reshape(batch, states).T
+    pictures = np.zeros(last.shape, np.uint8)
+    pictures[own] = processes.fetch_rows(last, own)
+    return scores(total), {k: scores(v) for k, v in by_label.items()}, pictures
+
+  return finish
+
+
+def _concatenate(scored):
+  """The microbatches side by side: (total [states, B], label -> [states, B], images [B, H, W, 3])."""
+  total, by_label, images = zip(*scored)
+  scores = {k: np.concatenate([part[k] for part in by_label], axis=1) for k in by_label[0]}
+  return np.concatenate(total, axis=1), scores, np.concatenate(images)
 
 
 def _fill(reward, config):

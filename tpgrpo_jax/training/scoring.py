@@ -1,6 +1,6 @@
 """What `evaluate` and `sample` do with an opened model: images, scores, and the files they leave."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import json
 import os
 import pathlib
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from tpgrpo_jax import types
+from tpgrpo_jax import rewards, types
 from tpgrpo_jax.training import evaluation, metrics, restore
 
 GRID_IMAGES = 64
@@ -27,7 +27,7 @@ def sample_images(
 
 
 def evaluate_images(
-  images: np.ndarray, prompts: Sequence[types.Prompt], reward_fn: Callable[..., Any]
+  images: np.ndarray, prompts: Sequence[types.Prompt], reward_fn: rewards.CombinedRewardFn
 ) -> dict[str, Any]:
   """Scores images by every reward on its own.
 
@@ -42,7 +42,7 @@ def evaluate_images(
     the mean over prompts.
   """
   texts = [p.text for p in prompts]
-  _, scores, infos = reward_fn(images, texts, [p.metadata for p in prompts])()
+  scores, infos = evaluation.score(reward_fn, images, prompts)
   summary, samples = {}, [{"prompt": text, "scores": {}} for text in texts]
   for label, score in scores.items():
     spread = float(score.std())

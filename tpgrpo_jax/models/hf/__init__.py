@@ -13,7 +13,7 @@ from tpgrpo_jax.models.hf.architectures import (
   module_names,
   names,
 )
-from tpgrpo_jax.models.hf.files import CONFIG_FILE, WEIGHTS_FILE, resolve
+from tpgrpo_jax.models.hf.files import CONFIG_FILE, WEIGHTS_FILE, fingerprint, resolve
 from tpgrpo_jax.models.hf.load import load_params, load_transformer
 from tpgrpo_jax.models.hf.save import save_transformer
 from tpgrpo_jax.models.hf.table import Architecture, Entry, flatten, unflatten
@@ -26,6 +26,7 @@ __all__ = [
   "Architecture",
   "Entry",
   "class_name",
+  "fingerprint",
   "flatten",
   "load_config",
   "load_lora",

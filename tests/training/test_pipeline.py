@@ -1,0 +1,190 @@
+"""Complete small pipelines of diffusers, SD3 and FLUX.1: the same image, a TP-GRPO epoch, clear errors."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stored_diffusers as stored
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.flow import sampler
+from tpgrpo_jax.models import prompt_cache, prompt_embedding
+from tpgrpo_jax.training import build, evaluation, loop, metrics
+from tpgrpo_jax.training import mesh as mesh_lib
+
+FAMILIES = ("sd3", "flux")
+TWO_LEVELS = 2 / 255  # of an 8-bit image
+pytestmark = pytest.mark.filterwarnings("ignore:.*prompts have more than.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def golden():
+  return stored.load()
+
+
+@pytest.fixture(scope="module")
+def folders(golden, tmp_path_factory):
+  make = lambda family: stored.write_pipeline(golden, family, tmp_path_factory.mktemp(family))
+  return {family: make(family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, folders):
+  """Prompts and, below it, one cache of embeddings for all tests."""
+  folder = tmp_path_factory.mktemp("work")
+  for split in ("train", "test"):
+    lines = [f'the blue sign says "{split} {i}"' for i in range(4)]
+    (folder / f"{split}.txt").write_text("\n".join(lines))
+  return folder
+
+
+def paint(config, mesh, texts, latents):
+  """Images [N, H, W, 3] in [0, 1] from initial latents, by the functions that training uses."""
+  model = build.build_model(config, mesh, texts)
+  sigmas = build.make_sigmas(config.sampler, model, stored.NUM_STEPS)
+  velocity_fn = build.guide(config, model.velocity_fn)
+  condition = build.build_condition(config, model, texts)
+
+  @jax.jit
+  def run(params, x, condition):
+    latents = sampler.sample_ode(velocity_fn, params, x, condition, sigmas=sigmas)
+    return model.pipeline.decode(params["decoder"], latents)
+
+  assert model.pipeline.latent_shape == latents.shape[1:]
+  return run(model.params(model.trainable), jnp.asarray(latents), condition)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, which):
+  scale = stored.GUIDANCE[family][which]
+  config = stored.make_config(family, folders[family], work, {"sampler.guidance_scale": scale})
+  found = paint(config, single_mesh, stored.prompts(golden), golden["latents"])
+  wanted, other = (
+    golden[f"{family}/images/{s}"] for s in (scale, stored.GUIDANCE[family][1 - which])
+  )
+  assert np.abs(np.asarray(found) - wanted).max() < TWO_LEVELS
+  assert np.abs(other - wanted).max() > TWO_LEVELS  # guidance is seen
+
+
+def test_pictures_on_a_mesh_are_those_of_one_device(golden, folders, work, single_mesh):
+  config = stored.make_config("sd3", folders["sd3"], work)
+  texts, latents = stored.prompts(golden) * 4, np.tile(golden["latents"], (4, 1, 1, 1))
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(2, 2, 2))
+  with jax.set_mesh(mesh):
+    found = paint(config, mesh, texts, latents)
+  np.testing.assert_allclose(found, paint(config, single_mesh, texts, latents), atol=1e-4)
+
+
+def rows_of(config):
+  rows = metrics.read_rows(pathlib.Path(config.run.dir) / "metrics.jsonl")
+  return [row for row in rows if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
+  folders, work, tmp_path, one_device, family
+):
+  import stored_models
+
+  pick = stored_models.write_folder(stored_models.load(), "clip_h", tmp_path / "pick")
+  fields = {
+    "run.dir": str(tmp_path / "run"),
+    "prompts.name": "folder",
+    "prompts.path": str(work),
+    "rewards": {"pickscore": {"weight": 1.0, "path": str(pick)}, "ocr": 0.5},
+  }
+  config = stored.make_config(family, folders[family], work, fields)
+  loop.train(config)
+  (row,) = rows_of(config)
+  assert row["ratio/first_update_max_abs_log"] == 0.0
+  assert row["reward/pickscore/std"] > 0 and row["grad_norm"] > 0
+  assert row["evaluations_per_sample"] == 10 * (2 if family == "sd3" else 1)
+  again = stored.make_config(family, folders[family], work, fields | {"train.epochs": 2})
+  loop.train(again)  # goes on from its checkpoint, with the embeddings of the new prompts
+  assert len(rows_of(again)) == 2
+
+
+def test_text_encoders_are_gone_before_the_transformer_comes(
+  folders, work, single_mesh, monkeypatch
+):
+  alive = []
+  load = build.hf.load_params
+  monkeypatch.setattr(
+    build.hf, "load_params", lambda *a, **k: alive.append(len(jax.live_arrays())) or load(*a, **k)
+  )
+  config = stored.make_config("sd3", folders["sd3"], work, {"text.cache": str(work / "fresh")})
+  before = len(jax.live_arrays())
+  model = build.build_model(config, single_mesh, ["a red cat"])
+  decoder = len(jax.tree.leaves(model.pipeline.decoder))
+  adapters = len(jax.tree.leaves(model.trainable))
+  assert alive[-1] - before <= decoder + adapters + 4  # keys, not a single encoder's weight
+
+
+def test_known_prompts_need_no_encoders(folders, work, single_mesh, monkeypatch):
+  config = stored.make_config("flux", folders["flux"], work)
+  build.build_model(config, single_mesh, ["a red cat"])
+  monkeypatch.setattr(prompt_embedding, "load_text_encoders", None)
+  assert prompt_cache.prompt_embedding.load_text_encoders is None
+  build.build_model(config, single_mesh, ["a red cat"])
+
+
+def test_sampling_takes_any_size_that_the_patches_divide(folders, work, single_mesh):
+  fields = {"sampler.height": 64, "sampler.width": 32}
+  config = stored.make_config("flux", folders["flux"], work, fields)
+  model = build.build_model(config, single_mesh, ["a red cat"])
+  sample = evaluation.make_sample_fn(config, model, single_mesh, num_steps=2)
+  prompts = [loop.rewards.combine.types.Prompt("a red cat", {})]
+  with jax.set_mesh(single_mesh):
+    assert sample(model.params(model.trainable), prompts).shape == (1, 64, 32, 3)
+
+
+def edit(folder, name, change):
+  content = json.loads((folder / name).read_text())
+  (folder / name).write_text(json.dumps(content | change))
+
+
+@pytest.mark.parametrize(
+  "family, fields, break_it, part",
+  [
+    ("sd3", {"sampler.height": 50}, None, "sampler.height=50: must be a multiple of 16"),
+    ("flux", {"sampler.width": 88}, None, "sampler.width=88: must be a multiple of 16"),
+    ("sd3", {"sampler.width": 160}, None, "positions for 128 pixels at most"),
+    ("sd3", {"model.variant": "flux"}, None, "holds a SD3Transformer2DModel, but model.variant='flux'"),
+    ("flux", {"model.variant": "sd3"}, None, "Use model.variant='flux'"),
+    ("sd3", {}, lambda f: shutil.rmtree(f / "vae"), "vae"),
+    ("sd3", {}, lambda f: shutil.rmtree(f / "text_encoder_2"), "no text_encoder_2 in it"),
+    ("sd3", {}, lambda f: (f / "model_index.json").unlink(), "no model_index.json in it"),
+    ("sd3", {}, lambda f: shutil.rmtree(f / "transformer"), "no config.json in it"),
+    ("flux", {}, lambda f: edit(f, "transformer/config.json", {"guidance_embeds": False}), "Set it to 1."),
+    ("sd3", {}, lambda f: edit(f, "vae/config.json", {"latent_channels": 8}), "the autoencoder has 8"),
+  ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said(
+  folders, work, single_mesh, tmp_path, family, fields, break_it, part
+):
+  folder = folders[family]
+  if break_it:
+    folder = shutil.copytree(folder, tmp_path / "copy")
+    break_it(folder)
+  config = stored.make_config(family, folder, work, fields)
+  with pytest.raises(ValueError) as caught:
+    build.build_model(config, single_mesh, ["a red cat"])
+  assert part in str(caught.value)
+
+
+def test_another_schedule_than_the_pipelines_is_warned_of(folders, work, single_mesh):
+  config = stored.make_config("flux", folders["flux"], work, {"sampler.schedule": "linear"})
+  with pytest.warns(UserWarning, match="sampler.schedule='linear'.*made for 'flux'"):
+    build.build_model(config, single_mesh, ["a red cat"])
+
+
+def test_long_prompts_are_warned_of_and_counted(folders, work, single_mesh):
+  config = stored.make_config("sd3", folders["sd3"], work)
+  long = "the red house of the blue dog on the sign " * 4
+  with pytest.warns(UserWarning, match="1 of 2 prompts have more than the 13 tokens"):
+    build.build_model(config, single_mesh, [long])

@@ -1,0 +1,63 @@
+"""Arrays between the host and a mesh that may span several processes.
+
+Every process makes the same calls of `put_batch`, `fetch` and `sum_over` in the same order, from its main
+thread; the other functions concern one process alone.
+"""
+
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+
+def put_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Arrays with leading axis B -> the same divided along B; those with leading axis 1 are copied.
+
+  Of arrays of the host, every process passes the whole batch and moves the rows of its own devices.
+  """
+  divided = NamedSharding(mesh, P(tuple(name for name in mesh.axis_names if name != "tensor")))
+  copied = NamedSharding(mesh, P())
+
+  def put(array):
+    sharding = copied if len(array) == 1 else divided
+    if isinstance(array, jax.Array):
+      return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+  return jax.tree.map(put, tree)
+
+
+def own_rows(array: jax.Array) -> np.ndarray:
+  """Which rows of axis 0 are this process's: bool [N]; each row is exactly one process's."""
+  own = np.zeros(len(array), bool)
+  for shard in array.addressable_shards:
+    if shard.replica_id == 0:
+      own[shard.index[0] if shard.index else slice(None)] = True
+  return own
+
+
+def fetch_rows(array: np.ndarray | jax.Array, own: np.ndarray) -> np.ndarray:
+  """The rows of axis 0 that `own` marks, which are this process's; waits for the devices."""
+  if isinstance(array, np.ndarray) or array.is_fully_addressable:
+    return np.asarray(array)[own]
+  rows = np.zeros(array.shape, array.dtype)
+  for shard in array.addressable_shards:
+    rows[shard.index] = np.asarray(shard.data)
+  return rows[own]
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+  """The whole array on every host."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def sum_over(tree: Any) -> Any:
+  """The sum over processes of host arrays of one shape."""
+  if jax.process_count() == 1:
+    return tree
+  return jax.tree.map(lambda a: np.asarray(a).sum(axis=0), multihost_utils.process_allgather(tree))

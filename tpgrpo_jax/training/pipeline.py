@@ -1,0 +1,180 @@
+"""What stands around the transformer: text before it, pixels after it."""
+
+from collections.abc import Callable, Sequence
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import models, types
+from tpgrpo_jax.models import flux, hf, prompt_cache, prompt_embedding, tiny, vae
+from tpgrpo_jax.training import mesh as mesh_lib
+
+CACHE = pathlib.Path("~/.cache/tpgrpo_jax/prompts")
+FLUX_SAMPLE_SIZE = 128  # latents a side, as diffusers' FluxPipeline has it
+
+
+class Pipeline(NamedTuple):
+  """The surroundings of a transformer.
+
+  Attributes:
+    latent_shape: (h, w, c) of one sample.
+    encode: prompts -> Condition of NumPy arrays.
+    decode: (decoder, latents [N, h, w, c]) -> images [N, H, W, 3] float in [0, 1].
+    decoder: the weights of `decode`, on the mesh.
+  """
+
+  latent_shape: tuple[int, int, int]
+  encode: Callable[[Sequence[str]], types.Condition]
+  decode: Callable[[Any, jax.Array], jax.Array]
+  decoder: Any
+
+
+def open_pipeline(
+  config: config_lib.Config, mesh: jax.sharding.Mesh, sizes: models.Sizes, prompts: Sequence[str]
+) -> Pipeline:
+  """Opens what the config's variant needs around its transformer.
+
+  Text encoders are loaded for prompts that are not in the cache, and freed before this returns.
+
+  Args:
+    config: of the run.
+    mesh: for the decoder; the text encoders are divided over the devices of this process.
+    sizes: of the transformer.
+    prompts: all that will be asked for.
+
+  Raises:
+    ValueError: a wrong or partial folder, sizes that do not fit, a prompt that cannot be read.
+  """
+  if models.MODELS[config.model.variant].pipeline:
+    return _open_diffusers(config, mesh, sizes, prompts)
+  encode = functools.partial(tiny.encode, sizes)
+  texts = list(dict.fromkeys(prompts))
+  for first in range(0, len(texts), 512):
+    encode(texts[first : first + 512])  # says which prompt is too long
+  size = (config.sampler.height, config.sampler.width)
+  if any(size) and size != tiny.LATENT_SHAPE[:2]:
+    raise ValueError(
+      f"sampler.height={size[0]}, sampler.width={size[1]}: the model 'tiny' paints 24 x 48 pixels. "
+      "Leave both 0."
+    )
+  return Pipeline(tiny.LATENT_SHAPE, encode, lambda decoder, latents: tiny.decode(latents), {})
+
+
+def _open_diffusers(config, mesh, sizes, prompts):
+  """A pipeline as the hub stores it."""
+  root = _fetch(config)
+  folder = root / "vae"
+  vae_config = hf.load_config(folder)
+  if not isinstance(vae_config, vae.VAEConfig):
+    raise ValueError(f"{folder}: holds a {hf.class_name(vae_config)}, must be an AutoencoderKL.")
+  shape = latent_shape(config.sampler, sizes, vae_config)
+  check_scheduler(config.sampler, root)
+  embedded = prompt_cache.embed_prompts(
+    _text_source(config, root),
+    ["", *prompts],
+    cache=config.text.cache or CACHE.expanduser(),
+    shardings=prompt_embedding.on_cpu if config.text.device == "cpu" else _local_shardings,
+  )
+  dtype = jnp.dtype(config.vae.dtype)
+  model = jax.eval_shape(vae.build_autoencoder(vae_config, dtype=dtype), jax.random.key(0))
+  graphdef, _, abstract = models.lora.split_trainable(model, rank=1)  # nothing of it is trained
+  decoder = hf.load_params(
+    folder, abstract, shardings=mesh_lib.param_shardings(mesh, abstract), dtype=dtype
+  )
+  decode = functools.partial(
+    vae.decode_chunked, graphdef, images_per_chunk=config.vae.images_per_chunk
+  )
+  return Pipeline(shape, embedded.embed, decode, decoder)
+
+
+def _fetch(config):
+  """The pipeline's folder, with all weights that this run reads."""
+  path = config.model.path
+  if pathlib.Path(path).is_dir():
+    return pathlib.Path(path)
+  family = prompt_embedding.FAMILIES[models.MODELS[config.model.variant].pipeline]
+  encoders = [name for _, name in family.clips] + [family.t5[1]] * config.text.t5
+  folders = [hf.resolve(path, subfolder=name) for name in ("vae", *encoders)]
+  return folders[0].parent
+
+
+def _text_source(config, root):
+  text = config.text
+  return prompt_embedding.TextSource(
+    root,
+    models.MODELS[config.model.variant].pipeline,
+    max_sequence_length=text.max_sequence_length or None,
+    dtype=text.dtype,
+    use_t5=text.t5,
+  )
+
+
+def _local_shardings(tree):
+  """Divides weights over the devices of this process, so that each embeds what its own disk misses."""
+  devices = jax.local_devices()
+  kinds = (AxisType.Auto,) * len(mesh_lib.AXES)
+  local = jax.make_mesh((1, len(devices), 1), mesh_lib.AXES, axis_types=kinds, devices=devices)
+  return mesh_lib.param_shardings(local, tree)
+
+
+def latent_shape(
+  sampler: config_lib.Sampler, sizes: models.Sizes, vae_config: vae.VAEConfig
+) -> tuple[int, int, int]:
+  """(h, w, c) of one latent.
+
+  Raises:
+    ValueError: a height or width that the patches do not divide or that the transformer has no
+      positions for, or an autoencoder of other channels.
+  """
+  if isinstance(sizes, flux.FluxConfig):
+    patch, own, largest, channels = flux.PACK, FLUX_SAMPLE_SIZE, None, sizes.in_channels // 4
+  else:
+    patch, own, channels = sizes.patch_size, sizes.sample_size, sizes.in_channels
+    largest = sizes.pos_embed_max_size * patch
+  if channels != vae_config.latent_channels:
+    raise ValueError(
+      f"the transformer takes latents of {channels} channels, the autoencoder has "
+      f"{vae_config.latent_channels}: they belong to different models. Fetch the folder again."
+    )
+  pixels, sides = vae_config.downscale, []
+  for name in ("height", "width"):
+    value = getattr(sampler, name) or own * pixels
+    unit = pixels * patch
+    if value % unit:
+      near = max(unit, value // unit * unit)
+      raise ValueError(
+        f"sampler.{name}={value}: must be a multiple of {unit}, the {pixels} pixels of a latent x the "
+        f"{patch} latents of a patch. Use {near} or {near + unit}."
+      )
+    if largest and value > largest * pixels:
+      raise ValueError(
+        f"sampler.{name}={value}: the transformer has positions for {largest * pixels} pixels at most."
+      )
+    sides.append(value // pixels)
+  return sides[0], sides[1], channels
+
+
+def check_scheduler(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
+  """Warns when a pipeline's scheduler has other noise levels than the config asks for."""
+  path = root / "scheduler" / "scheduler_config.json"
+  if not path.is_file():
+    return
+  stored = json.loads(path.read_text())
+  shift = float(stored.get("shift", 1.0))
+  found = ("sd3", shift) if shift != 1.0 else ("linear", shift)
+  if stored.get("use_dynamic_shifting"):
+    found = ("flux", sampler.shift)
+  asked = (sampler.schedule, sampler.shift if sampler.schedule == "sd3" else found[1])
+  if asked != found:
+    warnings.warn(
+      f"sampler.schedule={sampler.schedule!r}, shift={sampler.shift}: the pipeline was made for "
+      f"{found[0]!r}" + (f", shift={shift}" if found[0] == "sd3" else "") + f" ({path}).",
+      stacklevel=2,
+    )

@@ -1,0 +1,170 @@
+"""The run folder: whose it is, the config that made it, and the rows of its metrics.
+
+It holds `config.json`, `metrics.jsonl`, `checkpoints/` (training.checkpoint), `images/` and `rollouts/`.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import fcntl
+import fnmatch
+import json
+import os
+import pathlib
+import socket
+from typing import Any
+
+from etils import epath
+import jax
+
+RESUMABLE_FIELDS = (
+    "run.*", "train.epochs", "train.updates", "train.log_every", "output",
+    "eval.every", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
+    "text.cache", "text.device", "vae.images_per_chunk",
+)  # fmt: skip
+"""Config fields that may differ when a run is resumed: they do not change what is learned."""
+
+_LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def hold(run_dir: os.PathLike | str) -> Iterator[None]:
+  """Makes the folder and keeps every other run out of it while the block lasts; process 0 only.
+
+  The lock is the operating system's: it ends with the process, however that ends.
+
+  Raises:
+    ValueError: a path that is no folder or cannot be written to, or another run in the folder.
+  """
+  if jax.process_index() != 0 or os.fspath(run_dir).startswith("gs://"):
+    yield
+    return
+  folder, field = pathlib.Path(run_dir), f"run.dir={os.fspath(run_dir)!r}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / _LOCK_FILE, "a+")
+  except (FileExistsError, NotADirectoryError) as error:
+    raise ValueError(
+      f"{field}: it, or a part of it, is a file; must be a folder. Name another run.dir."
+    ) from error
+  except OSError as error:
+    raise ValueError(
+      f"{field}: cannot be written to ({error.strerror}). Mend its permissions, or name another run.dir."
+    ) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      lock.seek(0)
+      raise ValueError(
+        f"{field}: {lock.read().strip() or 'another process'} is training in it: must be one run at "
+        "a time. Wait for it or stop it, or name another run.dir."
+      ) from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    yield
+
+
+def save_config(run_dir: os.PathLike | str, config: Any) -> None:
+  """Writes the config as `<run_dir>/config.json`, whole or not at all; process 0 only.
+
+  Args:
+    run_dir: the run's folder, created if need be.
+    config: a frozen dataclass of primitives.
+  """
+  if jax.process_index() != 0:
+    return
+  folder = epath.Path(run_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+  _write_atomically(folder / "config.json", text.encode())
+
+
+def check_config(
+  run_dir: os.PathLike | str, config: Any, ignore: tuple[str, ...] = RESUMABLE_FIELDS
+) -> None:
+  """Checks that the folder holds no checkpoint yet, or was made by the same config.
+
+  Args:
+    run_dir: the run's folder.
+    config: the config asked for now.
+    ignore: patterns of dotted field names that may differ.
+
+  Raises:
+    ValueError: other fields differ (each is listed with both values), or config.json is damaged.
+  """
+  path = epath.Path(run_dir) / "config.json"
+  checkpoints = path.parent / "checkpoints"
+  if not path.exists() or not (checkpoints.exists() and any(checkpoints.iterdir())):
+    return  # nothing was trained: a first start that failed binds nobody
+  try:
+    old = _flatten(json.loads(path.read_text()))
+  except ValueError as error:
+    raise ValueError(
+      f"{path}: not valid JSON ({error}). Repair it, or use another run.dir."
+    ) from error
+  # Through JSON and back, because there a tuple is a list.
+  new = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+  lines = []
+  for field in [*new, *(f for f in old if f not in new)]:
+    ignored = any(fnmatch.fnmatchcase(field, pattern) for pattern in ignore)
+    if ignored or (field in old and field in new and old[field] == new[field]):
+      continue
+    has = repr(old[field]) if field in old else "no such field"
+    asks = f"you ask for {new[field]!r}" if field in new else "you do not set it"
+    lines.append(f"  {field}: the run has {has}, {asks}")
+  if lines:
+    raise ValueError(
+      f"run.dir={os.fspath(run_dir)!r}: this folder was made by another config.\n"
+      + "\n".join(lines)
+      + "\nTo resume it, set the old value; to start anew, use another run.dir."
+    )
+
+
+def _flatten(tree, prefix=""):
+  if not isinstance(tree, dict) or (prefix and not tree):
+    return {prefix[:-1]: tree}
+  fields = {}
+  for key, value in tree.items():
+    fields |= _flatten(value, f"{prefix}{key}.")
+  return fields
+
+
+def truncate_metrics(path: os.PathLike | str, next_epoch: int) -> int:
+  """Drops the rows that a resumed run will write again; process 0 only.
+
+  A row that cannot be read (the half-written last one of a killed run) is dropped too. The file is
+  replaced in one step, and only if something was dropped; a missing file is no error.
+
+  Args:
+    path: a file with one JSON object a line, each with an integer "epoch".
+    next_epoch: the first epoch that will be run; rows with epoch < next_epoch stay.
+
+  Returns:
+    How many rows were dropped.
+  """
+  path = epath.Path(path)
+  if jax.process_index() != 0 or not path.exists():
+    return 0
+  content = path.read_bytes()
+  lines = [line for line in content.split(b"\n") if line.strip()]
+  kept = [line for line in lines if (epoch := _epoch(line)) is not None and epoch < next_epoch]
+  new = b"".join(line + b"\n" for line in kept)
+  if new != content:
+    _write_atomically(path, new)
+  return len(lines) - len(kept)
+
+
+def _epoch(line):
+  try:
+    epoch = json.loads(line)["epoch"]
+  except (ValueError, TypeError, KeyError):
+    return None
+  return epoch if isinstance(epoch, int) else None
+
+
+def _write_atomically(path, content):
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_bytes(content)
+  temporary.replace(path)
