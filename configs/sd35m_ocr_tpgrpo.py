@@ -1,0 +1,18 @@
+"""TP-GRPO on SD3.5-Medium: visual text rendering.
+
+Command: python -m tpgrpo_jax.train --config configs/sd35m_ocr_tpgrpo.py
+Needs accelerators, and the prompts of Flow-GRPO (dataset/ocr of its repository) in datasets/ocr:
+docs/fine_tune_sd35.md. The settings are the papers'; no result of ours yet.
+"""
+
+from tpgrpo_jax import config as config_lib
+
+
+def get_config():
+  """Returns the recipe."""
+  config = config_lib.to_config_dict(config_lib.sd35m())
+  config.run.dir = "runs/sd35m_ocr_tpgrpo"
+  config.prompts.path = "datasets/ocr"
+  config.rewards = {"ocr": 1.0}
+  config.credit.method = "tp_grpo"
+  return config

@@ -1,0 +1,24 @@
+"""Flow-GRPO, the baseline on SD3.5-Medium: human preference (PickScore).
+
+Command: python -m tpgrpo_jax.train --config configs/sd35m_pickscore_flowgrpo.py
+Needs accelerators, and the prompts of Flow-GRPO (dataset/pickscore of its repository) in datasets/pickscore:
+docs/fine_tune_sd35.md. The settings are the papers'; no result of ours yet.
+"""
+
+from tpgrpo_jax import config as config_lib
+
+
+def get_config():
+  """Returns the recipe."""
+  config = config_lib.to_config_dict(config_lib.sd35m())
+  config.run.dir = "runs/sd35m_pickscore_flowgrpo"
+  config.prompts.path = "datasets/pickscore"
+  config.rewards = {
+    "pickscore": {
+      "weight": 1.0,
+      "path": "yuvalkirstain/PickScore_v1",
+      "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    }
+  }
+  config.credit.method = "flow_grpo"
+  return config
