@@ -1,5 +1,5 @@
 """Writes rewards.npz: the scores that the references' own code gives to pictures, with small random
-weights; and all files of those models.
+weights; all files of those models; and the names and shapes of open_clip's ViT-H-14, the model of HPSv2.
 
 CLIPScore, PickScore and the aesthetic score: transformers' CLIPModel, CLIPImageProcessor (on Pillow) and
 CLIPTokenizer. HPSv2: open_clip's CLIP and torchvision's resize, called as HPSv2's copy of open_clip calls
@@ -80,6 +80,13 @@ def hps_config(vocab_size):
   }  # fmt: skip
 
 
+def true_shapes(name):
+  """{tensor: shape} of a model of open_clip, of which nothing is allocated."""
+  with torch.device("meta"):
+    model = open_clip.model.CLIP(**open_clip.get_model_config(name))
+  return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def hps_pixels(image):
   """HPSv2's preprocess_val: ToTensor, the longer side resized, black margins, normalised."""
   resize = torchvision.transforms.functional.resize
@@ -132,7 +139,11 @@ def main():
   }
   # This seed's cosines are negative, which CLIPScore takes for 0.
   models["clip_l"].text_projection.weight.data.neg_()
-  arrays = {"prompts": json.dumps(PROMPTS)}
+  arrays = {
+    "prompts": json.dumps(PROMPTS),
+    "ViT-H-14/config": json.dumps(open_clip.get_model_config("ViT-H-14")),
+    "ViT-H-14/shapes": json.dumps(true_shapes("ViT-H-14")),
+  }
   for case, model in models.items():
     with tempfile.TemporaryDirectory() as folder:
       tokenizer.save_pretrained(folder)

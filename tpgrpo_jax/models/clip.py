@@ -106,7 +106,9 @@ class CLIPConfig:
       ValueError: a config of another kind of model.
     """
     if config.get("model_type", "clip") != "clip":
-      raise ValueError(f"model_type={config['model_type']!r}: must be 'clip'.")
+      raise ValueError(
+        f"config.json: model_type={config['model_type']!r}: must be 'clip'. Give such a model's folder."
+      )
     tower = lambda name: config.get(f"{name}_config_dict") or config.get(f"{name}_config") or {}
     return cls(
       CLIPTextConfig.from_transformers(tower("text")),
@@ -118,7 +120,9 @@ class CLIPConfig:
 def _known(cls, config, model_type):
   found = config.get("model_type", model_type)
   if found != model_type:
-    raise ValueError(f"model_type={found!r}: must be {model_type!r}.")
+    raise ValueError(
+      f"config.json: model_type={found!r}: must be {model_type!r}. Give such a model's folder."
+    )
   names = {f.name for f in dataclasses.fields(cls)}
   return {k: v for k, v in config.items() if k in names}
 

@@ -16,9 +16,10 @@ from tpgrpo_jax.rewards import preprocess, towers
 
 LAYERS = ("0", "2", "4", "6", "7")  # of an nn.Sequential with dropout between, and no activation
 CONVERT = """
-The public file is a pickle, which can run any code when it is opened and is not read. Where torch and
-safetensors are installed, convert sac+logos+ava1-l14-linearMSE.pth of
-christophschuhmann/improved-aesthetic-predictor with these lines of Python, and set head to the new file:
+The public file, sac+logos+ava1-l14-linearMSE.pth of
+github.com/christophschuhmann/improved-aesthetic-predictor, is a pickle, which can run any code when it is
+opened and is not read. Convert it once, where torch and safetensors are installed, with these lines of
+Python, and set head to the new file:
   import torch, safetensors.torch
   weights = torch.load("sac+logos+ava1-l14-linearMSE.pth", map_location="cpu", weights_only=True)
   safetensors.torch.save_file(weights, "aesthetic_head.safetensors")"""

@@ -10,11 +10,12 @@ from tpgrpo_jax.models.hf import files, open_clip
 from tpgrpo_jax.rewards import preprocess, towers
 
 CONVERT = """
-The public file is a pickle, which can run any code when it is opened and is not read. Where torch and
-safetensors are installed, convert HPS_v2.1_compressed.pt of xswu/HPSv2 with these lines of Python:
+The public file, HPS_v2.1_compressed.pt of xswu/HPSv2, is a pickle. Convert it once, where torch and
+safetensors are installed, with these lines of Python:
   import torch, safetensors.torch
   weights = torch.load("HPS_v2.1_compressed.pt", map_location="cpu", weights_only=True)["state_dict"]
-  safetensors.torch.save_file({k: v.contiguous() for k, v in weights.items()}, "model.safetensors")
+  weights = {k: v.clone().contiguous() for k, v in weights.items()}
+  safetensors.torch.save_file(weights, "model.safetensors")
 and put model.safetensors into a folder, with the tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
 
 
@@ -48,11 +49,13 @@ def make(
   """
   towers.check_options(dtype, batch)
   clean = _load_clean()
-  folder = towers.open_folder(path)
+  folder = towers.open_folder(path, convert=CONVERT)
   if not any(folder.glob("*.safetensors")):
     found = sorted(file.name for file in folder.iterdir())
     shown = f" (it holds {', '.join(found[:5])})" if found else ""
-    raise ValueError(f"path={str(path)!r}: no safetensors in it{shown}.{CONVERT}")
+    raise ValueError(
+      f"path={str(path)!r}: no safetensors in it{shown}. Pickles are not read.{CONVERT}"
+    )
   kw = dict(dtype=towers.DTYPES[dtype], shardings=None if placement is None else placement.params)
   file = open_clip.find_weights(folder)
   if open_clip.is_open_clip(files.find_tensors(folder, file=file, field="path")):

@@ -34,8 +34,17 @@ def check_options(dtype: str, batch: int) -> None:
     raise ValueError(f"batch={batch!r}: must be an integer >= 1. {BATCH} is the default.")
 
 
+CONVERT_CLIP = """
+Convert such a folder once, where torch and transformers are installed, with this line of Python:
+  import transformers; transformers.CLIPModel.from_pretrained("FOLDER").save_pretrained("FOLDER")"""
+
+
 def open_folder(
-  path: str | os.PathLike[str], *, field: str = "path", weights: bool = True
+  path: str | os.PathLike[str],
+  *,
+  field: str = "path",
+  weights: bool = True,
+  convert: str = CONVERT_CLIP,
 ) -> pathlib.Path:
   """The local folder of a model, fetched where `path` is a hub id.
 
@@ -43,13 +52,21 @@ def open_folder(
     path: a folder, or a hub id "owner/name".
     field: the option that holds it, for messages.
     weights: False fetches no weights.
+    convert: how a pickle is made a safetensors file, for the message that it is not read.
 
   Raises:
-    ValueError: no such folder.
+    ValueError: no such folder, or a file.
   """
   if not isinstance(path, str | os.PathLike) or not str(path):
     raise ValueError(f'{field}={path!r}: must be a folder, or a hub id "owner/name".')
   folder = files.resolve(path, field=field, weights=weights)
+  if folder.is_file():
+    is_pickle = any(folder.match(pattern) for pattern in files.PICKLES)
+    what = f"a pickle, which can run any code when it is opened and is not read.{convert}"
+    raise ValueError(
+      f"{field}={str(path)!r}: is {what}" if is_pickle
+      else f"{field}={str(path)!r}: is a file, must be a folder. Give the folder that holds it."
+    )  # fmt: skip
   if not folder.is_dir():
     raise ValueError(
       f'{field}={str(path)!r}: no such folder. Give a folder, or a hub id "owner/name".'

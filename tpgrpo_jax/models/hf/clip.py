@@ -114,12 +114,12 @@ def load_vision(
   Of the folder of a CLIPModel, the image tower alone is read.
   """
   raw, table = encoder.load_json(folder), TABLE
-  if raw.get("model_type") == "clip":
+  if raw.get("model_type", "clip_vision_model") == "clip_vision_model":
+    config = clip.CLIPVisionConfig.from_transformers(raw)
+  else:
     both = clip.CLIPConfig.from_transformers(raw)
     config = dataclasses.replace(both.vision, projection_dim=both.projection_dim)
     table = encoder.Table(names, _vision_aliases)
-  else:
-    config = clip.CLIPVisionConfig.from_transformers(raw)
   create = lambda rngs: clip.CLIPVision(config, dtype=dtype, rngs=rngs)
   return encoder.load_encoder(folder, table, config, create, dtype=dtype, shardings=shardings)
 

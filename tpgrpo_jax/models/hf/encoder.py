@@ -67,6 +67,7 @@ def load_encoder(
   file: str = "",
   dtype: Any = jnp.float32,
   shardings: Callable[[Any], Any] | None = None,
+  rule: str = "its config.json",
 ) -> Encoder:
   """Builds an encoder of a folder's weights, its tensors stored in `dtype`.
 
@@ -78,6 +79,7 @@ def load_encoder(
     file: a safetensors file or index in the folder; by default the usual names are tried.
     dtype: of kernels and of token tables; the rest, which is small, is float32.
     shardings: tree of shapes -> tree of shardings; by default the default device.
+    rule: what the tensors must fit, for messages.
 
   Raises:
     ValueError: a missing or unreadable file, or tensors that are missing, left over or misshapen; all
@@ -99,5 +101,6 @@ def load_encoder(
     abstract,
     shardings=None if shardings is None else shardings(abstract),
     aliases=table.aliases,
+    rule=rule,
   )
   return Encoder(config, graphdef, weights)

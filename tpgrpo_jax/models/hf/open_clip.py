@@ -194,12 +194,15 @@ def load_clip(
     ValueError: another kind of model, or weights that do not fit.
   """
   path = pathlib.Path(folder) / CONFIG_FILE
-  raw = files.read_json(path).get("model_cfg", {}) if path.is_file() else VIT_H_14
+  if path.is_file():
+    raw, rule = files.read_json(path).get("model_cfg", {}), f"its {CONFIG_FILE}"
+  else:
+    raw, rule = VIT_H_14, f"ViT-H-14, which is expected where there is no {CONFIG_FILE}"
   try:
     config = read_config(raw)
   except KeyError as error:
     raise ValueError(f"{path}: its model_cfg has no {error}. Fetch it again.") from error
   create = lambda rngs: clip.CLIP(config, dtype=dtype, rngs=rngs)
   return encoder.load_encoder(
-    folder, TABLE, config, create, file=file, dtype=dtype, shardings=shardings
+    folder, TABLE, config, create, file=file, dtype=dtype, shardings=shardings, rule=rule
   )
