@@ -13,6 +13,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 
+def is_first() -> bool:
+  """Whether this process is the one that writes files and speaks for all."""
+  return jax.process_index() == 0
+
+
 def put_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
   """Arrays with leading axis B -> the same divided along B; those with leading axis 1 are copied.
 

@@ -13,11 +13,13 @@ def main(argv: list[str]) -> None:
   command.refuse_arguments(argv)
   config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
   validation.validate(config)
+  from tpgrpo_jax import processes
   from tpgrpo_jax.training import distributed, loop  # after validation: a bad config fails at once
 
   distributed.initialize(config.distributed)
   row = loop.train(config)
-  print({k: round(v, 4) for k, v in row.items()})
+  if processes.is_first():
+    print({k: round(v, 4) for k, v in row.items()})
 
 
 if __name__ == "__main__":

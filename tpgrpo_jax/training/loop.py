@@ -12,7 +12,7 @@ from PIL import Image
 import tqdm
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import rewards
+from tpgrpo_jax import processes, rewards
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.data import prompts as prompts_lib
 from tpgrpo_jax.flow import schedule
@@ -191,7 +191,8 @@ def _restore_or_start(session, checkpoints):
           f"{field}: its files have changed since the run in {run_dir} began. To resume it, bring "
           "them back; to train on the new ones, use another run.dir."
         )
-    tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")
+    if processes.is_first():
+      tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")
   return state, totals | {name: identity for name, (_, identity) in files.items()}
 
 
@@ -208,7 +209,8 @@ def _train(session, state, totals, checkpoints, sink, run_dir):
     row = _evaluate(session, state, totals, sink, run_dir)
   elif first >= config.train.epochs:  # nothing left to train: say where the run stands
     row = session.evaluate(session.model.params(state.ema)).row
-  with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs") as bar:
+  quiet = not processes.is_first()
+  with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs", disable=quiet) as bar:
     for epoch in range(first, config.train.epochs):
       state, train_row = train_epoch(session, state, epoch, totals, run_dir)
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
@@ -241,7 +243,9 @@ def train_epoch(session: Session, state: state_lib.TrainState, epoch: int, total
   sample = lambda chunk, group, condition: session.rollout_fn(
     params, key, chunk, group, condition, start, plan
   )
-  with tqdm.tqdm(total=len(prompts), desc="rollout", leave=False, disable=None) as bar:
+  with tqdm.tqdm(
+    total=len(prompts), desc="rollout", leave=False, disable=None if processes.is_first() else True
+  ) as bar:
     rolled = rollout.collect(
       config, session.model, session.mesh, sample, session.reward_fn, prompts, on_chunk=bar.update
     )
@@ -263,7 +267,7 @@ def train_epoch(session: Session, state: state_lib.TrainState, epoch: int, total
   result |= step.merge_metrics(rows) | {"evaluations_per_sample": float(evaluations)}
   result |= {f"time/{k}": v for k, v in times.items()}
   result["time/samples_per_second"] = len(prompts) / (ended - began)
-  if config.log.images_every and epoch % config.log.images_every == 0:
+  if processes.is_first() and config.log.images_every and epoch % config.log.images_every == 0:
     _save_rollout(run_dir, epoch + 1, rolled, credit)
   return state, result
 
@@ -311,6 +315,8 @@ def _evaluate(session, state, totals, sink, run_dir):
       **result.row,
     }
   )
+  if not processes.is_first():
+    return result.row
   captions = [p.text for p in result.prompts[:GRID_IMAGES]]
   sheet = evaluation.grid(result.images[:GRID_IMAGES], captions)
   folder = run_dir / "images"

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax import advantages
+from tpgrpo_jax import advantages, processes
 from tpgrpo_jax import config as config_lib
 
 
@@ -67,7 +67,10 @@ def check_sinks(log: config_lib.Log) -> None:
 
 
 class MetricsLog:
-  """Rows of metrics.jsonl in the run folder, copied to TensorBoard and Weights & Biases on request."""
+  """Rows of metrics.jsonl in the run folder, copied to TensorBoard and Weights & Biases on request.
+
+  Of several processes the first one writes; in the others nothing happens.
+  """
 
   def __init__(self, run_dir: str | os.PathLike[str], log: config_lib.Log, config: Any):
     """Opens the sinks.
@@ -75,8 +78,10 @@ class MetricsLog:
     Raises:
       ValueError: log.wandb without the wandb package.
     """
+    self._file = self._board = self._wandb = None
+    if not processes.is_first():
+      return
     self._file = open(pathlib.Path(run_dir) / "metrics.jsonl", "a")
-    self._board = self._wandb = None
     if log.tensorboard:
       folder = str(pathlib.Path(run_dir) / "tensorboard")
       self._board = _import_tensorboardx().SummaryWriter(folder)
@@ -94,6 +99,8 @@ class MetricsLog:
 
   def write(self, row: dict[str, Any]) -> None:
     """Appends one row {"epoch", "kind", name: number} and flushes it."""
+    if not self._file:
+      return
     rounded = {k: v if isinstance(v, (int, str)) else _number(v) for k, v in row.items()}
     self._file.write(json.dumps(rounded) + "\n")
     self._file.flush()
@@ -115,7 +122,8 @@ class MetricsLog:
 
   def close(self) -> None:
     """Flushes and closes all sinks."""
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._board:
       self._board.close()
     if self._wandb:

@@ -15,7 +15,8 @@ import socket
 from typing import Any
 
 from etils import epath
-import jax
+
+from tpgrpo_jax import processes
 
 RESUMABLE_FIELDS = (
     "run.*", "train.epochs", "train.updates", "train.log_every", "output",
@@ -36,7 +37,7 @@ def hold(run_dir: os.PathLike | str) -> Iterator[None]:
   Raises:
     ValueError: a path that is no folder or cannot be written to, or another run in the folder.
   """
-  if jax.process_index() != 0 or os.fspath(run_dir).startswith("gs://"):
+  if not processes.is_first() or os.fspath(run_dir).startswith("gs://"):
     yield
     return
   folder, field = pathlib.Path(run_dir), f"run.dir={os.fspath(run_dir)!r}"
@@ -73,7 +74,7 @@ def save_config(run_dir: os.PathLike | str, config: Any) -> None:
     run_dir: the run's folder, created if need be.
     config: a frozen dataclass of primitives.
   """
-  if jax.process_index() != 0:
+  if not processes.is_first():
     return
   folder = epath.Path(run_dir)
   folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def truncate_metrics(path: os.PathLike | str, next_epoch: int) -> int:
     How many rows were dropped.
   """
   path = epath.Path(path)
-  if jax.process_index() != 0 or not path.exists():
+  if not processes.is_first() or not path.exists():
     return 0
   content = path.read_bytes()
   lines = [line for line in content.split(b"\n") if line.strip()]
