@@ -65,13 +65,6 @@ def on_mesh(data, fsdp, tensor):
   return jax.make_mesh((data, fsdp, tensor), mesh_lib.AXES, axis_types=kinds)
 
 
-def placement_on(mesh):
-  return types.Placement(
-    lambda tree: mesh_lib.param_shardings(mesh, tree),
-    lambda tree: jax.device_put(tree, mesh_lib.batch_sharding(mesh)),
-  )
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", stored_models.SIZES)
 def test_score_equals_the_references_on_golden_data(golden, folders, name, size):
@@ -87,14 +80,43 @@ def test_golden_data_were_made_by_the_script_beside_them(golden):
 @pytest.mark.parametrize("name", NAMES)
 def test_divided_over_a_mesh_the_scores_stay_the_same(golden, folders, name):
   mesh = on_mesh(2, 2, 2)
-  fn = make(name, folders, placement=placement_on(mesh))
+  fn = make(name, folders, placement=mesh_lib.make_placement(mesh))
   for images in ("host", "divided"):
-    place = placement_on(mesh).batch if images == "divided" else lambda x: x
+    place = mesh_lib.make_placement(mesh).batch if images == "divided" else lambda x: x
     prompts = stored_models.prompts(golden) * 4
     found = fn(place(np.tile(golden["images/37x61"], (4, 1, 1, 1))), prompts, [{}] * 8)
     assert isinstance(found, jax.Array) and found.shape == (8,)
     expected = np.tile(wanted(golden, name, "37x61"), 4)
     assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("count", [1, 6, 8, 11])
+@pytest.mark.parametrize("where", ["host", "one device", "divided"])
+def test_weighted_sum_takes_any_number_of_images_wherever_they_lie(golden, folders, count, where):
+  mesh = on_mesh(2, 2, 2)
+  specs = {
+    "clipscore": {"weight": 2.0, **folders["clipscore"]},
+    "jpeg_compressibility": 0.1,
+    "taste": {"weight": 1.0, "make": "aesthetic", **folders["aesthetic"]},
+  }
+  begin = rewards.make_rewards(specs, placement=mesh_lib.make_placement(mesh))
+  rows = np.arange(count) % 2
+  images = golden["images/37x61"][rows]
+  prompts = [stored_models.prompts(golden)[i] for i in rows]
+  if where == "one device":
+    given = jax.numpy.asarray(images)
+  elif where == "divided" and count == 8:
+    given = mesh_lib.make_placement(mesh).batch(images)
+  else:
+    given = images
+  with jax.set_mesh(mesh):  # as training calls it
+    finish = begin(given, prompts, [{}] * count)
+  total, scores, infos = finish()
+  assert list(scores) == list(infos) == list(specs)
+  for label, name in (("clipscore", "clipscore"), ("taste", "aesthetic")):
+    assert relative_error(scores[label], wanted(golden, name, "37x61")[rows]) < TOLERANCE
+  sums = 2 * scores["clipscore"] + 0.1 * scores["jpeg_compressibility"] + scores["taste"]
+  np.testing.assert_allclose(total, sums, rtol=1e-6)
 
 
 def test_weights_are_divided_as_the_placement_says(golden, folders):
@@ -105,7 +127,7 @@ def test_weights_are_divided_as_the_placement_says(golden, folders):
     seen["shardings"] = mesh_lib.param_shardings(mesh, tree)
     return seen["shardings"]
 
-  make("pickscore", folders, placement=types.Placement(params, placement_on(mesh).batch))
+  make("pickscore", folders, placement=types.Placement(params, mesh_lib.make_placement(mesh).batch))
   kernel = seen["shardings"]["vision_model"]["blocks_0"]["mlp"]["linear_1"]["kernel"]
   assert kernel.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
 
@@ -128,7 +150,9 @@ def test_chunks_do_not_change_the_scores(golden, folders, batch):
     )
     < 1e-5
   )  # batches of another size sum in another order
-  divided = make("pickscore", folders, batch=batch, placement=placement_on(on_mesh(1, 2, 4)))
+  divided = make(
+    "pickscore", folders, batch=batch, placement=mesh_lib.make_placement(on_mesh(1, 2, 4))
+  )
   assert relative_error(score(divided, golden, "48x48", repeats=8), np.asarray(alone)) < 1e-5
 
 

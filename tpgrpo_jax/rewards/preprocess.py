@@ -3,7 +3,8 @@
 Resampling is two products with banded matrices, across and then down. `resize` repeats Pillow's
 integer arithmetic, bit for bit; rows and columns that a crop would remove are never computed. Pillow
 13 goes down first where that is much cheaper: of proportionate resizing that is only very tall
-pictures (1536 x 640, but not 1344 x 768), whose pixels then differ by up to 3 of 255 on pure noise.
+pictures (1536 x 640, but not 1344 x 768), whose pixels then differ by up to 3 of 255 on pure noise, and 7
+where edges are hard.
 """
 
 import functools

@@ -209,14 +209,11 @@ def make_reward(
     _check_images(images, prompts)
     if not len(prompts):
       return jnp.zeros((0,), jnp.float32)
-    arrays = inputs(prompts)
-    if placement is not None:
-      arrays = placement.batch(arrays)
-    if not isinstance(images, jax.Array):
-      images = jnp.asarray(images) if placement is None else placement.batch(images)
-    shards = len(images) // images.sharding.shard_shape(images.shape)[0]
+    given = (images, *inputs(prompts))
+    arrays = jax.tree.map(jnp.asarray, given) if placement is None else placement.batch(given)
+    shards = len(prompts) // arrays[0].sharding.shard_shape(arrays[0].shape)[0]
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      return _run(score, weights, (images, *arrays), batch=batch, shards=shards)
+      return _run(score, weights, arrays, batch=batch, shards=shards)
 
   return reward
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from tpgrpo_jax.models import clip
 from tpgrpo_jax.models.hf import encoder, files
@@ -141,7 +142,7 @@ def _entry(config, path, block, name, shape):
   margins = [(first, 2 * width - first), *rest]
   return Entry(
       path, block, name, (3 * width, *shape[:-1]),
-      lambda x: jnp.pad(x.T, margins),
+      lambda x: np.pad(x.T, margins),
       lambda x: x[first : first + width].T,
   )  # fmt: skip
 
