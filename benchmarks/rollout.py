@@ -23,7 +23,6 @@ compilations             Whole epochs of training: how often each jitted functio
 import argparse
 import dataclasses
 import functools
-import tempfile
 
 import jax
 import numpy as np
@@ -32,8 +31,10 @@ import timing
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import processes
 from tpgrpo_jax.flow import completion, sampler, steps
-from tpgrpo_jax.training import build, loop, rollout
+from tpgrpo_jax.training import build, rollout
+from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import session as session_lib
 
 # (T, W): SD3.5-Medium's in the paper, FLUX.1-dev's, and that of the built-in recipes.
 SHAPES = ((10, 9), (6, 5), (4, 3))
@@ -194,12 +195,13 @@ def count_compilations(window_range: tuple[int, ...], epochs: int, threads: int)
       compiled.append(fun_name)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
-  session = loop.open_session(config)
-  totals, ends = {"evaluations": 0, "samples": 0}, []
-  with jax.set_mesh(session.mesh), tempfile.TemporaryDirectory() as folder:
-    state = loop.init_state(session)
+  session = session_lib.open_session(config)
+  ends = []
+  with jax.set_mesh(session.mesh):
+    state = session_lib.init_state(session)
     for epoch in range(epochs):
-      state, _ = loop.train_epoch(session, state, epoch, totals, folder)
+      sampled = epoch_lib.sample_epoch(session, state, epoch)
+      state, _ = epoch_lib.update_epoch(session, state, epoch, sampled)
       ends.append(len(compiled))
   names = {"rollout": "jit(rollout)", "credit": "jit(assign)", "train_step": "jit(train_step)"}
   timing.report(

@@ -6,13 +6,16 @@ docs/fine_tune_sd35.md. The settings are the papers'; no result of ours yet.
 """
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import presets
 
 
 def get_config():
   """Returns the recipe."""
-  config = config_lib.to_config_dict(config_lib.sd35m())
+  config = config_lib.to_config_dict(presets.sd35m())
   config.run.dir = "runs/sd35m_ocr_flowgrpo"
   config.prompts.path = "datasets/ocr"
-  config.rewards = {"ocr": 1.0}
+  config.rewards = {
+    "ocr": {"weight": 1.0, "detect": True, "rule": "flow_grpo", "text_score": 0.5}  # as Flow-GRPO
+  }
   config.credit.method = "flow_grpo"
   return config

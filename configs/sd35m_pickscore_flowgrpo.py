@@ -6,11 +6,12 @@ docs/fine_tune_sd35.md. The settings are the papers'; no result of ours yet.
 """
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import presets
 
 
 def get_config():
   """Returns the recipe."""
-  config = config_lib.to_config_dict(config_lib.sd35m())
+  config = config_lib.to_config_dict(presets.sd35m())
   config.run.dir = "runs/sd35m_pickscore_flowgrpo"
   config.prompts.path = "datasets/pickscore"
   config.rewards = {

@@ -6,11 +6,12 @@ Measured: held-out OCR of 256 words from .562 to .726, .735, .755 (seeds 0, 1, 2
 """
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import presets
 
 
 def get_config():
   """Returns the recipe."""
-  config = config_lib.to_config_dict(config_lib.tiny_text())
+  config = config_lib.to_config_dict(presets.tiny_text())
   config.run.dir = "runs/tiny_text_flowgrpo"
   config.credit.method = "flow_grpo"
   return config

@@ -33,9 +33,15 @@ LORA_INITS = ("gaussian", "kaiming")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """Where a run lives; training resumes when the folder holds a checkpoint."""
+  """Where a run lives; training resumes when the folder holds a checkpoint.
+
+  Attributes:
+    programs: folder of compiled programs that runs share, so that a resumed run compiles nothing; empty
+      for ~/.cache/tpgrpo_jax/programs, "off" for none. $JAX_COMPILATION_CACHE_DIR goes first.
+  """
 
   dir: str = "runs/tpgrpo"
+  programs: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +179,17 @@ class Advantage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scoring:
+  """When a reward of the host fails: a call that takes longer than `timeout` seconds, or that raises
+  OSError or RuntimeError (a server that is away), is made again `retries` times, after backoff,
+  2 backoff, 4 backoff ... seconds. Then the run saves and stops."""
+
+  timeout: float = 600.0
+  retries: int = 3
+  backoff: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Loss:
   """The clipped surrogate and the KL term to the adapter-free model."""
 
@@ -265,19 +282,25 @@ class Distributed:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """Epochs between checkpoints, and how many of the newest are kept."""
+  """Epochs between checkpoints, how many of the newest are kept, and of which epochs all are (0: none)."""
 
   every: int = 10
   keep: int = 2
+  keep_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-  """TensorBoard and Weights & Biases beside metrics.jsonl; images_every epochs a sample grid."""
+  """TensorBoard and Weights & Biases beside metrics.jsonl; images_every epochs a sample grid.
+
+  Attributes:
+    profile: the epoch, from 1, of which <run.dir>/profile gets an XProf trace; 0 for none.
+  """
 
   tensorboard: bool = True
   wandb: bool = False
   images_every: int = 10
+  profile: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +324,7 @@ class Config:
   credit: Credit = Credit()
   advantage: Advantage = Advantage()
   rewards: dict[str, Any] = dataclasses.field(default_factory=lambda: {"ocr": 1.0})
+  scoring: Scoring = Scoring()
   loss: Loss = Loss()
   optimizer: Optimizer = Optimizer()
   train: Train = Train()
@@ -310,46 +334,6 @@ class Config:
   distributed: Distributed = Distributed()
   checkpoint: Checkpoint = Checkpoint()
   log: Log = Log()
-
-
-def tiny_text() -> Config:
-  """The settings that the recipes of the built-in task share; found on two CPU cores."""
-  return Config(
-    sampler=Sampler(num_steps=4, window=(0, 3)),
-    optimizer=Optimizer(learning_rate=1.5e-4),
-    train=Train(epochs=120, microbatch=32, updates_per_epoch=4),
-    ema=Ema(decay=0.95, every=1),
-    eval=Eval(num_steps=4, prompts=256),
-    log=Log(images_every=20),
-  )
-
-
-def sd35m() -> Config:
-  """What the SD3.5-Medium recipes share: the settings of arXiv 2602.06422, Sec. 5.1, without its KL."""
-  return Config(
-    model=Model("sd3", "stabilityai/stable-diffusion-3.5-medium", dtype="bfloat16", remat="full"),
-    text=Text(dtype="bfloat16"),
-    vae=Vae(dtype="bfloat16"),
-    lora=Lora(rank=32, alpha=64.0),
-    prompts=Prompts("folder"),
-    sampler=Sampler(schedule="sd3", guidance_scale=4.5, height=512, width=512),
-    train=Train(epochs=1000, prompts_per_epoch=48, group_size=24, microbatch=32),
-    eval=Eval(every=30, num_steps=40, batch=32),
-    checkpoint=Checkpoint(every=5),
-  )
-
-
-def flux_dev() -> Config:
-  """What the FLUX.1-dev recipes share: the settings of arXiv 2602.06422, App. B."""
-  base = sd35m()
-  return dataclasses.replace(
-    base,
-    model=dataclasses.replace(base.model, variant="flux", path="black-forest-labs/FLUX.1-dev"),
-    sampler=dataclasses.replace(
-      base.sampler, num_steps=6, window=(0, 5), schedule="flux", guidance_scale=3.5
-    ),
-    eval=dataclasses.replace(base.eval, num_steps=28),
-  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,9 +37,10 @@ def main(argv: list[str]) -> None:
   config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **asked))
   validation.validate(config)
   from tpgrpo_jax.data import prompts as prompts_lib
-  from tpgrpo_jax.training import evaluation, loop, scoring
+  from tpgrpo_jax.training import evaluation, scoring
+  from tpgrpo_jax.training import session as session_lib
 
-  reward_fn = loop.build_eval_rewards(config, restore.mesh_here(config))
+  reward_fn = session_lib.build_eval_rewards(config, restore.mesh_here(config))
   prompts = prompts_lib.load_prompts(config.prompts.name, config.prompts.path, _SPLIT.value)
   prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
   seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value

@@ -4,6 +4,7 @@ Every process makes the same calls of `put_batch`, `fetch` and `sum_over` in the
 thread; the other functions concern one process alone.
 """
 
+import json
 from typing import Any
 
 import jax
@@ -59,6 +60,16 @@ def fetch(array: jax.Array) -> np.ndarray:
   if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def from_first(value: Any) -> Any:
+  """What process 0 has, anything that JSON can hold, for every process."""
+  if jax.process_count() == 1:
+    return value
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+  padded = np.resize(text, length)
+  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
 def sum_over(tree: Any) -> Any:

@@ -1,5 +1,7 @@
 """Trains: python -m tpgrpo_jax.train --config configs/tiny_text_tpgrpo.py [--config.train.epochs=2]"""
 
+import sys
+
 from ml_collections import config_flags
 
 from tpgrpo_jax import command, validation
@@ -14,10 +16,19 @@ def main(argv: list[str]) -> None:
   config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
   validation.validate(config)
   from tpgrpo_jax import processes
-  from tpgrpo_jax.training import distributed, loop  # after validation: a bad config fails at once
+  from tpgrpo_jax.training import (
+    distributed,
+    loop,
+    preemption,
+  )  # after validation: it fails at once
 
   distributed.initialize(config.distributed)
-  row = loop.train(config)
+  distributed.share_programs(config.run.programs)
+  try:
+    row = loop.train(config)
+  except preemption.Preempted:
+    print(f"{config.run.dir}: saved, as asked. The same command goes on.", file=sys.stderr)
+    sys.exit(preemption.EXIT_CODE)
   if processes.is_first():
     print({k: round(v, 4) for k, v in row.items()})
 

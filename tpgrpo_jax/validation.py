@@ -210,6 +210,9 @@ def _sizes(config) -> Iterator[str]:
       ("eval.batch", config.eval.batch, 1),
       ("checkpoint.every", config.checkpoint.every, 1),
       ("checkpoint.keep", config.checkpoint.keep, 1),
+      ("checkpoint.keep_every", config.checkpoint.keep_every, 0),
+      ("log.profile", config.log.profile, 0),
+      ("scoring.retries", config.scoring.retries, 0),
       ("log.images_every", config.log.images_every, 0),
     )
   )
@@ -242,6 +245,8 @@ def _credit_scale(config) -> Iterator[str]:
       ("loss.clip_range", config.loss.clip_range),
       ("advantage.clip", config.advantage.clip),
       ("lora.alpha", config.lora.alpha),
+      ("scoring.timeout", config.scoring.timeout),
+      ("scoring.backoff", config.scoring.backoff),
     )
   )
   if not (math.isfinite(config.loss.kl_coef) and config.loss.kl_coef >= 0):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,10 @@ def make():
       return scores, {}
     if what == "kill":
       os.kill(os.getpid(), signal.SIGKILL)
+    if what == "term":
+      os.kill(os.getpid(), signal.SIGTERM)
+    if what == "hang":
+      time.sleep(30)
     if what == "raise":
       raise ConnectionError("the reward server is gone")
     if what == "nan":

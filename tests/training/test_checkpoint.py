@@ -274,12 +274,31 @@ def test_failed_background_save_raises_and_keeps_the_older_one(tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, hard))  # Stands in for a full disk.
   try:
     checkpoints.save(2, state)
-    with pytest.raises(Exception, match="Failed to write|too large"):
+    with pytest.raises(RuntimeError, match="could not be written .*The ones before it are whole"):
       checkpoints.close()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   with checkpoint.RunCheckpoints(tmp_path) as checkpoints:
     assert checkpoints.steps() == [1]
+
+
+def test_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
+  state = {"x": jnp.ones(2)}
+  with monkeypatch.context() as patch, checkpoint.RunCheckpoints(tmp_path) as checkpoints:
+    patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+  with checkpoint.RunCheckpoints(tmp_path) as checkpoints:
+    with pytest.raises(ValueError, match="has format 2, this version reads up to 1"):
+      checkpoints.restore(on_one_device(state))
+
+
+def test_steps_that_are_to_stay_for_ever_do(tmp_path):
+  with checkpoint.RunCheckpoints(tmp_path, keep=1, keep_every=3) as checkpoints:
+    for step in range(1, 8):
+      checkpoints.save(step, {"x": jnp.ones(2)})
+      checkpoints.wait()
+    assert checkpoints.steps() == [3, 6, 7]
 
 
 def test_saves_leave_no_thread_behind(tmp_path):

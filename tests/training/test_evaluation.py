@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from tpgrpo_jax.training import build, evaluation, loop
+from tpgrpo_jax.training import build, evaluation
+from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.types import Prompt
 
 WORDS = [Prompt(word, {}) for word in ("ANT", "BEE", "CAT", "DOG", "ELK")]
@@ -101,6 +102,6 @@ def test_grid_cuts_a_long_caption_to_its_image():
 
 def test_eval_rewards_by_name_are_those_of_the_config(config_in, single_mesh, tmp_path):
   config = config_in(tmp_path, {"eval.rewards": ("jpeg_compressibility", "coarse")})
-  reward_fn = loop.build_eval_rewards(config, single_mesh)
+  reward_fn = session_lib.build_eval_rewards(config, single_mesh)
   _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])()
   assert scores.keys() == {"jpeg_compressibility", "coarse"}

@@ -16,20 +16,22 @@ import scripted_rewards
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards
 from tpgrpo_jax.flow import schedule
-from tpgrpo_jax.training import checkpoint, loop, metrics
+from tpgrpo_jax.training import checkpoint, loop, metrics, preemption
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import session as session_lib
 
 HERE = pathlib.Path(__file__).parent
 PACKAGE = HERE.parent.parent
 # Reward calls of a run: one of the first evaluation; in each epoch two, and one of its evaluation.
 CHUNKS = 2
+ONE_TRY = {"scoring.retries": 0}
 
 
 def final_state(config):
   """The arrays of the last checkpoint, by name."""
-  session = loop.open_session(config)
+  session = session_lib.open_session(config)
   with jax.set_mesh(session.mesh):
-    abstract = loop._abstract(loop.init_state(session))
+    abstract = loop._abstract(session_lib.init_state(session))
     with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as checkpoints:
       restored, extra = checkpoints.restore(abstract)
   assert extra["epoch"] == config.train.epochs
@@ -67,10 +69,10 @@ def script(monkeypatch, text):
 def test_run_cut_in_an_epoch_and_resumed_equals_the_uninterrupted_one(
   epoch, uninterrupted, make_config, one_device, monkeypatch
 ):
-  config = make_config()
+  config = make_config(ONE_TRY)
   calls_before = 1 + epoch * (CHUNKS + 1)
   script(monkeypatch, f"raise:{calls_before + 1}")  # the second microbatch of that epoch
-  with pytest.raises(ConnectionError):
+  with pytest.raises(rewards.RewardError, match="the reward server is gone"):
     loop.train(config)
   script(monkeypatch, "")
   loop.train(config)
@@ -80,9 +82,60 @@ def test_run_cut_in_an_epoch_and_resumed_equals_the_uninterrupted_one(
 def test_run_cut_between_the_update_and_the_evaluation_equals_the_uninterrupted_one(
   uninterrupted, make_config, one_device, monkeypatch
 ):
-  config = make_config()
+  config = make_config(ONE_TRY)
   script(monkeypatch, f"raise:{1 + CHUNKS}")  # the evaluation after the first epoch
-  with pytest.raises(ConnectionError):
+  with pytest.raises(rewards.RewardError, match="the reward server is gone"):
+    loop.train(config)
+  script(monkeypatch, "")
+  loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_reward_that_fails_once_is_asked_again(
+  uninterrupted, make_config, one_device, monkeypatch, caplog
+):
+  config = make_config({"scoring.backoff": 0.01})
+  script(monkeypatch, f"raise:{1 + CHUNKS + 2}")
+  loop.train(config)
+  assert "the reward server is gone; again in 0.01 s" in caplog.text
+  assert_same_run(config, uninterrupted)
+
+
+def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
+  uninterrupted, make_config, one_device, monkeypatch
+):
+  fields = ONE_TRY | {"scoring.timeout": 1.0, "checkpoint.every": 10}
+  config = make_config(fields)
+  script(monkeypatch, f"hang:{1 + CHUNKS + 2}")  # in the second epoch
+  with pytest.raises(rewards.RewardError, match="no answer within 1 s"):
+    loop.train(config)
+  with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
+    assert kept.steps() == [1]
+  script(monkeypatch, "")
+  loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_run_that_is_asked_to_end_saves_and_goes(
+  uninterrupted, make_config, one_device, monkeypatch
+):
+  config = make_config({"checkpoint.every": 10})
+  script(monkeypatch, f"term:{1 + CHUNKS + 2}")  # in the second epoch
+  with pytest.raises(preemption.Preempted):
+    loop.train(config)
+  with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
+    assert kept.steps() == [1]
+  script(monkeypatch, "")
+  loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_evaluation_that_was_cut_is_made_up_for(
+  uninterrupted, make_config, one_device, monkeypatch
+):
+  config = make_config(ONE_TRY)
+  script(monkeypatch, f"raise:{1 + 3 * (CHUNKS + 1) - 1}")  # the last evaluation
+  with pytest.raises(rewards.RewardError):
     loop.train(config)
   script(monkeypatch, "")
   loop.train(config)
@@ -92,12 +145,12 @@ def test_run_cut_between_the_update_and_the_evaluation_equals_the_uninterrupted_
 def test_sharded_run_cut_and_resumed_equals_the_uninterrupted_one(
   make_config, tmp_path, monkeypatch
 ):
-  fields = {"mesh": config_lib.Mesh(2, 2, 2)}
+  fields = ONE_TRY | {"mesh": config_lib.Mesh(2, 2, 2)}
   whole = make_config(fields | {"run.dir": str(tmp_path / "whole")})
   loop.train(whole)
   config = make_config(fields)
   script(monkeypatch, f"raise:{1 + CHUNKS + 1}")
-  with pytest.raises(ConnectionError):
+  with pytest.raises(rewards.RewardError, match="the reward server is gone"):
     loop.train(config)
   script(monkeypatch, "")
   loop.train(config)
@@ -168,7 +221,7 @@ def test_credit_of_another_form_is_refused_before_anything_is_sampled(
 ):
   config = make_config({"credit.method": f"scripted_rewards:{name}"})
   with pytest.raises(ValueError) as caught:
-    loop.open_session(config)
+    session_lib.open_session(config)
   message = str(caught.value)
   assert (
     f"credit.method='scripted_rewards:{name}': must return StepCredit(reward [2, 16]" in message
@@ -220,7 +273,7 @@ def test_prompt_that_the_model_cannot_read_is_refused_at_the_start(make_config, 
   (tmp_path / "train.txt").write_text("ANT\nELEPHANT\n")
   (tmp_path / "test.txt").write_text("BEE\n")
   with pytest.raises(ValueError, match="prompt 'ELEPHANT': 8 bytes"):
-    loop.open_session(make_config({"prompts.path": str(tmp_path)}))
+    session_lib.open_session(make_config({"prompts.path": str(tmp_path)}))
 
 
 def test_run_folder_of_another_config_is_refused_with_both_values(

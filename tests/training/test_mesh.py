@@ -15,8 +15,10 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.models import flux, hf, lora, tiny
-from tpgrpo_jax.training import build, loop, state
+from tpgrpo_jax.training import build, state
+from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import session as session_lib
 
 SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
@@ -37,13 +39,13 @@ def epoch_on(mesh, make_config, name):
     }
   )
   pathlib.Path(name).mkdir()
-  session = loop.open_session(config)
+  session = session_lib.open_session(config)
   assert session.mesh == mesh
   with jax.set_mesh(mesh):
-    before = loop.init_state(session)
-    totals = {"epoch": 0, "evaluations": 0, "samples": 0, "seconds": 0.0}
+    before = session_lib.init_state(session)
     start = jax.tree.map(np.array, before.trainable)
-    after, row = loop.train_epoch(session, before, 0, totals, pathlib.Path(name))
+    sampled = epoch_lib.sample_epoch(session, before, 0)
+    after, row = epoch_lib.update_epoch(session, before, 0, sampled)
   row = {k: v for k, v in row.items() if not k.startswith("time/")}
   return start, jax.device_get((after.trainable, after.ema)), row
 
@@ -255,7 +257,7 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(sizes, value, rule, fix):
 def test_microbatch_that_does_not_divide_over_the_mesh_is_refused(make_config):
   config = make_config({"train.microbatch": 4, "mesh": config_lib.Mesh(4, 2, 1)})
   with pytest.raises(ValueError) as caught:
-    loop.open_session(config)
+    session_lib.open_session(config)
   message = str(caught.value)
   assert "train.microbatch=4: must be a multiple of mesh.data x mesh.fsdp = 8" in message
   assert "Set it to 8, or change the mesh" in message

@@ -11,6 +11,7 @@ import pytest
 import stored_diffusers as stored
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.models import prompt_cache, prompt_embedding
 from tpgrpo_jax.training import build, evaluation, loop, metrics
@@ -138,7 +139,7 @@ def test_sampling_takes_any_size_that_the_patches_divide(folders, work, single_m
   config = stored.make_config("flux", folders["flux"], work, fields)
   model = build.build_model(config, single_mesh, ["a red cat"])
   sample = evaluation.make_sample_fn(config, model, single_mesh, num_steps=2)
-  prompts = [loop.rewards.combine.types.Prompt("a red cat", {})]
+  prompts = [types.Prompt("a red cat", {})]
   with jax.set_mesh(single_mesh):
     assert sample(model.params(model.trainable), prompts).shape == (1, 64, 32, 3)
 

@@ -36,13 +36,14 @@ REWARDS = (*HOST_REWARDS, *DEVICE_REWARDS)
 
 
 def make_rewards(
-  rewards: Mapping[str, Any], *, placement: types.Placement | None = None
+  rewards: Mapping[str, Any], *, placement: types.Placement | None = None, **patience: Any
 ) -> CombinedRewardFn:
   """Makes the function of images, prompts and metadata that the config's `rewards` asks for.
 
   Args:
     rewards: as of `combine.make_weighted_sum`.
     placement: likewise.
+    patience: timeout, retries and backoff, likewise.
 
   Returns:
     begin: (images, prompts, metadata) -> finish: () -> Scores; see `combine.make_weighted_sum`.
@@ -50,7 +51,7 @@ def make_rewards(
   Raises:
     ValueError: as `combine.make_weighted_sum`.
   """
-  return combine.make_weighted_sum(rewards, HOST_REWARDS, DEVICE_REWARDS, placement=placement)
+  return combine.make_weighted_sum(rewards, HOST_REWARDS, DEVICE_REWARDS, placement=placement, **patience)
 
 
 __all__ = [

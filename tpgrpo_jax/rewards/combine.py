@@ -9,9 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import inspect
+import itertools
+import logging
 import math
 import numbers
-from typing import Any
+import threading
+import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,8 @@ from jaxtyping import Bool, UInt8
 import numpy as np
 
 from tpgrpo_jax import processes, registry, types
+
+log = logging.getLogger(__name__)
 
 _LARGEST = float(np.finfo(np.float32).max)  # a weight beyond makes every total infinite
 
@@ -44,6 +50,9 @@ def make_weighted_sum(
   device: Mapping[str, DeviceRewardMaker],
   *,
   placement: types.Placement | None = None,
+  timeout: float = math.inf,
+  retries: int = 0,
+  backoff: float = 1.0,
 ) -> CombinedRewardFn:
   """Makes the function total = sum over labels of weight * score, computed in the labels' order.
 
@@ -56,13 +65,16 @@ def make_weighted_sum(
     host: name -> maker of a reward of the host; the user's own are of these.
     device: name -> maker of a reward of the devices.
     placement: of the weights and batches of rewards of the devices; None for the default device.
+    timeout: seconds that one call of a reward of the host may take.
+    retries: how often a call is made again that took longer, or raised OSError or RuntimeError.
+    backoff: seconds before the first of them; each later one waits twice as long.
 
   Returns:
     begin: (images uint8 [N, H, W, 3], of the host or of the devices, prompts, metadata, rows) ->
     finish: () -> (total float32 [N], label -> float32 [N], label -> info). `begin` does not wait.
-    `finish` raises RewardError if a reward returns anything but N finite numbers. `rows`, bool [N],
-    marks those that this process scores, by default all: the other scores are 0, so that the sum
-    over processes has them all, and an info is of these rows alone.
+    `finish` raises RewardError if a reward returns anything but N finite numbers, or gives up.
+    `rows`, bool [N], marks those that this process scores, by default all: the other scores are 0,
+    so that the sum over processes has them all, and an info is of these rows alone.
 
   Raises:
     ValueError: no rewards, an unknown name, a weight that is not a finite number, or an option that
@@ -81,6 +93,7 @@ def make_weighted_sum(
     kind, given = ("device", {"placement": placement}) if name in device else ("host", {})
     functions[kind][label] = _make(label, maker, options, given)
   weights = {label: weight for label, (weight, _, _) in specs.items()}
+  patience = _Patience(timeout, retries, backoff)
 
   def begin(
     images: UInt8[np.ndarray | jax.Array, "N H W 3"],
@@ -99,7 +112,7 @@ def make_weighted_sum(
     dispatched = _dispatch(functions["device"], images, prompts, metadata, placement, extra)
 
     def finish() -> Scores:
-      results = _run_host(functions["host"], images, prompts, metadata, rows)
+      results = _run_host(functions["host"], images, prompts, metadata, rows, patience)
       for label, scores in dispatched.items():
         results[label] = (_wait(label, scores, prompts, extra) * rows, {})
       scores = {label: results[label][0] for label in weights}
@@ -129,7 +142,13 @@ def _dispatch(functions, images, prompts, metadata, placement, extra):
   return dispatched
 
 
-def _run_host(functions, images, prompts, metadata, rows):
+class _Patience(NamedTuple):
+  timeout: float
+  retries: int
+  backoff: float
+
+
+def _run_host(functions, images, prompts, metadata, rows, patience):
   """{label: (scores, info)}; other scores than those of `rows` are 0."""
   if not functions or not rows.any():
     return {label: (np.zeros(len(rows), np.float32), {}) for label in functions}
@@ -138,7 +157,7 @@ def _run_host(functions, images, prompts, metadata, rows):
   images.flags.writeable = False  # a reward that paints on them would spoil the others' scores
   with futures.ThreadPoolExecutor(len(functions), thread_name_prefix="reward") as pool:
     pending = {
-      label: pool.submit(_score, label, fn, images, prompts, metadata)
+      label: pool.submit(_insist, label, fn, images, prompts, metadata, patience)
       for label, fn in functions.items()
     }
   results = {}
@@ -148,6 +167,47 @@ def _run_host(functions, images, prompts, metadata, rows):
     whole[rows] = scores
     results[label] = (whole, info)
   return results
+
+
+def _insist(label, function, images, prompts, metadata, patience):
+  """`_score`, again after a failure that may pass."""
+  for attempt in itertools.count():
+    try:
+      return _limit(patience.timeout, _score, label, function, images, prompts, metadata)
+    except RewardError:
+      raise
+    except (OSError, RuntimeError) as error:
+      if attempt == patience.retries:
+        raise RewardError(
+          f"reward {label!r} failed {attempt + 1} times, the last time with {type(error).__name__}: "
+          f"{error}. The run stops. Mend the reward (scoring.timeout={patience.timeout}, "
+          f"scoring.retries={patience.retries}), then start the same command again."
+        ) from error
+      wait = patience.backoff * 2**attempt
+      log.warning("reward %r: %s: %s; again in %.3g s", label, type(error).__name__, error, wait)
+      time.sleep(wait)
+
+
+def _limit(timeout, function, *args):
+  """function(*args); TimeoutError after `timeout` seconds, and then its thread is left to itself."""
+  if timeout == math.inf:
+    return function(*args)
+  future: futures.Future = futures.Future()
+
+  def run():
+    try:
+      future.set_result(function(*args))
+    except BaseException as error:
+      future.set_exception(error)
+
+  # A daemon: a call that hangs for ever does not keep the process from ending.
+  threading.Thread(target=run, daemon=True, name="reward call").start()
+  try:
+    return future.result(timeout)
+  except futures.TimeoutError as error:
+    if future.done():
+      raise  # the reward's own
+    raise TimeoutError(f"no answer within {timeout:g} s") from error
 
 
 def _parse(label, spec):

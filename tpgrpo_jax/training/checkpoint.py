@@ -16,6 +16,9 @@ from jax.experimental import multihost_utils
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+FORMAT = 1
+"""Of what a checkpoint holds; raise it when older code could not read a new one."""
+
 _STATE = "state"
 _MAX_DIFFERENCES = 12
 
@@ -32,7 +35,13 @@ class RunCheckpoints:
   """
 
   def __init__(
-    self, run_dir: os.PathLike | str, *, keep: int = 2, every: int = 1, read_only: bool = False
+    self,
+    run_dir: os.PathLike | str,
+    *,
+    keep: int = 2,
+    every: int = 1,
+    keep_every: int = 0,
+    read_only: bool = False,
   ):
     """Opens `<run_dir>/checkpoints`.
 
@@ -41,6 +50,7 @@ class RunCheckpoints:
       keep: how many of the newest checkpoints stay on disk.
       every: `save` acts on steps that are a multiple of this, and when the machine announces that
         it will be taken away (jax's preemption service).
+      keep_every: steps that are a multiple of this stay for ever; 0 for none.
       read_only: for commands that look at a run, perhaps while it trains: creates, deletes and
         renames nothing.
 
@@ -64,7 +74,9 @@ class RunCheckpoints:
           saving.PreemptionCheckpointingPolicy(),
         ]
       ),
-      preservation_policy=preserving.LatestN(keep),
+      preservation_policy=preserving.AnyPreservationPolicy(
+        [preserving.LatestN(keep)] + [preserving.EveryNSteps(keep_every)] * bool(keep_every)
+      ),
       # What a killed run left half-written; a reader must not take it from a live one.
       cleanup_tmp_directories=not read_only,
     )
@@ -119,7 +131,7 @@ class RunCheckpoints:
       force=force,
       # Kept in the checkpoint's own metadata: a dict of numbers as a second item would be taken
       # for a pytree of arrays.
-      custom_metadata={"extra": {**(extra or {}), "step": step}},
+      custom_metadata={"extra": {**(extra or {}), "step": step}, "format": FORMAT},
     )
     return self._pending is not None
 
@@ -180,20 +192,33 @@ class RunCheckpoints:
   def _finish_pending(self):
     # result() also ends the thread that orbax starts for each save; without it they pile up.
     pending, self._pending = self._pending, None
-    if pending is not None:
+    if pending is None:
+      return
+    try:
       pending.result()
+    except Exception as error:
+      raise RuntimeError(
+        f"{self._folder}: a checkpoint could not be written ({_innermost(error)}). The ones before it "
+        "are whole. Make room or mend the folder, then start the same command again."
+      ) from error
 
   def _restore_one(self, step, abstract_state):
-    stored, extra, failure = None, None, None
+    stored, extra, version, failure = None, None, FORMAT, None
     try:
       metadata = self._checkpointer.checkpointables_metadata(step)
       stored = metadata.metadata.get(_STATE)
-      extra = dict(metadata.custom_metadata or {}).get("extra")  # pyright: ignore
+      custom: Any = metadata.custom_metadata or {}
+      extra, version = custom.get("extra"), custom.get("format", FORMAT)
       if stored is None or extra is None:
         failure = "its metadata is missing or damaged"
     except Exception as error:  # Damaged files surface as anything, bare Exception included.
       failure = _innermost(error)
     _agree(failure)
+    if version > FORMAT:
+      raise ValueError(
+        f"checkpoint {self._folder / str(step)}: has format {version}, this version reads up to {FORMAT}. "
+        "Use the version of tpgrpo_jax that wrote it, or a newer one."
+      )
     differences = _differences(stored, abstract_state)
     if not differences:
       try:
@@ -254,7 +279,7 @@ def _agree(failure):
 def _innermost(error):
   while error.__cause__ is not None:
     error = error.__cause__
-  return f"{type(error).__name__}: {str(error)[:200]}"
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _name(path):

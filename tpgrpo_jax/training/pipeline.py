@@ -54,6 +54,7 @@ def open_pipeline(
   """
   if models.MODELS[config.model.variant].pipeline:
     return _open_diffusers(config, mesh, sizes, prompts)
+  assert isinstance(sizes, models.mmdit.MMDiTConfig)  # build_model has looked
   encode = functools.partial(tiny.encode, sizes)
   texts = list(dict.fromkeys(prompts))
   for first in range(0, len(texts), 512):

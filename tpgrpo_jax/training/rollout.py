@@ -100,7 +100,7 @@ def collect(
   rollout_fn: Callable[..., tuple[types.Trajectory, jax.Array]],
   reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
-  on_chunk: Callable[[int], Any] = lambda done: None,
+  on_chunk: Callable[[int, BaseException | None], Any] = lambda done, failure: None,
 ) -> Rollout:
   """Samples and scores an epoch; rewards of one microbatch run while the device does the next.
 
@@ -111,7 +111,9 @@ def collect(
     rollout_fn: (chunk number, group [B, 2], condition) -> (Trajectory, images).
     reward_fn: the weighted sum of the run's rewards; of several processes each scores its own samples.
     prompts: [B] prompt-major, every prompt K times.
-    on_chunk: called after each microbatch with the number of its samples.
+    on_chunk: called after each microbatch is under way with the number of its samples and with what
+      went wrong in scoring, if anything did; it raises to end the epoch. By default what went wrong is
+      raised at the end.
   """
   began = time.perf_counter()
   size, group_size = config.train.microbatch, config.train.group_size
@@ -129,11 +131,10 @@ def collect(
       conditions.append(placed[1])
       pending.append(scorer.submit(_begin_scoring(reward_fn, images, prompts[part])))
       # Two microbatches at most are under way, so that images do not pile up on the device.
-      if chunk:
-        pending[chunk - 1].result()
-      on_chunk(len(texts))
+      on_chunk(len(texts), pending[chunk - 1].exception() if chunk else None)
     jax.block_until_ready(trajectories)
     device_done = time.perf_counter()
+    on_chunk(0, pending[-1].exception())
     scored = [job.result() for job in pending]
   total, by_label, images = processes.sum_over(_concatenate(scored))
   finished = time.perf_counter()

@@ -21,7 +21,7 @@ from tpgrpo_jax import processes
 RESUMABLE_FIELDS = (
     "run.*", "train.epochs", "train.updates", "train.log_every", "output",
     "eval.every", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
-    "text.cache", "text.device", "vae.images_per_chunk",
+    "text.cache", "text.device", "vae.images_per_chunk", "scoring.*",
 )  # fmt: skip
 """Config fields that may differ when a run is resumed: they do not change what is learned."""
 

@@ -1,0 +1,215 @@
+"""Runs of several processes of this machine: the same as one process, and nobody waits for the dead."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.training import checkpoint, distributed, loop, metrics
+from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import session as session_lib
+
+HERE = pathlib.Path(__file__).parent
+RECIPE = """
+import json
+import pathlib
+from tpgrpo_jax import config as config_lib
+
+
+def get_config():
+  tree = json.loads(pathlib.Path({path!r}).read_text())
+  return config_lib.to_config_dict(config_lib.from_config_dict(config_lib.Config, tree))
+"""
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    return probe.getsockname()[1]
+
+
+def start(config, count, cache, environment=None):
+  """The real command in `count` processes of one device each."""
+  run_dir = pathlib.Path(config.run.dir)
+  run_dir.parent.mkdir(exist_ok=True, parents=True)
+  described = run_dir.with_suffix(".json")
+  described.write_text(json.dumps(dataclasses.asdict(config)))
+  recipe = run_dir.with_suffix(".py")
+  recipe.write_text(RECIPE.format(path=str(described)))
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": cache,
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+    **(environment or {}),
+  }
+  address = f"localhost:{free_port()}"
+  command = [sys.executable, "-m", "tpgrpo_jax.train", "--config", str(recipe)]
+  peers = [
+    f"--config.distributed.coordinator={address}",
+    f"--config.distributed.num_processes={count}",
+  ]
+  return [
+    subprocess.Popen(
+      [*command, *peers, f"--config.distributed.process_id={i}"],
+      env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    for i in range(count)
+  ]  # fmt: skip
+
+
+def finish(processes, timeout=300):
+  """Their outputs; fails unless all end well."""
+  outputs = [p.communicate(timeout=timeout)[0] for p in processes]
+  assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(outputs)[-4000:]
+  return outputs
+
+
+def final_state(config):
+  """The last checkpoint on this process's own first device."""
+  session = session_lib.open_session(config)
+  with jax.set_mesh(session.mesh):
+    abstract = loop._abstract(session_lib.init_state(session))
+    with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as checkpoints:
+      restored, _ = checkpoints.restore(abstract)
+  return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(restored)}
+
+
+def rows_of(config):
+  rows = metrics.read_rows(pathlib.Path(config.run.dir) / "metrics.jsonl")
+  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def assert_close(found, wanted):
+  rows, expected = rows_of(found), rows_of(wanted)
+  assert [(r["kind"], r["epoch"]) for r in rows] == [(r["kind"], r["epoch"]) for r in expected]
+  for row, other in zip(rows, expected):
+    assert row.keys() == other.keys()
+    for name in row.keys() - {"kind"}:
+      # Of a log-ratio that is exactly 0 on one mesh, rounding may remain on another.
+      np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
+  a, b = final_state(found), final_state(wanted)
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+FIELDS = {
+  "train.epochs": 2,
+  "optimizer.eps": 1e-3,  # Adam divides by it: rounding of gradients near 0 stays rounding
+  "loss.clip_range": 0.5,  # no ratio near it, where rounding would decide
+  "distributed.timeout": 120,
+}
+
+
+@pytest.fixture(scope="module")
+def one(config_in, single_mesh, tmp_path_factory):
+  """A finished run of one process on one device."""
+  config = config_in(tmp_path_factory.mktemp("one") / "run", FIELDS)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(mesh_lib, "make_mesh", lambda _: single_mesh)
+    loop.train(config)
+  return config
+
+
+@pytest.mark.parametrize(
+  "count, mesh",
+  [
+    (2, config_lib.Mesh(2, 1, 1)),
+    (2, config_lib.Mesh(1, 2, 1)),
+    (2, config_lib.Mesh(1, 1, 2)),
+    pytest.param(4, config_lib.Mesh(1, 2, 2), marks=pytest.mark.slow),
+  ],
+)
+def test_several_processes_learn_what_one_does(
+  one, config_in, one_device, compilation_cache, tmp_path, count, mesh
+):
+  config = config_in(tmp_path / "run", FIELDS | {"mesh": mesh})
+  outputs = finish(start(config, count, compilation_cache))
+  assert sum("reward/coarse/mean" in output for output in outputs) == 1  # one speaks for all
+  assert_close(config, one)
+
+
+def test_a_run_of_one_process_goes_on_with_two(
+  one, config_in, one_device, compilation_cache, tmp_path
+):
+  begun = config_in(tmp_path / "run", FIELDS | {"train.epochs": 1})
+  loop.train(begun)
+  config = config_in(tmp_path / "run", FIELDS | {"mesh": config_lib.Mesh(2, 1, 1)})
+  finish(start(config, 2, compilation_cache))
+  assert_close(config, one)
+
+
+def test_where_one_of_two_is_killed_the_other_ends_and_the_run_goes_on(
+  one, config_in, one_device, compilation_cache, tmp_path
+):
+  fields = FIELDS | {"mesh": config_lib.Mesh(2, 1, 1), "distributed.heartbeat_timeout": 10}
+  config = config_in(tmp_path / "run", fields)
+  processes = start(config, 2, compilation_cache)
+  deadline = time.monotonic() + 120
+  while not rows_exist(config) and time.monotonic() < deadline:
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGKILL)
+  began = time.monotonic()
+  output, _ = processes[0].communicate(timeout=60)
+  assert processes[0].returncode != 0, output[-2000:]
+  assert (
+    time.monotonic() - began < 45
+  )  # the heartbeat's 10 s, and the end of a process on a busy machine
+  processes[1].communicate()
+  finish(start(config, 2, compilation_cache))
+  assert_close(config, one)
+
+
+def rows_exist(config):
+  path = pathlib.Path(config.run.dir) / "metrics.jsonl"
+  return path.is_file() and path.stat().st_size > 0
+
+
+def test_a_signal_to_end_one_process_ends_all_with_a_checkpoint(
+  one, config_in, one_device, compilation_cache, tmp_path
+):
+  fields = FIELDS | {"mesh": config_lib.Mesh(2, 1, 1), "checkpoint.every": 10}
+  config = config_in(tmp_path / "run", fields | {"train.epochs": 500})
+  processes = start(config, 2, compilation_cache)
+  deadline = time.monotonic() + 120
+  while len(rows_of(config) if rows_exist(config) else []) < 3 and time.monotonic() < deadline:
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGTERM)
+  began = time.monotonic()
+  outputs = [p.communicate(timeout=60)[0] for p in processes]
+  assert time.monotonic() - began < 60
+  assert [p.returncode for p in processes] == [143, 143], "\n".join(outputs)[-3000:]
+  with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
+    assert kept.latest() >= 1
+
+
+def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
+  script = (
+    "from tpgrpo_jax import config; from tpgrpo_jax.training import distributed\n"
+    f"d = config.Distributed('localhost:{free_port()}', 2, 1, timeout=3)\n"
+    "distributed.initialize(d)"
+  )
+  began = time.monotonic()
+  done = subprocess.run(
+    [sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parents[1])},
+  )  # fmt: skip
+  assert done.returncode != 0
+  assert "distributed.timeout=3 s" in done.stderr, done.stderr[-3000:]
+  assert time.monotonic() - began < 60
+
+
+def test_one_process_needs_no_others(monkeypatch):
+  monkeypatch.setattr(jax.distributed, "initialize", None)
+  distributed.initialize(config_lib.Distributed())
+  distributed.initialize(config_lib.Distributed("off"))

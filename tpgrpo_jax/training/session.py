@@ -1,0 +1,135 @@
+"""A run before it runs: everything that stays the same from epoch to epoch."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import rewards
+from tpgrpo_jax.data import groups
+from tpgrpo_jax.data import prompts as prompts_lib
+from tpgrpo_jax.training import build, evaluation, rollout, step
+from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """Everything that stays the same from epoch to epoch.
+
+  Attributes:
+    config: of the run.
+    mesh: of the run.
+    model: weights that never change, and functions.
+    method: sampler, credit, optimizer.
+    reference: params of the adapter-free model; {} without a KL term.
+    train_prompts: dataset that epochs draw from.
+    rollout_fn: jitted, of one microbatch.
+    credit_fn: jitted.
+    train_step: jitted.
+    reward_fn: weighted sum.
+    evaluate: params -> Evaluation.
+  """
+
+  config: config_lib.Config
+  mesh: jax.sharding.Mesh
+  model: build.Model
+  method: build.Method
+  reference: Any
+  train_prompts: Any
+  rollout_fn: Any
+  credit_fn: Any
+  train_step: Any
+  reward_fn: Any
+  evaluate: Any
+
+
+def open_session(config: config_lib.Config) -> Session:
+  """Builds all functions of a run and loads its data; nothing is compiled yet.
+
+  Raises:
+    ValueError: whatever in the config does not fit the devices, the weights or the files.
+  """
+  mesh = mesh_lib.make_mesh(config.mesh)
+  mesh_lib.check_divides("train.microbatch", config.train.microbatch, mesh)
+  reward_fn = make_rewards(config, mesh, config.rewards)
+  load = functools.partial(prompts_lib.load_prompts, config.prompts.name, config.prompts.path)
+  held_out = load("test")
+  held_out = [held_out[i] for i in range(min(config.eval.prompts, len(held_out)))]
+  train_prompts = load("train")
+  asked = [*held_out, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
+  model = build.build_model(config, mesh, [prompt.text for prompt in asked])
+  method = build.build_method(config, model)
+  return Session(
+    config=config,
+    mesh=mesh,
+    model=model,
+    method=method,
+    reference=_reference(config, model),
+    train_prompts=train_prompts,
+    rollout_fn=rollout.make_rollout_fn(config, model, method),
+    credit_fn=step.make_credit_fn(config, method),
+    train_step=step.make_train_step(config, method),
+    reward_fn=reward_fn,
+    evaluate=evaluation.make_evaluate(
+      config, model, mesh, build_eval_rewards(config, mesh, reward_fn), held_out
+    ),
+  )
+
+
+def epoch_indices(config: config_lib.Config, epoch: int, dataset_size: int) -> np.ndarray:
+  """Which training prompts an epoch takes."""
+  return groups.epoch_indices(
+    epoch,
+    seed=config.seed,
+    dataset_size=dataset_size,
+    prompts_per_epoch=config.train.prompts_per_epoch,
+  )
+
+
+def _visited(config, dataset_size):
+  """Which training prompts the run will see, in order: those that must be embedded."""
+  visited: set[int] = set()
+  for epoch in range(config.train.epochs):
+    if len(visited) == dataset_size:
+      break
+    visited.update(map(int, epoch_indices(config, epoch, dataset_size)))
+  return sorted(visited)
+
+
+def make_rewards(
+  config: config_lib.Config, mesh: jax.sharding.Mesh, asked: Any
+) -> rewards.CombinedRewardFn:
+  """Rewards (as `config.rewards`) on the mesh, with the config's patience."""
+  placement = mesh_lib.make_placement(mesh)
+  return rewards.make_rewards(asked, placement=placement, **dataclasses.asdict(config.scoring))
+
+
+def build_eval_rewards(
+  config: config_lib.Config, mesh: jax.sharding.Mesh, reward_fn: Any = None
+) -> rewards.CombinedRewardFn:
+  """The rewards that evaluation reports: eval.rewards by name, or those of training."""
+  if not config.eval.rewards:
+    return reward_fn
+  asked = {name: config.rewards.get(name, 1.0) for name in config.eval.rewards}
+  return make_rewards(config, mesh, asked)
+
+
+def _reference(config, model):
+  if not config.loss.kl_coef:
+    return {}
+  if config.lora.rank:
+    return {"frozen": model.frozen, "trainable": {}}
+  return {"frozen": model.frozen, "trainable": jax.tree.map(jax.numpy.copy, model.trainable)}
+
+
+def init_state(session: Session) -> state_lib.TrainState:
+  """The state before the first update, on the mesh."""
+  create = functools.partial(state_lib.init_state, optimizer=session.method.optimizer)
+  shardings = mesh_lib.param_shardings(
+    session.mesh, jax.eval_shape(create, session.model.trainable)
+  )
+  return jax.jit(create, out_shardings=shardings)(session.model.trainable)
