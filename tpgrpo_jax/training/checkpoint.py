@@ -123,6 +123,16 @@ class RunCheckpoints:
     )
     return self._pending is not None
 
+  def must_stop(self, step: int) -> bool:
+    """Whether SIGTERM has come to a process of this run, so that `save` of this step has acted.
+
+    The same answer on every process. Without jax.distributed SIGTERM ends the process at once.
+    """
+    try:
+      return multihost_utils.reached_preemption_sync_point(step)
+    except RuntimeError:  # no jax.distributed, or jax_enable_preemption_service is off
+      return False
+
   def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
     """Reads a checkpoint back, bit for bit, onto any mesh.
 

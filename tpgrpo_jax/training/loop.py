@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import pathlib
+import signal
+import sys
 import time
 from typing import Any
 
@@ -150,6 +152,8 @@ def train(config: config_lib.Config) -> dict[str, float]:
   Raises:
     ValueError: a config that cannot run, or a run folder made by another one.
     RewardError: a reward returned what cannot be trained on; the run can be resumed.
+    SystemExit: with status 143, when SIGTERM came to a process of several: the epoch under way was
+      finished and saved.
   """
   metrics.check_sinks(config.log)
   with run_folder.hold(config.run.dir):
@@ -220,6 +224,10 @@ def _train(session, state, totals, checkpoints, sink, run_dir):
         row = _evaluate(session, state, totals, sink, run_dir)
         totals["seconds"] = time.perf_counter() - clock
       checkpoints.save(epoch + 1, state, totals, force=last)
+      if checkpoints.must_stop(epoch + 1) and not last:
+        if not quiet:
+          bar.write(f"{run_dir}: SIGTERM; stops after epoch {epoch + 1}, which is saved")
+        sys.exit(128 + signal.SIGTERM)  # as if the signal had ended it: the run is not finished
       bar.set_postfix(reward=f"{train_row['reward/mean']:.3f}", held_out=_shown(row), refresh=False)
       bar.update()
   return row
