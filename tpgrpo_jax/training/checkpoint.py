@@ -4,6 +4,7 @@ A step here is the number of finished epochs, so a run restored from step n goes
 """
 
 from collections.abc import Mapping
+import contextlib
 import logging
 import os
 import time
@@ -186,8 +187,11 @@ class RunCheckpoints:
     """Waits for what is being written, then ends the background threads."""
     try:
       self._finish_pending()
-    finally:
-      self._checkpointer.close()
+    except RuntimeError:
+      with contextlib.suppress(Exception):  # it says the same again
+        self._checkpointer.close()
+      raise
+    self._checkpointer.close()
 
   def _finish_pending(self):
     # result() also ends the thread that orbax starts for each save; without it they pile up.
@@ -279,7 +283,8 @@ def _agree(failure):
 def _innermost(error):
   while error.__cause__ is not None:
     error = error.__cause__
-  return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+  text = " ".join(str(error).split())
+  return f"{type(error).__name__}: {text if len(text) < 300 else text[:100] + ' ... ' + text[-180:]}"
 
 
 def _name(path):
