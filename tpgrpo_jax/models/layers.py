@@ -18,13 +18,25 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from tpgrpo_jax.models import splash
+
 TIMESTEP_DIM = 256
 EPS = 1e-6
 
 
+def platform() -> str:
+  """What is compiled for: the devices of the mesh that jax.set_mesh has set, else JAX's default.
+
+  The mesh may consist of devices that are described only (jax.experimental.topologies): a program
+  that is compiled for a TPU ahead of time, on a machine without one, is the TPU's own.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def fence(tree):
   """On CPU keeps XLA from fusing across this point; elsewhere the identity."""
-  return jax.lax.optimization_barrier(tree) if jax.default_backend() == "cpu" else tree
+  return jax.lax.optimization_barrier(tree) if platform() == "cpu" else tree
 
 
 def lay_out(x: jax.Array, *, tensor: int | None = None) -> jax.Array:
@@ -38,14 +50,20 @@ def lay_out(x: jax.Array, *, tensor: int | None = None) -> jax.Array:
     x: leading axis B.
     tensor: the dimension that the "tensor" axis divides, where it can: heads, hidden units.
   """
+  spec = _layout(x, tensor)
+  return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def _layout(x, tensor):
+  """The layout of `lay_out`; None without a mesh, or on one of a single device."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:  # 0 without a mesh
-    return x
+    return None
   spec: list[Any] = [tuple(name for name in mesh.axis_names if name != "tensor")]
   spec += [None] * (x.ndim - 1)
   if tensor is not None and x.shape[tensor] % mesh.shape.get("tensor", 1) == 0:
     spec[tensor] = "tensor"
-  return jax.lax.with_sharding_constraint(x, P(*spec))
+  return P(*spec)
 
 
 def island(forward, backward):
@@ -162,13 +180,21 @@ gated_residual = island(lambda x, gate, y: x + gate[:, None] * y, _gated_backwar
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Softmax attention over all tokens; q, k, v [B, N, heads, head_dim] -> the same shape.
 
-  cuDNN's flash attention for bfloat16 on GPU, an island on CPU, XLA's own elsewhere: the same choice
-  in rollout and update, as it depends on backend and dtype alone.
+  | platform | dtype    | implementation                    |
+  | -------- | -------- | --------------------------------- |
+  | cpu      | any      | an island                         |
+  | gpu      | bfloat16 | cuDNN's flash attention           |
+  | tpu      | any      | Pallas' splash attention          |
+  | else     |          | XLA's own, with a table of logits |
+
+  The same in rollout and update, as it depends on platform and dtype alone.
   """
-  backend = jax.default_backend()
-  if backend == "cpu":
+  device = platform()
+  if device == "cpu":
     return _cpu_attention(q, k, v)
-  cudnn = backend == "gpu" and q.dtype == jnp.bfloat16
+  if device == "tpu":
+    return splash.attention(q, k, v, spec=_layout(q, 2))
+  cudnn = device == "gpu" and q.dtype == jnp.bfloat16
   return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else "xla")
 
 
