@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "tpgrpo_jax"
 RANKS = {
     "types": 0, "config": 0, "config_dict": 0, "presets": 0, "registry": 0, "validation": 0,
-    "flow": 1, "credit": 1, "advantages": 1, "loss": 1, "processes": 1,
+    "flow": 1, "credit": 1, "advantages": 1, "loss": 1, "processes": 1, "flops": 1,
     "models": 2,
     "rewards": 3, "data": 3,
     "training": 4,

@@ -1,6 +1,7 @@
 """Full attention on TPU by the Pallas kernel that ships with JAX (splash attention)."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +46,14 @@ def _attention(q, k, v, *, interpret):
   tokens, heads, head_dim = q.shape[1:]
   block = block_size(tokens)
   pad = -tokens % block
+  sizes = splash_attention.BlockSizes(
+    block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+    block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+  )  # fmt: skip
   mask = splash_attention.FullMask((tokens + pad,) * 2)
   kernel = splash_attention.make_splash_mha_single_device(
     splash_attention.MultiHeadMask([mask] * heads),
-    block_sizes=splash_attention.BlockSizes(*[block] * 8),
+    block_sizes=sizes,
     interpret=interpret,
   )
   segments = None
@@ -57,5 +62,5 @@ def _attention(q, k, v, *, interpret):
     segments = splash_attention.SegmentIds(segment, segment)
   whole = lambda a: jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0)))
   scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # the kernel does not scale
-  y = jax.vmap(functools.partial(kernel, segment_ids=segments))(*map(whole, (scaled, k, v)))
+  y: Any = jax.vmap(functools.partial(kernel, segment_ids=segments))(*map(whole, (scaled, k, v)))
   return y[:, :, :tokens].swapaxes(1, 2)

@@ -1,0 +1,166 @@
+"""The released models' sizes, and their updates as shapes, for the benchmarks beside this file."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import models, types
+from tpgrpo_jax.models import flux, lora, mmdit
+from tpgrpo_jax.training import build, step
+from tpgrpo_jax.training import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class TrueModel:
+  """A released model at 512 x 512 pixels, and how its recipe samples.
+
+  Attributes:
+    config: sizes, as on the hub.
+    tokens: of text.
+    num_steps: T.
+    guidance_scale: of classifier-free guidance; 1 is none.
+    guidance: what the model is told (FLUX.1-dev), or None.
+  """
+
+  config: Any
+  tokens: int
+  num_steps: int
+  guidance_scale: float
+  guidance: float | None = None
+  latent: tuple[int, int, int] = (64, 64, 16)
+
+  def create(self, key: jax.Array, *, remat: str = "full", rank: int = 32) -> nnx.Module:
+    """The model in bfloat16 with the recipe's adapters; pure."""
+    kw = dict(dtype=jnp.bfloat16, remat=remat, rngs=nnx.Rngs(params=key))
+    if isinstance(self.config, flux.FluxConfig):
+      model = flux.Flux(self.config, guidance=self.guidance, **kw)
+    else:
+      model = mmdit.MMDiT(self.config, **kw)
+    targets = config_lib.REFERENCE_LORA_TARGETS
+    lora.add_lora(model, key, rank=rank, alpha=64.0, init="gaussian", targets=targets)
+    return model
+
+  def shapes(self, **options: Any) -> tuple[Any, Any, Any]:
+    """(graphdef, trainable in float32, frozen in bfloat16), as shapes."""
+    model = nnx.eval_shape(lambda: self.create(jax.random.key(0), **options))
+    graphdef, trainable, frozen = lora.split_trainable(model, rank=1)
+    stored = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16)
+    return graphdef, trainable, jax.tree.map(stored, frozen)
+
+  def condition(self, batch: int) -> types.Condition:
+    """The shapes of a batch's text."""
+    text = (batch, self.tokens, self.config.joint_attention_dim)
+    pooled = (batch, self.config.pooled_projection_dim)
+    return types.Condition(_float32(*text), _float32(*pooled))
+
+
+TRUE_MODELS = {
+  "sd35_medium": TrueModel(
+    mmdit.MMDiTConfig(
+      num_layers=24,
+      num_attention_heads=24,
+      caption_projection_dim=1536,
+      pos_embed_max_size=384,
+      qk_norm="rms_norm",
+      dual_attention_layers=tuple(range(13)),
+    ),
+    tokens=333,
+    num_steps=10,
+    guidance_scale=4.5,
+  ),
+  "flux_dev": TrueModel(
+    flux.FluxConfig(guidance_embeds=True), tokens=512, num_steps=6, guidance_scale=1.0, guidance=3.5
+  ),
+}
+
+
+def shrink(model: TrueModel, blocks: int) -> TrueModel:
+  """The same kind of model with few and narrow blocks, for tests."""
+  small = dict(num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32)
+  if isinstance(model.config, flux.FluxConfig):
+    small |= dict(num_layers=blocks, num_single_layers=blocks)
+  else:
+    width = 2 * model.config.attention_head_dim
+    dual = tuple(range(blocks // 2))
+    small |= dict(num_layers=blocks, caption_projection_dim=width, dual_attention_layers=dual)
+    small |= dict(pos_embed_max_size=16)
+  config = dataclasses.replace(model.config, **small)
+  return dataclasses.replace(model, config=config, tokens=9, latent=(8, 8, 16))
+
+
+def recipe(model: TrueModel, batch: int) -> config_lib.Config:
+  """The settings of an update of `batch` samples with all their stochastic steps."""
+  base = config_lib.Config()
+  return dataclasses.replace(
+    base,
+    sampler=dataclasses.replace(
+      base.sampler,
+      num_steps=model.num_steps,
+      window=(0, model.num_steps - 1),
+      schedule="sd3",
+      guidance_scale=model.guidance_scale,
+    ),
+    train=dataclasses.replace(base.train, microbatch=batch, group_size=batch),
+  )
+
+
+class Run(NamedTuple):
+  """What a run is made of, with shapes in place of weights.
+
+  Attributes:
+    config: as of `recipe`.
+    method: the run's functions.
+    trainable: float32.
+    frozen: bfloat16.
+  """
+
+  config: config_lib.Config
+  method: build.Method
+  trainable: Any
+  frozen: Any
+
+
+def open_run(model: TrueModel, *, batch: int, remat: str) -> Run:
+  """Binds the model as training does."""
+  config = recipe(model, batch)
+  graphdef, trainable, frozen = model.shapes(remat=remat)
+  velocity_fn = models.make_velocity_fn(graphdef)
+  built = build.Model(
+    variant=models.MODELS["tiny"],  # encodes and decodes, which no benchmark of a true model does
+    config=model.config,
+    velocity_fn=velocity_fn,
+    base_velocity_fn=velocity_fn,
+    frozen=frozen,
+    trainable=trainable,
+  )
+  return Run(config, build.build_method(config, built), trainable, frozen)
+
+
+def conditions(model: TrueModel, batch: int) -> Any:
+  """The shapes of what the run's velocity function is conditioned on."""
+  condition = model.condition(batch)
+  if model.guidance_scale == 1.0:
+    return condition
+  return types.GuidedCondition(condition, condition)
+
+
+def update(model: TrueModel, run: Run, *, batch: int) -> tuple[Any, tuple]:
+  """(the train step of one microbatch with all its stochastic steps, the shapes of its arguments)."""
+  create = functools.partial(state_lib.init_state, optimizer=run.method.optimizer)
+  window = run.method.window
+  states, level = _float32(window, batch, *model.latent), _float32(window)
+  final, log_prob = _float32(batch, *model.latent), _float32(window, batch)
+  trajectory = types.Trajectory(states, states, states, log_prob, level, level, final)
+  advantage, weight = _float32(1, window, batch), _float32(1, batch)
+  pieces = step.Batch([trajectory], [conditions(model, batch)], advantage, weight)
+  arguments = (jax.eval_shape(create, run.trainable), run.frozen, {}, pieces)
+  return step.make_train_step(run.config, run.method), arguments
+
+
+def _float32(*shape):
+  return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -1,0 +1,31 @@
+"""The benchmarks of the true models run at small sizes, and print what they say."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(name, *arguments):
+  """The JSON lines of a benchmark, run on one CPU device."""
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run(
+    [sys.executable, ROOT / "benchmarks" / f"{name}.py", *arguments],
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert not done.returncode, done.stderr
+  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_compile_time_compares_scanned_with_unrolled_blocks():
+  small = ("--model=flux_dev", "--small=2", "--repeats=1", "--batch=1", "--remat=none")
+  (line,) = run("compile_time", *small)
+  assert line["operations"]["unrolled"] > line["operations"]["scanned"]
+  assert line["ratio"] > 0 and line["phases"].keys() == {"scanned", "unrolled"}
