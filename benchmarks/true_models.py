@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.models import flux, lora, mmdit
-from tpgrpo_jax.training import build, step
+from tpgrpo_jax.training import build, pipeline, step
 from tpgrpo_jax.training import state as state_lib
 
 
@@ -131,14 +131,18 @@ def open_run(model: TrueModel, *, batch: int, remat: str) -> Run:
   graphdef, trainable, frozen = model.shapes(remat=remat)
   velocity_fn = models.make_velocity_fn(graphdef)
   built = build.Model(
-    variant=models.MODELS["tiny"],  # encodes and decodes, which no benchmark of a true model does
     config=model.config,
     velocity_fn=velocity_fn,
     base_velocity_fn=velocity_fn,
     frozen=frozen,
     trainable=trainable,
+    pipeline=pipeline.Pipeline(model.latent, _absent, _absent, {}),
   )
   return Run(config, build.build_method(config, built), trainable, frozen)
+
+
+def _absent(*_):
+  raise NotImplementedError("no benchmark of a true model encodes or decodes")
 
 
 def conditions(model: TrueModel, batch: int) -> Any:

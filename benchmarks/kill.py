@@ -1,0 +1,176 @@
+"""Kills runs of the built-in task at bad moments, starts them again, compares with a run left alone.
+
+python benchmarks/kill.py --kills 100
+
+Each life of a run ends by SIGKILL: at a random moment (imports and compilation included), while a
+checkpoint is being written, or inside the reward; one in twenty by SIGTERM, which must save and be gone
+within 60 s. A run that ends in spite of it is compared bit for bit: parameters, optimizer, EMA and every
+metric but times; then another begins, until there were enough kills. The last line is JSON; the exit
+status is 1 when anything differed.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from tpgrpo_jax import rewards
+from tpgrpo_jax.training import checkpoint, history, loop, metrics
+from tpgrpo_jax.training import session as session_lib
+
+HERE = pathlib.Path(__file__).parent
+EPOCHS = 12
+FIELDS = {
+  "train.epochs": EPOCHS,
+  "train.prompts_per_epoch": 2,
+  "train.group_size": 4,
+  "train.microbatch": 4,
+  "train.updates_per_epoch": 1,
+  "eval.prompts": 8,
+  "eval.batch": 8,
+  "eval.every": 4,
+  "checkpoint.every": 1,
+  "log.tensorboard": "False",
+  "log.images_every": 0,
+  "rewards": "{'ocr': {'weight': 1.0, 'make': 'kill:make'}}",
+}
+MOMENTS = ("random", "write", "reward", "random", "write")
+
+
+def make():
+  """The OCR reward, which says when it is at work (in the file that $KILL_MARK names)."""
+  inner = rewards.HOST_REWARDS["ocr"]()
+  mark = pathlib.Path(os.environ.get("KILL_MARK", os.devnull))
+
+  def reward(images, prompts, metadata):
+    mark.write_text("at work")
+    return inner(images, prompts, metadata)
+
+  return reward
+
+
+def main() -> None:
+  """Kills, compares and reports."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--kills", type=int, default=100)
+  parser.add_argument("--seed", type=int, default=0, help="of the moments")
+  parser.add_argument("--folder", help="where the runs lie; by default a temporary one")
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as temporary:
+    folder = pathlib.Path(args.folder or temporary)
+    result = kill_runs(folder, args.kills, random.Random(args.seed))
+  print(json.dumps(result))
+  sys.exit(bool(result["differences"]))
+
+
+def kill_runs(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
+  """Counts by kind of what happened."""
+  began = time.monotonic()
+  whole = folder / "whole"
+  start(whole, folder).wait()
+  wanted, life = contents(whole), time.monotonic() - began
+  counts, waits, differences, runs = collections.Counter(), [], [], 0
+  while sum(counts.values()) < kills:
+    run = folder / "killed"
+    shutil.rmtree(run, ignore_errors=True)
+    runs += 1
+    ended = False
+    while not ended:
+      enough = sum(counts.values()) >= kills
+      moment = "none" if enough else "term" if rng.random() < 0.05 else rng.choice(MOMENTS)
+      process = start(run, folder)
+      ended = end_life(process, moment, run, folder, life, rng, counts, waits)
+      print(f"run {runs}: {dict(counts)}", file=sys.stderr, flush=True)
+    differences += [f"run {runs}: {line}" for line in compare(contents(run), wanted)]
+  return {
+    "benchmark": "kill",
+    "kills": dict(counts),
+    "runs": runs,
+    "epochs": EPOCHS,
+    "longest_sigterm_s": round(max(waits, default=0.0), 1),
+    "differences": differences,
+    "minutes": round((time.monotonic() - began) / 60, 1),
+  }
+
+
+def start(run: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
+  """The real command."""
+  mark = folder / "mark"
+  mark.unlink(missing_ok=True)
+  fields = FIELDS | {"run.dir": run, "run.programs": folder / "programs"}
+  options = [f"--config.{name}={value}" for name, value in fields.items()]
+  recipe = HERE.parent / "configs" / "tiny_text_tpgrpo.py"
+  return subprocess.Popen(
+    [sys.executable, "-m", "tpgrpo_jax.train", "--config", str(recipe), *options],
+    cwd=HERE.parent,
+    env=os.environ | {"KILL_MARK": str(mark), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"},
+    stdout=subprocess.DEVNULL,
+    stderr=open(folder / "stderr.txt", "w"),
+  )
+
+
+def end_life(process, moment, run, folder, life, rng, counts, waits) -> bool:
+  """Ends one life at its moment; True when the run had come to its end before."""
+  pause = rng.uniform(0.0, life)
+  deadline = time.monotonic() + pause
+  due = {
+    "none": lambda: False,
+    "random": lambda: time.monotonic() > deadline,
+    "term": lambda: time.monotonic() > deadline and (folder / "mark").exists(),
+    "write": lambda: time.monotonic() > deadline / 2 and any(run.glob("checkpoints/*tmp*")),
+    "reward": lambda: (folder / "mark").exists() and time.monotonic() > deadline,
+  }[moment]
+  while process.poll() is None:
+    if not due():
+      time.sleep(0.002)
+      continue
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM if moment == "term" else signal.SIGKILL)
+    process.wait()
+    if process.returncode == 0:  # too late
+      return True
+    if moment == "term":
+      waits.append(time.monotonic() - sent)
+    counts[moment] += 1
+    return False
+  if process.returncode != 0:
+    raise RuntimeError(f"the run failed by itself:\n{(folder / 'stderr.txt').read_text()[-3000:]}")
+  return True
+
+
+def contents(run: pathlib.Path) -> tuple[dict[str, np.ndarray], list[dict]]:
+  """All arrays of the last checkpoint, and the rows without times."""
+  config = history.load_run_config(run)
+  session = session_lib.open_session(config)
+  with jax.set_mesh(session.mesh):
+    abstract = loop._abstract(session_lib.init_state(session))
+    with checkpoint.RunCheckpoints(run, read_only=True) as checkpoints:
+      state, _ = checkpoints.restore(abstract)
+  arrays = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(state)}
+  rows = metrics.read_rows(run / "metrics.jsonl")
+  return arrays, [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def compare(found, wanted) -> list[str]:
+  """What differs between two `contents`."""
+  lines = [name for name in wanted[0] if not np.array_equal(found[0].get(name), wanted[0][name])]
+  if found[1] != wanted[1]:
+    numbers = [[(row["kind"], row["epoch"]) for row in rows] for rows in (found[1], wanted[1])]
+    same = "other numbers" if numbers[0] == numbers[1] else f"rows {numbers[0]}"
+    lines.append(f"metrics.jsonl: {same}")
+  return lines
+
+
+if __name__ == "__main__":
+  main()
