@@ -76,4 +76,5 @@ def sum_over(tree: Any) -> Any:
   """The sum over processes of host arrays of one shape."""
   if jax.process_count() == 1:
     return tree
-  return jax.tree.map(lambda a: np.asarray(a).sum(axis=0), multihost_utils.process_allgather(tree))
+  gathered = multihost_utils.process_allgather(tree)
+  return jax.tree.map(lambda a: np.asarray(a).sum(axis=0, dtype=a.dtype), gathered)

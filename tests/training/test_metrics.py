@@ -12,13 +12,17 @@ from tpgrpo_jax.training import metrics
 from tpgrpo_jax.types import StepCredit
 
 
+def statistics_of(images):
+  return metrics.image_statistics(metrics.statistics_of_each(images))
+
+
 def images_of(*gray):
   """Gray pictures [H][W] in 0 ... 255 -> [N, H, W, 3]."""
   return np.repeat(np.asarray(gray, np.uint8)[..., None], 3, axis=-1)
 
 
 def test_plain_image_has_no_contrast_and_no_edges():
-  found = metrics.image_statistics(images_of(np.full((4, 6), 51)))
+  found = statistics_of(images_of(np.full((4, 6), 51)))
   assert found == {
     "image/mean": pytest.approx(0.2),
     "image/contrast": pytest.approx(0.0, abs=1e-6),
@@ -29,7 +33,7 @@ def test_plain_image_has_no_contrast_and_no_edges():
 def test_half_black_half_white_image_has_its_contrast_and_one_edge():
   halves = np.zeros((5, 8))
   halves[:, 4:] = 255
-  found = metrics.image_statistics(images_of(halves))
+  found = statistics_of(images_of(halves))
   assert found["image/mean"] == pytest.approx(0.5)
   assert found["image/contrast"] == pytest.approx(0.5)
   # Of the 7 columns that have a right neighbour one differs from it, in every row.
@@ -38,16 +42,16 @@ def test_half_black_half_white_image_has_its_contrast_and_one_edge():
 
 def test_checkerboard_is_all_edges():
   board = 255 * (np.indices((6, 6)).sum(axis=0) % 2)
-  assert metrics.image_statistics(images_of(board))["image/edge_density"] == 1.0
+  assert statistics_of(images_of(board))["image/edge_density"] == 1.0
 
 
 def test_small_steps_are_no_edges():
   ramp = np.tile(np.arange(10) * 25, (4, 1))  # 25 / 255 is just under 0.1
-  assert metrics.image_statistics(images_of(ramp))["image/edge_density"] == 0.0
+  assert statistics_of(images_of(ramp))["image/edge_density"] == 0.0
 
 
 def test_contrast_is_within_images_and_not_between_them():
-  found = metrics.image_statistics(images_of(np.zeros((3, 3)), np.full((3, 3), 255)))
+  found = statistics_of(images_of(np.zeros((3, 3)), np.full((3, 3), 255)))
   assert found["image/mean"] == pytest.approx(0.5)
   assert found["image/contrast"] == 0.0
 
@@ -55,7 +59,7 @@ def test_contrast_is_within_images_and_not_between_them():
 def test_colour_counts_by_its_brightness():
   image = np.zeros((1, 2, 2, 3), np.uint8)
   image[..., 0] = 255
-  assert metrics.image_statistics(image)["image/mean"] == pytest.approx(1 / 3)
+  assert statistics_of(image)["image/mean"] == pytest.approx(1 / 3)
 
 
 def row_of(completion_reward, is_turning_point=None, advantage=None, group_size=2):
@@ -65,7 +69,7 @@ def row_of(completion_reward, is_turning_point=None, advantage=None, group_size=
   rollout = types.SimpleNamespace(
     completion_reward=reward,
     rewards={"mine": 2 * reward},
-    images=images_of(*[np.zeros((2, 2))] * batch),
+    statistics=metrics.statistics_of_each(images_of(*[np.zeros((2, 2))] * batch)),
   )
   advantage = np.zeros((window, batch)) if advantage is None else advantage
   credit = StepCredit(np.zeros((window, batch)), np.asarray(turning))

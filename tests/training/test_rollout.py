@@ -61,7 +61,7 @@ def brightness(images, texts, metadata, *, rows):
   return lambda: (scores, {"brightness": scores, "number": numbers}, {})
 
 
-def run_epoch(config, mesh, *, epoch=0, reward_fn=brightness, on_chunk=lambda done: None):
+def run_epoch(config, mesh, *, epoch=0, reward_fn=brightness, on_chunk=lambda done, failure: None):
   """(Rollout, images of every microbatch) of one epoch on the fake model."""
   method = build.build_method(config, MODEL)
   start = config.sampler.window[0]
@@ -169,8 +169,10 @@ def test_epoch_is_a_function_of_seed_and_number(single_mesh):
 
 def test_progress_counts_every_sample_once(single_mesh):
   done = []
-  run_epoch(make_config("flow_grpo"), single_mesh, on_chunk=done.append)
-  assert done == [4, 4, 4]
+  run_epoch(
+    make_config("flow_grpo"), single_mesh, on_chunk=lambda count, failure: done.append(count)
+  )
+  assert done == [4, 4, 4, 0]  # and once when all is scored
 
 
 def test_failing_reward_stops_the_epoch(single_mesh):

@@ -241,7 +241,7 @@ def test_gradient_is_clipped_to_its_largest_norm():
 def test_split_updates_cuts_the_epoch_in_order():
   config = make_config()
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, updates_per_epoch=2))
-  rolled = rollout.Rollout(["t0", "t1", "t2", "t3"], ["c0", "c1", "c2", "c3"], *[None] * 5)
+  rolled = rollout.Rollout(["t0", "t1", "t2", "t3"], ["c0", "c1", "c2", "c3"], *[None] * 6)
   advantage = np.arange(2 * 8).reshape(2, 8)  # [W, B]; sample i is column i
   first, second = step.split_updates(config, rolled, advantage, np.arange(8))
   assert (first.trajectories, second.conditions) == (["t0", "t1"], ["c2", "c3"])

@@ -284,7 +284,9 @@ def _innermost(error):
   while error.__cause__ is not None:
     error = error.__cause__
   text = " ".join(str(error).split())
-  return f"{type(error).__name__}: {text if len(text) < 300 else text[:100] + ' ... ' + text[-180:]}"
+  return (
+    f"{type(error).__name__}: {text if len(text) < 300 else text[:100] + ' ... ' + text[-180:]}"
+  )
 
 
 def _name(path):

@@ -62,9 +62,13 @@ def sample_epoch(
   prompts = [session.train_prompts[int(i)] for i in indices]
   params = session.model.params(state.trainable)
   key, plan = rollout.epoch_key(config.seed, epoch), build.build_plan(config, method, start)
-  sample = lambda chunk, group, condition: session.rollout_fn(
-    params, key, chunk, group, condition, start, plan
-  )
+  chunks = len(prompts) // config.train.microbatch
+
+  def sample(chunk, group, condition):
+    args = (params, key, chunk, group, condition, start, plan)
+    session.meter.count("rollout", chunks, session.rollout_fn, *args)
+    return session.rollout_fn(*args)
+
   hidden = None if processes.is_first() else True  # None: hidden where nobody looks
   with tqdm.tqdm(total=len(prompts), desc="rollout", leave=False, disable=hidden) as bar:
 
@@ -92,7 +96,9 @@ def update_epoch(
   config, rolled = session.config, sampled.rollout
   began, rows = time.perf_counter(), []
   for batch in step.split_updates(config, rolled, sampled.advantage, sampled.weight):
-    state, row = session.train_step(state, session.model.frozen, session.reference, batch)
+    args = (state, session.model.frozen, session.reference, batch)
+    session.meter.count("update", config.train.updates_per_epoch, session.train_step, *args)
+    state, row = session.train_step(*args)
     rows.append(row)
   rows = jax.device_get(rows)
   _check_update_is_finite(config, epoch, rows)
@@ -101,6 +107,7 @@ def update_epoch(
   result |= step.merge_metrics(rows) | {"evaluations_per_sample": float(sampled.evaluations)}
   times = rolled.seconds | {"update": ended - began, "epoch": ended - sampled.began}
   result |= {f"time/{k}": v for k, v in times.items()}
+  result |= session.meter.row(times)
   result["time/samples_per_second"] = count / (ended - sampled.began)
   return state, result
 
@@ -137,5 +144,5 @@ def save_rollout(run_dir: pathlib.Path, number: int, sampled: Sampled) -> None:
     is_turning_point=np.asarray(credit.is_turning_point),
     step_reward=np.asarray(credit.reward),
     prompts=np.asarray([p.text for p in rolled.prompts]),
-    images=rolled.images[:64],
+    images=rolled.images,
   )

@@ -91,7 +91,9 @@ def _evaluate(sample, reward_fn, prompts, params):
     exact = infos[label].get("exact")
     if exact is not None:
       row[f"reward/{label}/exact"] = float(np.mean(exact))
-  return Evaluation(row | metrics.image_statistics(images), scores, images, prompts)
+  return Evaluation(
+    row | metrics.image_statistics(metrics.statistics_of_each(images)), scores, images, prompts
+  )
 
 
 def score(

@@ -38,26 +38,34 @@ def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, floa
     row[f"completion_reward/{k}"] = value
   for k, value in enumerate(np.diff(rollout.completion_reward, axis=0).mean(axis=1)):
     row[f"increment/{k}"] = value
-  row |= image_statistics(rollout.images)
+  row |= image_statistics(rollout.statistics)
   # Without completions R[0] ... R[W-1] do not exist: no row rather than NaN.
   return {name: float(value) for name, value in row.items() if np.isfinite(value)}
 
 
-def image_statistics(images: np.ndarray) -> dict[str, float]:
-  """Mean, contrast (std over pixels) and edge density of images uint8 [N, H, W, 3], in 0 ... 1.
+IMAGE_STATISTICS = ("image/mean", "image/contrast", "image/edge_density")
 
-  They do not depend on the reward: when they drift while the reward rises, look at the images.
-  Edge density is the share of pixels whose brightness differs by over 0.1 from a right or lower
-  neighbour's.
+
+def statistics_of_each(images: np.ndarray) -> np.ndarray:
+  """Mean, contrast (std over pixels) and edge density of images uint8 [N, H, W, 3]; float32 [N, 3].
+
+  In 0 ... 1. Edge density is the share of pixels whose brightness differs by over 0.1 from a right or
+  lower neighbour's.
   """
   gray = images.astype(np.float32).mean(axis=-1) / 255.0
   right = np.abs(np.diff(gray, axis=2))[:, :-1]
   down = np.abs(np.diff(gray, axis=1))[:, :, :-1]
-  return {
-    "image/mean": float(gray.mean()),
-    "image/contrast": float(gray.std(axis=(1, 2)).mean()),
-    "image/edge_density": float((np.maximum(right, down) > 0.1).mean()),
-  }
+  edges = (np.maximum(right, down) > 0.1).mean(axis=(1, 2))
+  columns = (gray.mean(axis=(1, 2)), gray.std(axis=(1, 2)), edges)
+  return np.stack(columns, axis=1).astype(np.float32)
+
+
+def image_statistics(each: np.ndarray) -> dict[str, float]:
+  """The means over images of `statistics_of_each`, by name.
+
+  They do not depend on the reward: when they drift while the reward rises, look at the images.
+  """
+  return dict(zip(IMAGE_STATISTICS, map(float, each.mean(axis=0))))
 
 
 def check_sinks(log: config_lib.Log) -> None:

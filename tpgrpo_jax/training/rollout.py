@@ -14,8 +14,10 @@ import numpy as np
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, processes, rewards, types
 from tpgrpo_jax.flow import completion, sampler
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import build, metrics
 from tpgrpo_jax.training import mesh as mesh_lib
+
+KEPT = 64  # images of an epoch that stay on the host, for the report
 
 RolloutFn = Callable[..., tuple[types.Trajectory, jax.Array]]
 
@@ -29,7 +31,8 @@ class Rollout:
     conditions: likewise.
     completion_reward: [W+1, B] float32 total reward; NaN where no completion was made (k < W).
     rewards: label -> [W+1, B], the same for each reward alone.
-    images: [B, H, W, 3] uint8, the trajectories' own.
+    images: uint8 [at most KEPT, H, W, 3], the first trajectories' own.
+    statistics: [B, 3] of the trajectories' images, as of metrics.statistics_of_each.
     prompts: [B].
     seconds: phase -> time.
   """
@@ -39,6 +42,7 @@ class Rollout:
   completion_reward: np.ndarray
   rewards: dict[str, np.ndarray]
   images: np.ndarray
+  statistics: np.ndarray
   prompts: list[types.Prompt]
   seconds: dict[str, float]
 
@@ -129,14 +133,15 @@ def collect(
       trajectory, images = rollout_fn(chunk, *placed)
       trajectories.append(trajectory)
       conditions.append(placed[1])
-      pending.append(scorer.submit(_begin_scoring(reward_fn, images, prompts[part])))
+      job = _begin_scoring(reward_fn, images, prompts[part], keep=max(0, KEPT - first))
+      pending.append(scorer.submit(job))
       # Two microbatches at most are under way, so that images do not pile up on the device.
       on_chunk(len(texts), pending[chunk - 1].exception() if chunk else None)
     jax.block_until_ready(trajectories)
     device_done = time.perf_counter()
     on_chunk(0, pending[-1].exception())
     scored = [job.result() for job in pending]
-  total, by_label, images = processes.sum_over(_concatenate(scored))
+  total, by_label, images, statistics = processes.sum_over(_concatenate(scored))
   finished = time.perf_counter()
   return Rollout(
     trajectories,
@@ -144,16 +149,17 @@ def collect(
     _fill(total, config),
     {label: _fill(scores, config) for label, scores in by_label.items()},
     images,
+    statistics,
     list(prompts),
     {"rollout": device_done - began, "reward_wait": finished - device_done},
   )
 
 
-def _begin_scoring(reward_fn, images, prompts):
+def _begin_scoring(reward_fn, images, prompts, keep):
   """Dispatches what runs on the devices; the returned function does the rest, in another thread.
 
-  It gives the scores [states, B] of all samples and their last images, zeros for the samples of other
-  processes.
+  It gives the scores [states, B] of all samples, their last images, of which it keeps some, and these
+  images' statistics; zeros for the samples of other processes.
   """
   batch, states = images.shape[:2]
   flat = images.reshape(-1, *images.shape[2:])
@@ -165,18 +171,21 @@ def _begin_scoring(reward_fn, images, prompts):
   def finish():
     total, by_label, _ = wait()
     scores = lambda flat: flat.reshape(batch, states).T
-    pictures = np.zeros(last.shape, np.uint8)
-    pictures[own] = processes.fetch_rows(last, own)
-    return scores(total), {k: scores(v) for k, v in by_label.items()}, pictures
+    found = processes.fetch_rows(last, own)
+    pictures, statistics = np.zeros(last.shape, np.uint8), np.zeros((batch, 3), np.float32)
+    pictures[own], statistics[own] = found, metrics.statistics_of_each(found)
+    by_label = {label: scores(values) for label, values in by_label.items()}
+    return scores(total), by_label, pictures[:keep], statistics
 
   return finish
 
 
 def _concatenate(scored):
-  """The microbatches side by side: (total [states, B], label -> [states, B], images [B, H, W, 3])."""
-  total, by_label, images = zip(*scored)
+  """The microbatches side by side: total [states, B], label -> [states, B], images, statistics."""
+  total, by_label, images, statistics = zip(*scored)
   scores = {k: np.concatenate([part[k] for part in by_label], axis=1) for k in by_label[0]}
-  return np.concatenate(total, axis=1), scores, np.concatenate(images)
+  pictures, each = np.concatenate(images), np.concatenate(statistics)
+  return np.concatenate(total, axis=1), scores, pictures, each
 
 
 def _fill(reward, config):

@@ -54,7 +54,11 @@ def evaluate_images(
       sample["scores"][label] = float(score[i])
       if "text" in infos[label]:
         sample.setdefault("read", {})[label] = str(infos[label]["text"][i])
-  return {"rewards": summary, "image": metrics.image_statistics(images), "samples": samples}
+  return {
+    "rewards": summary,
+    "image": metrics.image_statistics(metrics.statistics_of_each(images)),
+    "samples": samples,
+  }
 
 
 def render_table(result: dict[str, Any]) -> str:

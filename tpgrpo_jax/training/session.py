@@ -11,7 +11,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import rewards
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.data import prompts as prompts_lib
-from tpgrpo_jax.training import build, evaluation, rollout, step
+from tpgrpo_jax.training import build, evaluation, rollout, step, utilisation
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -32,6 +32,7 @@ class Session:
     train_step: jitted.
     reward_fn: weighted sum.
     evaluate: params -> Evaluation.
+    meter: of the operations of rollout and update.
   """
 
   config: config_lib.Config
@@ -45,6 +46,7 @@ class Session:
   train_step: Any
   reward_fn: Any
   evaluate: Any
+  meter: utilisation.Meter = dataclasses.field(default_factory=utilisation.Meter)
 
 
 def open_session(config: config_lib.Config) -> Session:
