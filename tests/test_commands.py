@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from tpgrpo_jax.training import build, checkpoint, restore, run_folder, scoring
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 
+ROOT = pathlib.Path(__file__).parents[1]
 SMALL = mmdit.MMDiTConfig(
   sample_size=48,
   patch_size=8,
@@ -255,3 +257,22 @@ def test_report_writes_a_page_and_prints_the_table(work, run_dir):
   assert done.returncode == 0, done.stderr
   assert (work / "drawn" / "report.html").is_file()
   assert "first" in done.stdout and "0.500" in done.stdout and "imported: []" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "pretrain"])
+def test_output_that_cannot_be_used_is_refused_before_any_work(work, command):
+  (work / "full").mkdir(exist_ok=True)
+  (work / "full" / "thesis.txt").write_text("mine")
+  (work / "plain").write_text("")
+  arguments = {
+    "evaluate": ("--config", "recipe.py", "--output", "plain"),
+    "sample": ("CAT", "--config", "recipe.py", "--output", "plain"),
+    "pretrain": (
+      "--config", str(ROOT / "configs/tiny_text_pretrain.py"), "--config.output=full",
+    ),
+  }[command]  # fmt: skip
+  done = run_command(work, command, *arguments)
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert "thesis.txt" in last if command == "pretrain" else "'plain': must be a folder" in last
+  assert (work / "full" / "thesis.txt").read_text() == "mine"

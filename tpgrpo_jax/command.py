@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pathlib
 import re
 import sys
+import tempfile
 import traceback
 from typing import Any, NoReturn
 
@@ -33,7 +34,7 @@ def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -
         config_dict.check_key(recipe, key[1])
       _check_recipe(argv)
       return flags.FLAGS(argv)
-    except (ValueError, TypeError, flags.Error) as error:  # TypeError: config_flags, a wrong value
+    except (ValueError, TypeError, SyntaxError, flags.Error) as error:  # of config_flags
       _stop(error)
 
   def quiet(argv: list[str]) -> None:
@@ -54,6 +55,36 @@ def refuse_arguments(argv: list[str]) -> None:
   """Raises ValueError for arguments that are not flags, where a command takes none."""
   if len(argv) > 1:
     raise ValueError(f"unexpected arguments {' '.join(argv[1:])}. Recipes go behind --config.")
+
+
+def open_output(flag: str, folder: str, *, only: tuple[str, ...] = ()) -> pathlib.Path:
+  """Makes the folder of a command's results before any work is done.
+
+  Args:
+    flag: its name, for messages.
+    folder: as the user gave it.
+    only: patterns of the files that may be in it, where the command replaces its content.
+
+  Raises:
+    ValueError: no folder, one that cannot be written to, or one that holds other files.
+  """
+  path = pathlib.Path(folder).expanduser()
+  try:
+    if not folder:
+      raise OSError("no name")
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+      pass
+  except OSError as error:
+    raise ValueError(
+      f"{flag}={folder!r}: must be a folder that can be written to ({error.strerror or error})."
+    ) from error
+  others = [p.name for p in path.iterdir() if not any(p.match(pattern) for pattern in only)]
+  if only and others:
+    raise ValueError(
+      f"{flag}={folder!r}: holds {others[0]!r}, and its content will be replaced. Name a new folder."
+    )
+  return path
 
 
 def _check_recipe(argv):

@@ -5,6 +5,7 @@ of that a dataclass again, and checks names and types.
 """
 
 import dataclasses
+import os
 import types
 import typing
 from typing import Any, TypeVar
@@ -92,9 +93,18 @@ def _convert(hint, value, field):
   if origin is dict or isinstance(hint, types.GenericAlias):
     if not isinstance(value, dict):
       raise ValueError(f"{field}={value!r}: must be a mapping, such as {{'ocr': 1.0}}.")
-    return dict(value)
+    return _expand_user(value)
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
+  if hint is str and isinstance(value, str) and value.startswith("~"):
+    return os.path.expanduser(value)
   if type(value) is not hint:
     raise ValueError(f"{field}={value!r}: must be {hint.__name__}, is {type(value).__name__}.")
   return value
+
+
+def _expand_user(tree):
+  """A nested dict with "~" at the start of a string as a shell would have it."""
+  if isinstance(tree, dict):
+    return {key: _expand_user(value) for key, value in tree.items()}
+  return os.path.expanduser(tree) if isinstance(tree, str) and tree.startswith("~") else tree

@@ -20,7 +20,13 @@ _REWARDS = flags.DEFINE_list(
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "train"], "Which prompts.")
 _PROMPTS = flags.DEFINE_integer("prompts", None, "How many; by default eval.prompts.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Solver steps; by default eval.num_steps.")
-_SEED = flags.DEFINE_integer("seed", None, "Of the noise; by default the one that training uses.")
+_SEED = flags.DEFINE_integer(
+  "seed",
+  None,
+  "Of the noise; by default the one that training uses.",
+  lower_bound=0,
+  upper_bound=2**32 - 1,
+)
 _OUTPUT = flags.DEFINE_string("output", "evaluation", "Folder for evaluation.json and grid.png.")
 
 
@@ -36,6 +42,7 @@ def main(argv: list[str]) -> None:
   asked = {name: value for name, value in asked.items() if value is not None}
   config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **asked))
   validation.validate(config)
+  command.open_output("--output", _OUTPUT.value)
   from tpgrpo_jax.data import prompts as prompts_lib
   from tpgrpo_jax.training import evaluation, scoring
   from tpgrpo_jax.training import session as session_lib

@@ -4,8 +4,6 @@ Adapters become pytorch_lora_weights.safetensors, for pipe.load_lora_weights(FOL
 for a run that trained every weight, the whole transformer is written, for from_pretrained(FOLDER).
 """
 
-import pathlib
-
 from absl import app, flags
 
 from tpgrpo_jax import command
@@ -22,12 +20,11 @@ def main(argv: list[str]) -> None:
   """Parses, opens and writes."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}. Did you mean --run {argv[1]}?")
-  if pathlib.Path(_OUTPUT.value).is_file():
-    raise ValueError(f"--output={_OUTPUT.value!r}: is a file, must be a folder.")
   from tpgrpo_jax.models import hf, lora
   from tpgrpo_jax.training import restore
 
   config = restore.choose_config(_RUN.value, None)
+  command.open_output("--output", _OUTPUT.value)
   opened = restore.open_model(config, _RUN.value, weights=_WEIGHTS.value)
   sizes, params, adapters = opened.model.config, opened.params, config.lora
   if adapters.rank and not _MERGE.value:

@@ -13,6 +13,7 @@ def main(argv: list[str]) -> None:
   command.refuse_arguments(argv)
   config = config_lib.from_config_dict(config_lib.PretrainConfig, _CONFIG.value)
   validation.validate_pretrain(config)
+  command.open_output("--config.output", config.output, only=("config.json", "*.safetensors"))
   from tpgrpo_jax.training import pretraining  # after validation: a bad config fails at once
 
   print(f"model written to {pretraining.pretrain(config)}")

@@ -55,6 +55,14 @@ def fetch_rows(array: np.ndarray | jax.Array, own: np.ndarray) -> np.ndarray:
   return rows[own]
 
 
+def replicate(array: jax.Array) -> jax.Array:
+  """The same on every device, so that each process can read it; dispatched and not waited for."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return array
+  whole = NamedSharding(array.sharding.mesh, P())  # pyright: ignore[reportAttributeAccessIssue]
+  return jax.jit(lambda x: x, out_shardings=whole)(array)
+
+
 def fetch(array: jax.Array) -> np.ndarray:
   """The whole array on every host."""
   if array.is_fully_addressable or array.is_fully_replicated:

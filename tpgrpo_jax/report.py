@@ -15,6 +15,7 @@ def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
   from tpgrpo_jax.training import history, page
 
+  command.open_output("--output", _OUTPUT.value)
   groups = history.load_runs(argv[1:])
   path = page.write_report(groups, _OUTPUT.value)
   print(page.render_text_table(groups), f"written to {path}", sep="\n")

@@ -20,7 +20,7 @@ _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Solver steps; by default e
 _GUIDANCE = flags.DEFINE_float(
   "guidance_scale", None, "By default that of the config.", lower_bound=0.0
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
 _OUTPUT = flags.DEFINE_string("output", "samples", "Folder for one PNG each, and grid.png.")
 
 
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
   from tpgrpo_jax import types
   from tpgrpo_jax.training import scoring
 
+  command.open_output("--output", _OUTPUT.value)
   texts = argv[1:] + (scoring.load_prompt_lines(_FILE.value) if _FILE.value else [])
   if not texts:
     raise ValueError("no prompts: give them as arguments, or one a line in --prompts_file.")

@@ -87,7 +87,7 @@ def test_only_new_prompts_are_computed(stored, cache, prompts):
 def test_truncated_prompts_are_counted_and_warned_about_once_from_the_cache_too(
   stored, cache, prompts
 ):
-  with pytest.warns(UserWarning, match="1 of 3 prompts have more than the 13 tokens") as caught:
+  with pytest.warns(UserWarning, match="1 of 2 prompts have more than the 13 tokens") as caught:
     embedded = embed_prompts(stored, prompts[1:], cache)
   assert embedded.computed == 0
   assert len(caught) == 3

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -189,15 +190,54 @@ def test_result_of_the_wrong_form_is_an_error(result, message):
     _returning(result)(IMAGES, PROMPTS, METADATA)()
 
 
-def test_failure_inside_a_reward_keeps_its_type_and_names_the_label():
+@pytest.mark.parametrize("kind", [KeyError, ConnectionError])
+def test_failure_inside_a_reward_names_label_and_prompt(kind):
   def broken(images, prompts, metadata):
-    raise ConnectionError("no server")
+    raise kind("no server")
 
-  with pytest.raises(ConnectionError, match="no server") as error:
+  # What may pass (a server that is away) becomes a RewardError when it does not; a mistake stays itself.
+  raised = combine.RewardError if kind is ConnectionError else kind
+  with pytest.raises(raised, match="no server") as caught:
     combine.make_weighted_sum({"mine": 1.0}, {"mine": lambda: broken}, {})(
       IMAGES, PROMPTS, METADATA
     )()
-  assert "'mine'" in error.value.__notes__[0] and "'a cat'" in error.value.__notes__[0]
+  error = caught.value.__cause__ if kind is ConnectionError else caught.value
+  assert type(error) is kind
+  assert "'mine'" in error.__notes__[0] and "'a cat'" in error.__notes__[0]
+
+
+def test_a_call_that_takes_too_long_is_made_again_and_given_up(caplog):
+  calls = []
+
+  def slow(images, prompts, metadata):
+    calls.append(time.monotonic())
+    time.sleep(0.5)
+    return np.zeros(len(images), np.float32), {}
+
+  patience = dict(timeout=0.05, retries=2, backoff=0.01)
+  score = combine.make_weighted_sum({"mine": 1.0}, {"mine": lambda: slow}, {}, **patience)
+  with pytest.raises(combine.RewardError, match="failed 3 times.*no answer within 0.05 s"):
+    score(IMAGES, PROMPTS, METADATA)()
+  assert len(calls) == 3 and "again in 0.02 s" in caplog.text
+
+
+def test_rows_of_other_processes_are_not_scored():
+  seen = []
+
+  def mine(images, prompts, metadata):
+    seen.extend(prompts)
+    return np.arange(1, len(images) + 1, dtype=np.float32), {"text": list(prompts)}
+
+  score = combine.make_weighted_sum({"mine": 1.0}, {"mine": lambda: mine}, {})
+  total, _, infos = score(IMAGES, PROMPTS, METADATA, rows=np.asarray([True, False, True]))()
+  assert seen == [PROMPTS[0], PROMPTS[2]] == infos["mine"]["text"]
+  np.testing.assert_array_equal(total, [1, 0, 2])
+
+
+@pytest.mark.parametrize("make", ["math:pi", "math:sin"])
+def test_a_maker_that_is_none_is_named(make):
+  with pytest.raises(ValueError, match="rewards.mine"):
+    combine.make_weighted_sum({"mine": {"weight": 1.0, "make": make}}, {}, {})
 
 
 def test_unequal_numbers_of_images_and_prompts_are_an_error():

@@ -27,7 +27,7 @@ def test_detail_scores_higher_in_incompressibility():
 def test_compressibility_is_the_negative_of_incompressibility():
   call = (_images(), ["", ""], [{}, {}])
   np.testing.assert_array_equal(
-      jpeg.make_compressibility()(*call)[0], -jpeg.make_incompressibility()(*call)[0]
+    jpeg.make_compressibility()(*call)[0], -jpeg.make_incompressibility()(*call)[0]
   )
 
 

@@ -40,15 +40,15 @@ def reward_with_detection():
 
 
 @pytest.mark.parametrize(
-    ["read", "target", "score"],
-    [
-        ("cat", "cat", 1.0),
-        ("cat", "cart", 0.75),  # one insertion of four
-        ("dog", "cat", 0.0),  # three replacements of three
-        ("", "cat", 0.0),
-        ("catastrophe", "cat", 0.0),  # eight deletions, no more than three count
-        ("kitten", "sitting", 1 - 3 / 7),
-    ],
+  ["read", "target", "score"],
+  [
+    ("cat", "cat", 1.0),
+    ("cat", "cart", 0.75),  # one insertion of four
+    ("dog", "cat", 0.0),  # three replacements of three
+    ("", "cat", 0.0),
+    ("catastrophe", "cat", 0.0),  # eight deletions, no more than three count
+    ("kitten", "sitting", 1 - 3 / 7),
+  ],
 )
 def test_edit_similarity_equals_the_hand_count(read, target, score):
   assert ocr.edit_similarity(read, target) == pytest.approx(score, abs=1e-12)
@@ -63,22 +63,22 @@ def test_flow_grpo_rule_is_the_edit_similarity_elsewhere():
 
 
 @pytest.mark.parametrize(
-    ["one", "other"], [("Hello World", "helloworld"), ("ＡＢ７", "ab7"), ("A\u3000B\n", "ab")]
+  ["one", "other"], [("Hello World", "helloworld"), ("ＡＢ７", "ab7"), ("A\u3000B\n", "ab")]
 )
 def test_normalize_forgets_case_space_and_width(one, other):
   assert ocr.normalize(one) == ocr.normalize(other)
 
 
 @pytest.mark.parametrize(
-    ["prompt", "target"],
-    [
-        ('A smartwatch, its screen displaying "Step Goal Achieved"', "Step Goal Achieved"),
-        ("A neon sign that reads “Open Late”, in the rain.", "Open Late"),
-        ('A poster with "First" above "Second"', "First"),
-        ('A knight\'s castle, its sign declaring "Don\'t Enter"', "Don't Enter"),
-        ("CAT7", "CAT7"),
-        ('A board 5" wide', 'A board 5" wide'),
-    ],
+  ["prompt", "target"],
+  [
+    ('A smartwatch, its screen displaying "Step Goal Achieved"', "Step Goal Achieved"),
+    ("A neon sign that reads “Open Late”, in the rain.", "Open Late"),
+    ('A poster with "First" above "Second"', "First"),
+    ("A knight's castle, its sign declaring \"Don't Enter\"", "Don't Enter"),
+    ("CAT7", "CAT7"),
+    ('A board 5" wide', 'A board 5" wide'),
+  ],
 )
 def test_target_is_the_first_text_between_double_quotes_or_all(prompt, target):
   assert ocr.target_text(prompt, {}) == target
@@ -179,12 +179,12 @@ def test_detection_finds_nothing_in_a_blank_scene(reward_with_detection):
 
 
 @pytest.mark.parametrize(
-    ["options", "message"],
-    [
-        ({"workers": -1}, "workers=-1: must be"),
-        ({"text_score": 1.5}, "text_score=1.5: must be"),
-        ({"rule": "flow_grp"}, "Did you mean 'flow_grpo'"),
-    ],
+  ["options", "message"],
+  [
+    ({"workers": -1}, "workers=-1: must be"),
+    ({"text_score": 1.5}, "text_score=1.5: must be"),
+    ({"rule": "flow_grp"}, "Did you mean 'flow_grpo'"),
+  ],
 )
 def test_option_out_of_range_is_an_error(options, message):
   with pytest.raises(ValueError, match=message):
@@ -206,11 +206,11 @@ def test_import_of_the_package_leaves_the_ocr_packages_alone():
 
 def test_process_ends_and_prints_nothing_although_the_pool_was_never_closed():
   code = (
-      "import numpy as np; from tpgrpo_jax.rewards import ocr;"
-      "ocr.make(workers=2)(np.zeros((20, 24, 48, 3), np.uint8), ['CAT'] * 20, [{}] * 20)"
+    "import numpy as np; from tpgrpo_jax.rewards import ocr;"
+    "ocr.make(workers=2)(np.zeros((20, 24, 48, 3), np.uint8), ['CAT'] * 20, [{}] * 20)"
   )
   # The limit is generous for a busy machine; a pool that holds the process would hold it for ever.
   result = subprocess.run(
-      [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
   )
   assert result.stdout == result.stderr == ""

@@ -252,7 +252,7 @@ def test_other_prompts_in_the_same_folder_are_refused_on_resume(make_config, one
   fields = {"prompts.path": str(folder), "train.epochs": 1}
   loop.train(make_config(fields))
   (folder / "train.txt").write_text("ELK\nFOX\nGNU\nHEN\n")
-  with pytest.raises(ValueError, match="its files have changed since the run"):
+  with pytest.raises(ValueError, match="its files .* have changed since the run"):
     loop.train(make_config(fields | {"train.epochs": 2}))
 
 
@@ -265,7 +265,7 @@ def test_other_weights_in_the_same_folder_are_refused_on_resume(make_config, one
   content = bytearray(weights.read_bytes())
   content[-1] ^= 1
   weights.write_bytes(content)
-  with pytest.raises(ValueError, match="model.path=.*its files have changed since the run"):
+  with pytest.raises(ValueError, match="model.path=.*its files .* have changed since the run"):
     loop.train(make_config(fields | {"train.epochs": 2}))
 
 

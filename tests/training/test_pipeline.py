@@ -187,5 +187,5 @@ def test_another_schedule_than_the_pipelines_is_warned_of(folders, work, single_
 def test_long_prompts_are_warned_of_and_counted(folders, work, single_mesh):
   config = stored.make_config("sd3", folders["sd3"], work)
   long = "the red house of the blue dog on the sign " * 4
-  with pytest.warns(UserWarning, match="1 of 2 prompts have more than the 13 tokens"):
+  with pytest.warns(UserWarning, match="1 of 1 prompts have more than the 13 tokens"):
     build.build_model(config, single_mesh, [long])

@@ -139,6 +139,22 @@ def test_several_processes_learn_what_one_does(
   assert_close(config, one)
 
 
+def test_rewards_of_the_devices_are_those_of_one_process_too(
+  config_in, one_device, compilation_cache, tmp_path
+):
+  sys.path.append(str(HERE.parent / "rewards"))
+  import stored_models
+
+  pick = stored_models.write_folder(stored_models.load(), "clip_h", tmp_path / "pick")
+  rewards = {"pickscore": {"weight": 1.0, "path": str(pick)}, "jpeg_compressibility": 0.1}
+  fields = FIELDS | {"rewards": rewards, "train.epochs": 1, "eval.prompts": 1}
+  single = config_in(tmp_path / "single", fields)
+  loop.train(single)
+  config = config_in(tmp_path / "run", fields | {"mesh": config_lib.Mesh(2, 1, 1)})
+  finish(start(config, 2, compilation_cache))
+  assert_close(config, single)
+
+
 def test_a_run_of_one_process_goes_on_with_two(
   one, config_in, one_device, compilation_cache, tmp_path
 ):

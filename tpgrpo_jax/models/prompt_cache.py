@@ -76,7 +76,8 @@ def embed_prompts(
         condition = encoders.encode(tokens, batch_size=batch_size)
         cut |= zip(batch, tokens.cut)
         _save(folder, batch, tokens.cut, condition)
-  counts = prompt_embedding.count_truncated([mark or {} for mark in cut.values()])
+  # Of the prompts that a user gave: "" is the empty negative one.
+  counts = prompt_embedding.count_truncated([mark or {} for prompt, mark in cut.items() if prompt])
   return EmbeddedPrompts(functools.partial(_load, folder), len(missing), counts)
 
 

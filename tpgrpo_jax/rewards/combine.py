@@ -75,6 +75,8 @@ def make_weighted_sum(
     `finish` raises RewardError if a reward returns anything but N finite numbers, or gives up.
     `rows`, bool [N], marks those that this process scores, by default all: the other scores are 0,
     so that the sum over processes has them all, and an info is of these rows alone.
+    `begin.check(prompts)` raises ValueError for a prompt that a reward cannot score: it asks those
+    rewards of the host that have such an attribute, a function of one prompt and its metadata.
 
   Raises:
     ValueError: no rewards, an unknown name, a weight that is not a finite number, or an option that
@@ -123,6 +125,12 @@ def make_weighted_sum(
 
     return finish
 
+  def check(prompts: Sequence[types.Prompt]) -> None:
+    for function in functions["host"].values():
+      for prompt in prompts:
+        getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
+
+  begin.check = check  # pyright: ignore[reportFunctionMemberAccess]
   return begin
 
 
@@ -138,7 +146,7 @@ def _dispatch(functions, images, prompts, metadata, placement, extra):
   dispatched = {}
   for label, function in functions.items():
     with _noting(label, prompts):
-      dispatched[label] = function(images, prompts, metadata)
+      dispatched[label] = processes.replicate(function(images, prompts, metadata))
   return dispatched
 
 
@@ -230,7 +238,13 @@ def _parse(label, spec):
 
 def _make(label, make, options, given):
   """The reward function of one entry; `given` are the options that are not the user's."""
-  parameters = inspect.signature(make).parameters.values()
+  try:
+    parameters = inspect.signature(make).parameters.values()
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"rewards.{label}.make: names {make!r}, must name a Python function make(**options) that returns "
+      "the function of images, prompts and metadata."
+    ) from error
   named = {
     p.name: p
     for p in parameters
@@ -250,7 +264,7 @@ def _make(label, make, options, given):
     )
   try:
     function = make(**options, **given)
-  except ValueError as error:
+  except (ValueError, TypeError) as error:
     raise ValueError(f"rewards.{label}: {error}") from error
   if not callable(function):
     raise ValueError(

@@ -45,9 +45,11 @@ def make(
     ValueError: an option out of its range, or, from the reward, a prompt without target text.
     ImportError: the OCR packages are not installed.
   """
-  if not isinstance(workers, int) or workers < 0:
+  if type(workers) is not int or workers < 0:
     raise ValueError(f"workers={workers!r}: must be an integer >= 0. 0 is one per core.")
-  if not 0.0 <= text_score <= 1.0:
+  if not isinstance(detect, bool):
+    raise ValueError(f"detect={detect!r}: must be True or False.")
+  if isinstance(text_score, str) or not 0.0 <= text_score <= 1.0:
     raise ValueError(f"text_score={text_score!r}: must be in [0, 1]. 0 keeps every line.")
   registry.check(rule, RULES, field="rule")
   engine = _load_engine(detect)
@@ -56,24 +58,28 @@ def make(
   pool = futures.ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="ocr")
   read = _read_scenes if detect else _read_lines
 
+  def check(prompt: str, metadata: Mapping[str, Any]) -> str:
+    target = normalize(target_text(prompt, metadata))
+    if not target:
+      raise ValueError(
+        f"prompt={prompt!r}: the text to render is empty. Put it between double quotes in the prompt, or "
+        'in the prompt\'s metadata as "text".'
+      )
+    return target
+
   def reward(
       images: UInt8[np.ndarray, "N H W 3"],
       prompts: Sequence[str],
       metadata: Sequence[Mapping[str, Any]],
   ) -> tuple[Float32[np.ndarray, " N"], dict[str, Any]]:
-    targets = [normalize(target_text(p, m)) for p, m in zip(prompts, metadata, strict=True)]
-    for prompt, target in zip(prompts, targets):
-      if not target:
-        raise ValueError(
-            f"prompt={prompt!r}: the text to render is empty. Put it between double quotes in the "
-            'prompt, or in the prompt\'s metadata as "text".'
-        )
+    targets = [check(p, m) for p, m in zip(prompts, metadata, strict=True)]
     texts = read(engine, pool, images, text_score)
     pairs = [(normalize(text), target) for text, target in zip(texts, targets, strict=True)]
     scores = np.asarray([RULES[rule](text, target) for text, target in pairs], np.float32)
     exact = np.asarray([text == target for text, target in pairs], np.float32)
     return scores, {"text": texts, "exact": exact}
 
+  reward.check = check  # pyright: ignore[reportFunctionMemberAccess]
   return reward
 
 

@@ -1,6 +1,6 @@
 """From a config to functions and arrays: the only place that binds them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import logging
@@ -40,7 +40,7 @@ class Model:
     frozen: weights that never change.
     trainable: their initial values.
     pipeline: what stands around it; None for a transformer alone.
-    identity: names the content of the weights' files; "" where there are none.
+    identity: part of the pipeline -> a name of its files' content.
   """
 
   config: models.Sizes
@@ -49,7 +49,7 @@ class Model:
   frozen: Any
   trainable: Any
   pipeline: Any = None
-  identity: str = ""
+  identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def params(self, trainable: Any) -> dict[str, Any]:
     """What sampling takes: the weights with these trainable ones, and the decoder's."""
@@ -102,7 +102,7 @@ def build_model(
   folder = hf.resolve(config.model.path or variant.path, subfolder="transformer")
   sizes = hf.load_config(folder)
   if type(sizes) is not variant.sizes:
-    known = [name for name, other in models.MODELS.items() if other.sizes is type(sizes)]
+    known = [n for n, v in models.MODELS.items() if v.sizes is type(sizes) and v.pipeline]
     raise ValueError(
       f"model.path={config.model.path!r}: holds a {hf.class_name(sizes)}, but model.variant="
       f"{config.model.variant!r} is another model. Use model.variant={' or '.join(map(repr, known))}."
@@ -157,7 +157,8 @@ def build_model(
     frozen=frozen,
     trainable=trainable,
     pipeline=surroundings,
-    identity=hf.fingerprint(folder),
+    identity={"transformer": hf.fingerprint(folder)}
+    | (surroundings.identity if surroundings else {}),
   )
 
 

@@ -109,19 +109,22 @@ def score(
   _, scores, infos = reward_fn(images, texts, metadata, rows=rows)()
   if count == 1:
     return scores, infos
-  numbers = {label: _spread(info, rows) for label, info in infos.items()}
-  return processes.sum_over((scores, numbers))
+  numbers = {label: _numbers(info, rows.sum()) for label, info in infos.items()}
+  # The first process always has a row; another may have none, and so no info.
+  names = processes.from_first({label: sorted(found) for label, found in numbers.items()})
+  spread = {
+    label: {name: np.zeros(len(rows), np.float32) for name in names[label]} for label in names
+  }
+  for label, found in numbers.items():
+    for name in found.keys() & spread[label].keys():
+      spread[label][name][rows] = found[name]
+  return processes.sum_over((scores, spread))
 
 
-def _spread(info, rows):
-  """The numbers of an info, one for each marked row, among zeros."""
-  spread = {}
-  for name, values in info.items():
-    array = np.asarray(values)
-    if array.shape == (rows.sum(),) and array.dtype.kind in "biuf":
-      spread[name] = np.zeros(len(rows), np.float32)
-      spread[name][rows] = array
-  return spread
+def _numbers(info, count):
+  """The entries of an info that are one number for each image."""
+  arrays = {name: np.asarray(values) for name, values in info.items()}
+  return {n: a for n, a in arrays.items() if a.shape == (count,) and a.dtype.kind in "biuf"}
 
 
 def grid(

@@ -61,17 +61,18 @@ def _restore_or_start(session, checkpoints):
   config, run_dir = session.config, session.config.run.dir
   state = session_lib.init_state(session)
   totals = {"epoch": 0, "evaluations": 0, "samples": 0, "seconds": 0.0}
-  files = {
-    "prompts": (f"prompts.path={config.prompts.path!r}", session.train_prompts.identity),
-    "weights": (f"model.path={config.model.path!r}", session.model.identity),
+  model = f"model.path={config.model.path!r}"
+  weights = {part: (model, name) for part, name in session.model.identity.items()}
+  files = weights | {
+    "prompts": (f"prompts.path={config.prompts.path!r}", session.train_prompts.identity)
   }
   if checkpoints.latest() is not None:
     state, totals = checkpoints.restore(_abstract(state))
     for name, (field, identity) in files.items():
       if totals.get(name, identity) != identity:
         raise ValueError(
-          f"{field}: its files have changed since the run in {run_dir} began. To resume it, bring "
-          "them back; to train on the new ones, use another run.dir."
+          f"{field}: its files ({name}) have changed since the run in {run_dir} began. To resume it, "
+          "bring them back; to train on the new ones, use another run.dir."
         )
     if processes.is_first():
       tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")

@@ -1,8 +1,7 @@
 """What stands around the transformer: text before it, pixels after it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
-import json
 import pathlib
 from typing import Any, NamedTuple
 import warnings
@@ -13,7 +12,8 @@ from jax.sharding import AxisType
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
-from tpgrpo_jax.models import flux, hf, prompt_cache, prompt_embedding, tiny, vae
+from tpgrpo_jax.models import byte_text, flux, hf, prompt_cache, prompt_embedding, tiny, vae
+from tpgrpo_jax.models.hf import files
 from tpgrpo_jax.training import mesh as mesh_lib
 
 CACHE = pathlib.Path("~/.cache/tpgrpo_jax/prompts")
@@ -28,12 +28,14 @@ class Pipeline(NamedTuple):
     encode: prompts -> Condition of NumPy arrays.
     decode: (decoder, latents [N, h, w, c]) -> images [N, H, W, 3] float in [0, 1].
     decoder: the weights of `decode`, on the mesh.
+    identity: part -> a name of its files' content.
   """
 
   latent_shape: tuple[int, int, int]
   encode: Callable[[Sequence[str]], types.Condition]
   decode: Callable[[Any, jax.Array], jax.Array]
   decoder: Any
+  identity: Mapping[str, str] = {}
 
 
 def open_pipeline(
@@ -55,6 +57,12 @@ def open_pipeline(
   if models.MODELS[config.model.variant].pipeline:
     return _open_diffusers(config, mesh, sizes, prompts)
   assert isinstance(sizes, models.mmdit.MMDiTConfig)  # build_model has looked
+  if sizes.in_channels != 1 or sizes.joint_attention_dim <= byte_text.BYTES:
+    raise ValueError(
+      f"model.path={config.model.path!r}: its transformer takes latents of {sizes.in_channels} channels and "
+      f"text of width {sizes.joint_attention_dim}; model.variant='tiny' paints gray pixels and reads bytes. "
+      "Use model.variant='sd3'."
+    )
   encode = functools.partial(tiny.encode, sizes)
   texts = list(dict.fromkeys(prompts))
   for first in range(0, len(texts), 512):
@@ -77,8 +85,9 @@ def _open_diffusers(config, mesh, sizes, prompts):
     raise ValueError(f"{folder}: holds a {hf.class_name(vae_config)}, must be an AutoencoderKL.")
   shape = latent_shape(config.sampler, sizes, vae_config)
   check_scheduler(config.sampler, root)
+  source = _text_source(config, root)
   embedded = prompt_cache.embed_prompts(
-    _text_source(config, root),
+    source,
     ["", *prompts],
     cache=config.text.cache or CACHE.expanduser(),
     shardings=prompt_embedding.on_cpu if config.text.device == "cpu" else _local_shardings,
@@ -92,7 +101,8 @@ def _open_diffusers(config, mesh, sizes, prompts):
   decode = functools.partial(
     vae.decode_chunked, graphdef, images_per_chunk=config.vae.images_per_chunk
   )
-  return Pipeline(shape, embedded.embed, decode, decoder)
+  identity = {"vae": hf.fingerprint(folder), "text": prompt_cache.identity(source)}
+  return Pipeline(shape, embedded.embed, decode, decoder, identity)
 
 
 def _fetch(config):
@@ -167,8 +177,10 @@ def check_scheduler(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
   path = root / "scheduler" / "scheduler_config.json"
   if not path.is_file():
     return
-  stored = json.loads(path.read_text())
-  shift = float(stored.get("shift", 1.0))
+  stored = files.read_json(path)
+  shift = stored.get("shift", 1.0)
+  if type(shift) not in (int, float):
+    raise ValueError(f"{path}: shift={shift!r}: must be a number. Fetch the file again.")
   found = ("sd3", shift) if shift != 1.0 else ("linear", shift)
   if stored.get("use_dynamic_shifting"):
     found = ("flux", sampler.shift)

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 
@@ -92,6 +93,19 @@ def open_model(
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, path=""))
     model = build.build_model(fresh, mesh, prompts)
     state, extra = checkpoints.restore(_abstract_state(config, mesh, model))
+  for part, identity in model.identity.items():
+    if extra.get(part, identity) != identity:
+      raise ValueError(
+        f"model.path={config.model.path!r}: its files ({part}) have changed since the run in {run_dir} "
+        "began, and what it learned belongs to the old ones. Bring them back."
+      )
+  updates = int(state.update)
+  if weights == "ema" and updates < config.ema.every:
+    warnings.warn(
+      f"ema.every={config.ema.every}: the run has made {updates} updates, so its EMA weights are still the "
+      "first ones. As the last update left them: export --weights last.",
+      stacklevel=2,
+    )
   trainable, kind = (state.ema, "EMA") if weights == "ema" else (state.trainable, "last")
   name = f"{os.fspath(run_dir)} after epoch {extra['step']}, {kind} weights"
   return Opened(config, mesh, model, model.params(trainable), name)

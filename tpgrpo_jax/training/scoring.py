@@ -126,7 +126,10 @@ def load_prompt_lines(path: str | os.PathLike[str]) -> list[str]:
     raise ValueError(
       f"--prompts_file={str(path)!r}: no such file. Give a text file, one prompt a line."
     )
-  lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+  try:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+  except UnicodeDecodeError as error:
+    raise ValueError(f"--prompts_file={str(path)!r}: is no text in UTF-8 ({error}).") from error
   if not any(lines):
     raise ValueError(f"--prompts_file={str(path)!r}: holds no prompts. Write one a line.")
   return [line for line in lines if line]

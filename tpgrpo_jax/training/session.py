@@ -63,6 +63,7 @@ def open_session(config: config_lib.Config) -> Session:
   held_out = [held_out[i] for i in range(min(config.eval.prompts, len(held_out)))]
   train_prompts = load("train")
   asked = [*held_out, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
+  reward_fn.check(asked)  # pyright: ignore[reportFunctionMemberAccess]
   model = build.build_model(config, mesh, [prompt.text for prompt in asked])
   method = build.build_method(config, model)
   return Session(

@@ -1,11 +1,9 @@
 """Which foreign models can be read: one line each."""
 
 from collections.abc import Mapping
-import dataclasses
 import json
 import os
 import pathlib
-import typing
 from typing import Any
 
 from tpgrpo_jax.models import clip, flux, mmdit, t5, vae
@@ -14,7 +12,7 @@ from tpgrpo_jax.models.hf import files, sd3
 from tpgrpo_jax.models.hf import flux as hf_flux
 from tpgrpo_jax.models.hf import t5 as hf_t5
 from tpgrpo_jax.models.hf import vae as hf_vae
-from tpgrpo_jax.models.hf.table import Architecture, Entry
+from tpgrpo_jax.models.hf.table import Architecture, Entry, read_sizes
 
 _CLIP_TEXT = Architecture(
   clip.CLIPTextConfig, clip.CLIPTextConfig.from_transformers, hf_clip.names, hf_clip.aliases
@@ -42,7 +40,6 @@ ARCHITECTURES = {
     t5.T5Config, t5.T5Config.from_transformers, hf_t5.names, hf_t5.aliases
   ),
 }
-_NULL_IS_DEFAULT = ("out_channels",)  # diffusers writes null for "as in_channels"
 _DEFAULT = "SD3Transformer2DModel"  # of a config.json that names no class
 
 
@@ -68,40 +65,18 @@ def read_architecture(folder: pathlib.Path, field: str) -> tuple[Architecture, A
   if not path.is_file():
     raise ValueError(
       f"{field}={str(folder)!r}: no {files.CONFIG_FILE} in it. Point it at a model's folder in "
-      "diffusers' layout, or leave it empty for the weights that ship with the variant."
+      "diffusers' layout."
     )
   raw = files.read_json(path)
   found = [raw["_class_name"]] if "_class_name" in raw else raw.get("architectures") or [_DEFAULT]
+  found = [str(name) for name in found]
   known = [name for name in found if name in ARCHITECTURES]
   if not known:
     raise ValueError(
       f"{path}: is a {' or '.join(found)}; this loader reads {', '.join(ARCHITECTURES)}."
     )
   architecture = ARCHITECTURES[known[0]]
-  _check_sizes(architecture.config, raw, path)
-  try:
-    return architecture, architecture.read_config(raw)
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error
-
-
-def _check_sizes(cls, raw, path):
-  """Raises ValueError for a value in config.json of another type than the field, or no size at all."""
-  hints = typing.get_type_hints(cls)
-  for name in hints.keys() & raw.keys():
-    value, kinds = raw[name], typing.get_args(hints[name]) or (hints[name],)
-    if dataclasses.is_dataclass(hints[name]) or (value is None and name in _NULL_IS_DEFAULT):
-      continue
-    if typing.get_origin(hints[name]) is tuple:
-      fits = isinstance(value, list | tuple) and all(type(item) is kinds[0] for item in value)
-      rule = f"a list of {kinds[0].__name__}"
-    else:
-      fits = type(value) in kinds or (type(value) is int and float in kinds)
-      rule = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "null")
-    if fits and type(value) is int and not name.endswith("_id"):
-      fits, rule = value > 0, "at least 1"
-    if not fits:
-      raise ValueError(f"{path}: {name}={value!r}: must be {rule}. Fetch the file again.")
+  return architecture, read_sizes(architecture.config, architecture.read_config, raw, path)
 
 
 def class_name(config: Any) -> str:

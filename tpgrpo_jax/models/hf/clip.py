@@ -101,7 +101,7 @@ def load_text(
   Raises:
     ValueError: another kind of model, or weights that do not fit.
   """
-  config = clip.CLIPTextConfig.from_transformers(encoder.load_json(folder))
+  config = encoder.read_config(clip.CLIPTextConfig, folder)
   create = lambda rngs: clip.CLIPText(config, projected=projected, dtype=dtype, rngs=rngs)
   return encoder.load_encoder(folder, TABLE, config, create, dtype=dtype, shardings=shardings)
 
@@ -132,6 +132,6 @@ def load_clip(
   folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, shardings: Any = None
 ) -> encoder.Encoder:
   """Loads a clip.CLIP from the folder of a CLIPModel; as `load_text`."""
-  config = clip.CLIPConfig.from_transformers(encoder.load_json(folder))
+  config = encoder.read_config(clip.CLIPConfig, folder)
   create = lambda rngs: clip.CLIP(config, dtype=dtype, rngs=rngs)
   return encoder.load_encoder(folder, TABLE, config, create, dtype=dtype, shardings=shardings)

@@ -1,7 +1,6 @@
 """Reads the weights of an encoder from a folder that transformers wrote."""
 
 from collections.abc import Callable, Iterable
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tpgrpo_jax.models.hf import arrays, files
-from tpgrpo_jax.models.hf.table import Entry, flatten
+from tpgrpo_jax.models.hf.table import Entry, flatten, read_sizes
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -26,10 +25,13 @@ def load_json(folder: str | os.PathLike[str], name: str = CONFIG_FILE) -> dict[s
   path = pathlib.Path(folder) / name
   if not path.is_file():
     raise ValueError(f"{str(folder)!r}: no {name} in it. Point it at a complete folder of the hub.")
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise ValueError(f"{path}: not valid JSON ({error}). Fetch it again.") from error
+  return files.read_json(path)
+
+
+def read_config(cls: Any, folder: str | os.PathLike[str]) -> Any:
+  """The sizes in folder/config.json, of a class with `from_transformers`; raises as `load_json`."""
+  path = pathlib.Path(folder) / CONFIG_FILE
+  return read_sizes(cls, cls.from_transformers, load_json(folder), path)
 
 
 class Encoder(NamedTuple):

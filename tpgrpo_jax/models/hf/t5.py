@@ -80,6 +80,6 @@ def load_t5(
   Raises:
     ValueError: another kind of model, or weights that do not fit.
   """
-  config = t5.T5Config.from_transformers(encoder.load_json(folder))
+  config = encoder.read_config(t5.T5Config, folder)
   create = lambda rngs: t5.T5Encoder(config, dtype=dtype, rngs=rngs)
   return encoder.load_encoder(folder, TABLE, config, create, dtype=dtype, shardings=shardings)

@@ -1,6 +1,9 @@
 """What every table of foreign tensor names is made of."""
 
 from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import os
+import typing
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +53,42 @@ class Architecture(NamedTuple):
   read_config: Callable[[Mapping[str, Any]], Any]
   names: Callable[[Any, Mapping[str, tuple[int, ...]]], list[Entry]]
   aliases: Callable[[Iterable[str]], dict[str, str]] = same_names
+
+
+_NULL_IS_DEFAULT = ("out_channels",)  # diffusers writes null for "as in_channels"
+
+
+def read_sizes(
+  cls: type,
+  read: Callable[[Mapping[str, Any]], Any],
+  raw: Mapping[str, Any],
+  path: os.PathLike[str],
+) -> Any:
+  """read(raw) -> cls, the sizes of a model; ValueError with the file and the field if they are none."""
+  _check_sizes(cls, raw, path)
+  try:
+    return read(raw)
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error
+
+
+def _check_sizes(cls, raw, path):
+  """Raises ValueError for a value in config.json of another type than the field, or no size at all."""
+  hints = typing.get_type_hints(cls)
+  for name in hints.keys() & raw.keys():
+    value, kinds = raw[name], typing.get_args(hints[name]) or (hints[name],)
+    if dataclasses.is_dataclass(hints[name]) or (value is None and name in _NULL_IS_DEFAULT):
+      continue
+    if typing.get_origin(hints[name]) is tuple:
+      fits = isinstance(value, list | tuple) and all(type(item) is kinds[0] for item in value)
+      rule = f"a list of {kinds[0].__name__}"
+    else:
+      fits = type(value) in kinds or (type(value) is int and float in kinds)
+      rule = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "null")
+    if fits and type(value) is int and not name.endswith("_id"):
+      fits, rule = value > 0, "at least 1"
+    if not fits:
+      raise ValueError(f"{path}: {name}={value!r}: must be {rule}. Fetch the file again.")
 
 
 def make_entry(path: str, block: int | None, name: str, shape: tuple[int, ...]) -> Entry:
