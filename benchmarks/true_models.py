@@ -34,15 +34,15 @@ class TrueModel:
   guidance: float | None = None
   latent: tuple[int, int, int] = (64, 64, 16)
 
-  def create(self, key: jax.Array, *, remat: str = "full", rank: int = 32) -> nnx.Module:
-    """The model in bfloat16 with the recipe's adapters; pure."""
-    kw = dict(dtype=jnp.bfloat16, remat=remat, rngs=nnx.Rngs(params=key))
+  def create(self, key: jax.Array, *, dtype: Any = jnp.bfloat16, remat: str = "full") -> nnx.Module:
+    """The model that computes in `dtype`, with the recipe's adapters; pure."""
+    kw = dict(dtype=dtype, remat=remat, rngs=nnx.Rngs(params=key))
     if isinstance(self.config, flux.FluxConfig):
       model = flux.Flux(self.config, guidance=self.guidance, **kw)
     else:
       model = mmdit.MMDiT(self.config, **kw)
     targets = config_lib.REFERENCE_LORA_TARGETS
-    lora.add_lora(model, key, rank=rank, alpha=64.0, init="gaussian", targets=targets)
+    lora.add_lora(model, key, rank=32, alpha=64.0, init="gaussian", targets=targets)
     return model
 
   def shapes(self, **options: Any) -> tuple[Any, Any, Any]:

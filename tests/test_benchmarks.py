@@ -29,3 +29,21 @@ def test_compile_time_compares_scanned_with_unrolled_blocks():
   (line,) = run("compile_time", *small)
   assert line["operations"]["unrolled"] > line["operations"]["scanned"]
   assert line["ratio"] > 0 and line["phases"].keys() == {"scanned", "unrolled"}
+
+
+def test_quantize_reports_both_kinds():
+  lines = run("quantize", "--small", "--blocks=1")
+  assert [line["kind"] for line in lines] == ["int8", "nf4"]
+  assert all(line["weight_error"] < 0.1 for line in lines)
+  assert all(line["gib"][line["kind"]] <= line["gib"]["bfloat16"] for line in lines)
+
+
+def test_accelerator_measures_a_small_model_on_a_cpu():
+  lines = run(
+    "accelerator", "--small", "--model=flux_dev", "--batch=1", "--repeats=1", "--no-torch"
+  )
+  figures = {line["figure"]: line for line in lines}
+  assert figures.keys() == {"matmul_peak", "evaluation_jax", "rollout", "update"}
+  work = [figures[name]["tflop"] for name in ("evaluation_jax", "rollout", "update")]
+  assert all(line.get("of_peak", 1) > 0 and not line.get("uncounted") for line in lines)
+  assert 0 < work[0] < min(work[1:])
