@@ -17,7 +17,7 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import presets
-from tpgrpo_jax.training import collectives, forecast, hardware, lowering
+from tpgrpo_jax.training import collectives, forecast, hardware, lowering, reward_program
 from tpgrpo_jax.training import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -175,9 +175,20 @@ HLO = """HloModule m
   %f = bf16[16,8]{1,0} fusion(%y), kind=kCustom, calls=%fused
 }
 
+%until_seven (s: (s32[], f32[8])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%seven (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a2a = f32[8]{0} all-to-all(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+
 ENTRY %main.1 (a: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]{0}) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %u = (s32[], f32[8]{0}) while(%t), condition=%c, body=%body
+  %v = (s32[], f32[8]{0}) while(%t), condition=%until_seven, body=%seven
   %s = (f32[8]{0}, f32[16]{0}) all-gather-start(%a), replica_groups=[4,2]<=[8], dimensions={0}
   %d = f32[16]{0} all-gather-done(%s)
   %ps = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1}}
@@ -192,11 +203,12 @@ def test_the_text_of_a_program_is_read_by_hand_computed_figures():
   assert found.received == {
     "all-gather": 4 * (16 * 8 * 2 * 3 / 4) + 16 * 4 / 2,
     "all-reduce": 4 * (2 * 8 * 4 / 2),
+    "all-to-all": 7 * (8 * 4 * 3 / 4),
     "collective-permute": 8 * 4,
     "reduce-scatter": 2 * 4 * 7,
   }
   assert found.runs == {
-    "all-gather": 5, "all-reduce": 4, "collective-permute": 1, "reduce-scatter": 1
+    "all-gather": 5, "all-reduce": 4, "all-to-all": 7, "collective-permute": 1, "reduce-scatter": 1
   }  # fmt: skip
   assert found.unknown_loops == 1
   assert found.total == sum(found.received.values())
@@ -247,3 +259,43 @@ def test_the_built_in_recipe_compiles_for_a_tpu():
   given = json.loads(done.stdout.splitlines()[-1])["given"]
   assert given["fits"] and given["seconds"] > 0
   assert np.isfinite(given["flops"])
+
+
+TOWERS = {
+  "text_config": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                      projection_dim=16),
+  "vision_config": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                      projection_dim=16),
+  "projection_dim": 16,
+}  # fmt: skip
+
+
+def test_a_reward_of_the_devices_is_compiled_from_its_sizes(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(TOWERS))
+  options = {"weight": 1.0, "path": str(tmp_path)}
+  config = dataclasses.replace(small_config(), rewards={"pickscore": options, "ocr": 1.0})
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(fsdp=2), jax.devices()[:4])
+  plan = lowering.open_plan(config, mesh)
+  (known,), unknown = reward_program.on_devices(config)
+  with jax.set_mesh(mesh):
+    function, args, kwargs = reward_program.program(plan, known)
+    compiled = function.lower(*args, **kwargs).compile()
+  assert unknown == []
+  assert args[2][0].shape == (16, 24, 48, 3)
+  assert compiled.memory_analysis().argument_size_in_bytes == (lowering.bytes_per_device(args[1:]))
+
+
+def test_rewards_of_unknown_sizes_are_named():
+  config = dataclasses.replace(
+    small_config(),
+    rewards={"hpsv2": {"path": "someone/hps"}, "a": {"make": "pickscore", "path": "x/y"}, "ocr": 1},
+  )
+  assert reward_program.on_devices(config) == ([], ["hpsv2", "pickscore"])
+
+
+def test_a_refusal_for_want_of_memory_is_read_and_others_are_raised():
+  message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+  said, temporaries = forecast.read_refusal(jax.errors.JaxRuntimeError(message), 2**30)
+  assert (said, temporaries) == ("Used 20.50G of 15.75G hbm", round(19.5 * 2**30))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    forecast.read_refusal(jax.errors.JaxRuntimeError("INTERNAL: something else"), 0)

@@ -17,6 +17,9 @@ _MARGIN = flags.DEFINE_float(
   "margin", 0.1, "Share of a device's memory that must stay free.", lower_bound=0, upper_bound=0.9
 )
 _CHOOSE = flags.DEFINE_bool("choose", True, "Choose mesh and microbatch too, and compile them.")
+_COMPILE = flags.DEFINE_bool(
+  "compile", True, "--nocompile counts what shapes alone tell, in seconds."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON line last.")
 
 
@@ -30,12 +33,12 @@ def main(argv: list[str]) -> None:
   topology = _TOPOLOGY.value
   devices = hardware.open_topology(topology)
   chip = hardware.find_chip(devices[0], topology)
-  options: dict[str, Any] = dict(chip=chip, margin=_MARGIN.value)
+  options: dict[str, Any] = dict(chip=chip, margin=_MARGIN.value, compiles=_COMPILE.value)
   print(f"{topology}: {len(devices)} x {devices[0].device_kind}", flush=True)
   given = forecast.forecast(config, devices, **options)
   print(forecast.render(given), flush=True)
   chosen = None
-  if _CHOOSE.value:
+  if _CHOOSE.value and _COMPILE.value:
     chosen = forecast.confirm(config, devices, given, **options)
     print(forecast.render_choice(given, chosen))
   if _JSON.value:

@@ -20,6 +20,8 @@ _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _LISTED = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]|replica_groups=\{\{([\d,]*)\}")
 
 
@@ -61,7 +63,7 @@ def read_traffic(text: str, *, devices: int) -> Traffic:
     if name not in known:
       known[name] = tally = collections.Counter()
       for line in computations.get(name, ()):
-        _count(line, tally, walk, devices)
+        _count(line, tally, walk, devices, computations)
     return known[name]
 
   tally = walk(entry)
@@ -84,7 +86,7 @@ def _split(text):
   return entry, computations
 
 
-def _count(line, tally, walk, devices):
+def _count(line, tally, walk, devices, computations):
   """Adds an instruction and what it calls."""
   opcode = _OPCODE.search(_without_layouts(line))
   if opcode is None:
@@ -98,8 +100,8 @@ def _count(line, tally, walk, devices):
     return  # its -start has been counted
   times = 1
   if name == "while":
-    trips = _TRIPS.search(line)
-    times = int(trips[1]) if trips else 1
+    trips = _trips(line, computations)
+    times = trips or 1
     tally["unknown", ""] += trips is None
   branches = [walk(called) for called in _calls(line)]
   if name == "conditional":
@@ -107,6 +109,22 @@ def _count(line, tally, walk, devices):
   for inner in branches:
     for key, count in inner.items():
       tally[key] += times * count
+
+
+def _trips(line, computations):
+  """Turns of a loop, or None.
+
+  The CPU's compiler says it. The TPU's does not, but leaves "counter < constant" as the condition; the
+  counter of a JAX scan, as of XLA's own loops, begins with 0 and grows by 1.
+  """
+  said = _TRIPS.search(line)
+  if said:
+    return int(said[1])
+  condition = _CONDITION.search(line)
+  lines = computations.get(condition[1], ()) if condition else ()
+  constants = [found[1] for found in map(_CONSTANT.search, lines) if found]
+  counts = [line for line in lines if "compare(" in line and "direction=LT" in line]
+  return int(constants[0]) if len(counts) == len(constants) == 1 else None
 
 
 def _without_layouts(line):

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 import dataclasses
 import json
+import math
+import re
+import sys
 import time
 from typing import Any
 
@@ -10,8 +13,8 @@ import jax
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import flops, rewards
-from tpgrpo_jax.training import collectives, hardware, lowering
+from tpgrpo_jax import flops
+from tpgrpo_jax.training import collectives, hardware, lowering, reward_program
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training.hardware import GIB
 
@@ -23,7 +26,8 @@ class Phase:
   """One compiled program; bytes are those of one device.
 
   Attributes:
-    name: "rollout" (sampler, completions and decoding are one program here) or "update".
+    name: "rollout" (sampler, completions and decoding are one program here), "reward ..." (one of those
+      on the devices) or "update".
     runs: how often it runs in an epoch.
     arguments: bytes of weights, states and batch that it takes.
     results: bytes that it gives, but for those that take the place of arguments.
@@ -34,6 +38,9 @@ class Phase:
     traffic: of one run.
     bound: of one run; None on devices of unknown figures.
     compile_seconds: that lowering and compiling took.
+    refused: what the compiler said of a program that the memory has no room for; what it receives and
+      the split of its bytes are then not known.
+    compiled: False leaves results, temporaries and traffic 0, as not known.
   """
 
   name: str
@@ -47,6 +54,8 @@ class Phase:
   traffic: collectives.Traffic
   bound: hardware.Bound | None
   compile_seconds: float
+  refused: str = ""
+  compiled: bool = True
 
   @property
   def total(self) -> int:
@@ -80,7 +89,11 @@ class Forecast:
   @property
   def fits(self) -> bool | None:
     """Whether every phase leaves the margin; None where the memory is unknown."""
-    return None if self.room is None else self.total <= self.room
+    if any(phase.refused for phase in self.phases):
+      return False
+    if self.room is None or not (self.total > self.room or all(p.compiled for p in self.phases)):
+      return None
+    return self.total <= self.room
 
   @property
   def flops(self) -> float:
@@ -101,6 +114,7 @@ def forecast(
   *,
   chip: hardware.Chip | None,
   margin: float,
+  compiles: bool = True,
 ) -> Forecast:
   """Compiles the programs of an epoch for the devices, which need not exist.
 
@@ -109,6 +123,7 @@ def forecast(
     devices: as of `hardware.open_topology`.
     chip: their figures, where they are known.
     margin: share of the memory that must stay free, for what the runtime and the allocator take.
+    compiles: False counts what shapes alone tell: arguments, what is held, FLOPs; seconds of the latter.
 
   Raises:
     ValueError: a mesh that does not divide devices or microbatch, a model of unknown sizes.
@@ -116,37 +131,48 @@ def forecast(
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   plan = lowering.open_plan(config, mesh)
   with jax.set_mesh(mesh):
-    phases = (_rollout(plan, chip), _update(plan, chip))
+    kw = dict(chip=chip, compiles=compiles)
+    phases = (_rollout(plan, **kw), *_reward_phases(plan, **kw), _update(plan, **kw))
   room = None if chip is None else chip.hbm * (1 - margin)
   return Forecast(dict(mesh.shape), config.train.microbatch, phases, _rewards(config), room)
 
 
-def _rollout(plan, chip):
+def _rollout(plan, **options):
   read = plan.evaluations * lowering.bytes_read_per_pass(_weights(plan))
   program = lowering.rollout_program(plan)
-  return _compile("rollout", plan, program, chip, runs=plan.microbatches, read=read)
+  return _compile("rollout", plan, program, runs=plan.microbatches, read=read, **options)
 
 
-def _update(plan, chip):
+def _update(plan, **options):
   """A pair of microbatch and step reads all weights forward and backward, and once more for remat."""
   train = plan.config.train
   pairs = plan.microbatches // train.updates_per_epoch * plan.method.window
   passes = pairs * (2 if plan.config.model.remat == "none" else 3)
   read = passes * lowering.bytes_read_per_pass(_weights(plan))
   program = lowering.update_program(plan)
-  return _compile("update", plan, program, chip, runs=train.updates_per_epoch, read=read)
+  return _compile("update", plan, program, runs=train.updates_per_epoch, read=read, **options)
 
 
-def _compile(name, plan, program, chip, *, runs, read):
+def _compile(name, plan, program, *, runs, read, chip, compiles):
   function, args, kwargs = program
-  began = time.perf_counter()
-  compiled = function.lower(*args, **kwargs).compile()
+  given = lowering.bytes_per_device((args, kwargs))
+  began, refused = time.perf_counter(), ""
+  arguments, results, temporaries = given, 0, 0
+  traffic = collectives.Traffic({}, {}, 0)
+  if compiles:
+    print(f"compiling: {name} ...", file=sys.stderr, flush=True)
+    lowered = function.lower(*args, **kwargs)
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      refused, temporaries = read_refusal(error, arguments)
+    else:
+      memory = compiled.memory_analysis()
+      arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+      results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+      traffic = collectives.read_traffic(compiled.as_text(), devices=plan.mesh.size)
   took = time.perf_counter() - began
-  memory = compiled.memory_analysis()
   work = flops.count(function, *args, **kwargs)
-  traffic = collectives.read_traffic(compiled.as_text(), devices=plan.mesh.size)
-  arguments = memory.argument_size_in_bytes
-  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   bound = chip and hardware.bound(
     chip,
     devices=plan.mesh.size,
@@ -159,33 +185,54 @@ def _compile(name, plan, program, chip, *, runs, read):
     runs,
     arguments,
     results,
-    memory.temp_size_in_bytes,
-    held_bytes(plan, name),
+    temporaries,
+    held_bytes(plan, name) + max(0, given - arguments),  # and what it is given but does not read
     work.total,
     work.uncounted,
     traffic,
     bound,
     took,
+    refused,
+    compiles,
   )
+
+
+def read_refusal(error: Exception, arguments: int) -> tuple[str, int]:
+  """(what the compiler says, temporaries) of a program that it refuses for want of memory."""
+  used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+  if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+    raise error
+  size = float(used[1]) * 2 ** (10 * ("KMGT".index(used[2]) + 1))
+  return used[0], max(0, round(size) - arguments)
 
 
 def held_bytes(plan: lowering.Plan, phase: str) -> int:
   """Bytes on one device that the run keeps beside a phase's own arguments.
 
   Beside a rollout: EMA and optimizer, the microbatches already sampled, the images of one whose rewards
-  are not done. Beside an update: the decoder, the microbatches of the other updates, and what the
-  update does not read of its own. The weights of rewards on the devices are not in it.
+  are not done. Beside an update: the decoder, the microbatches of the other updates. Beside a
+  reward: all weights and states but its own, and all
+  microbatches. Beside rollout and update: the weights of the rewards.
   """
   count = lowering.bytes_per_device
   piece = count((lowering.trajectory(plan), lowering.condition(plan)))
+  scorers = {
+    f"reward {options['make']}": count(reward_program.program(plan, options)[1][1])
+    for options in reward_program.on_devices(plan.config)[0]
+  }
+  if phase in scorers:
+    params = plan.model.params(plan.state)
+    others = sum(scorers.values()) - scorers[phase]
+    return count((params, _extra(plan))) + plan.microbatches * piece + others
   if phase == "rollout":
     state = dataclasses.replace(plan.state, trainable={})
     images = _image_bytes(plan)
-    return count((state, _extra(plan))) + (plan.microbatches - 1) * piece + images
+    pieces = (plan.microbatches - 1) * piece
+    return count((state, _extra(plan))) + pieces + images + sum(scorers.values())
   share = plan.microbatches // plan.config.train.updates_per_epoch
-  unread = count((lowering.trajectory(plan).velocity, lowering.trajectory(plan).final))
   decoder = count(plan.model.pipeline.decoder)
-  return decoder + (plan.microbatches - share) * piece + share * unread
+  pieces = (plan.microbatches - share) * piece
+  return decoder + pieces + sum(scorers.values())
 
 
 def _extra(plan):
@@ -195,12 +242,8 @@ def _extra(plan):
 
 def _image_bytes(plan):
   """uint8 images of one microbatch, on one device."""
-  height, width, _ = plan.model.pipeline.latent_shape
-  states = 1 if plan.completions is None else plan.method.window + 1
-  config, variant = plan.config, plan.config.model.variant
-  scale = 1 if variant == "tiny" else 8
-  samples = config.train.microbatch // mesh_lib.batch_shards(plan.mesh)
-  return samples * states * height * width * scale**2 * 3
+  samples = plan.config.train.microbatch // mesh_lib.batch_shards(plan.mesh)
+  return samples * plan.images_per_sample * math.prod(plan.image_shape)
 
 
 def _weights(plan):
@@ -208,11 +251,22 @@ def _weights(plan):
 
 
 def _rewards(config):
-  names = {k: (v.get("make", k) if isinstance(v, dict) else k) for k, v in config.rewards.items()}
-  on_devices = [name for name in names.values() if name in rewards.DEVICE_REWARDS]
-  if not on_devices:
+  """What the phases do not say of the rewards."""
+  able, unable = reward_program.on_devices(config)
+  if unable:
+    return f"{', '.join(unable)}: on the devices, NOT counted here (sizes not known: weights, time)"
+  if not able:
     return "run on the host: no device memory, no device time"
-  return f"{', '.join(on_devices)}: on the devices, NOT counted here (weights, time)"
+  return "on the devices, as above" + (", the rest on the host" * (len(able) < len(config.rewards)))
+
+
+def _reward_phases(plan, **options):
+  """Each reward of the devices reads its weights once for every chunk of images; once is counted."""
+  for reward in reward_program.on_devices(plan.config)[0]:
+    program = reward_program.program(plan, reward)
+    name = f"reward {reward['make']}"
+    read = lowering.bytes_read_per_pass(program[1][1])
+    yield _compile(name, plan, program, runs=plan.microbatches, read=read, **options)
 
 
 def choose(
@@ -265,8 +319,11 @@ def _estimate(config, mesh, measured):
   plan, totals = lowering.open_plan(config, mesh), []
   before = measured.microbatch / (measured.mesh["data"] * measured.mesh["fsdp"])
   ratio = config.train.microbatch / mesh_lib.batch_shards(mesh) / before
-  for phase, program in zip(measured.phases, (lowering.rollout_program, lowering.update_program)):
-    _, args, kwargs = program(plan)
+  programs = {"rollout": lowering.rollout_program, "update": lowering.update_program}
+  for phase in measured.phases:
+    if phase.name not in programs:
+      continue  # rewards: small beside the others
+    _, args, kwargs = programs[phase.name](plan)
     scaled = ratio * (phase.results + phase.temporaries)
     held = held_bytes(plan, phase.name)
     totals.append(lowering.bytes_per_device((args, kwargs)) + scaled + held)
@@ -292,6 +349,8 @@ def render(found: Forecast) -> str:
     if phase.bound:
       each = {k: f"{v:.3g} s" for k, v in dataclasses.asdict(phase.bound).items()}
       lines.append(f"{'':10}at best by {', '.join(f'{k} {v}' for k, v in each.items())}")
+    if phase.refused:
+      lines.append(f"{'':10}refused by the compiler: {phase.refused}; received bytes not known")
     if phase.traffic.unknown_loops:
       lines.append(f"{'':10}{phase.traffic.unknown_loops} loops of unknown length received once")
     if phase.uncounted:
@@ -299,10 +358,14 @@ def render(found: Forecast) -> str:
   lines.append(f"{'rewards':10}{found.rewards}")
   best = "" if found.seconds is None else f", at best {found.seconds:.3g} s"
   lines.append(f"an epoch: {found.flops:.3g} FLOPs{best}")
+  if not all(phase.compiled for phase in found.phases):
+    lines.append(
+      "not compiled: results, temporaries and received bytes are not known, and not in it"
+    )
   if found.room is None:
     lines.append("memory of these devices is not known: not said whether it fits")
   else:
-    verdict = "fits" if found.fits else "DOES NOT FIT"
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "may fit"}[found.fits]
     lines.append(f"{verdict}: {found.total / GIB:.2f} of {found.room / GIB:.2f} GiB")
   return "\n".join(lines)
 

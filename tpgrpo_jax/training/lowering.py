@@ -79,6 +79,19 @@ class Plan:
     return build.build_plan(self.config, self.method, self.config.sampler.window[0])
 
   @property
+  def images_per_sample(self) -> int:
+    """The trajectory's own, and those of its completions."""
+    return 1 if self.completions is None else self.method.window + 1
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, 3)."""
+    _, decoder = load_sizes(self.config)
+    height, width, _ = self.model.pipeline.latent_shape
+    scale = 1 if decoder is None else decoder.downscale
+    return height * scale, width * scale, 3
+
+  @property
   def evaluations(self) -> int:
     """Passes through the transformer in a rollout, one after the other."""
     count, plan = self.config.sampler.num_steps, self.completions
@@ -98,7 +111,7 @@ def open_plan(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Plan:
   model = abstract_model(config, mesh)
   method = build.build_method(config, model)
   create = functools.partial(state_lib.init_state, optimizer=method.optimizer)
-  state = _placed(mesh, jax.eval_shape(create, model.trainable))
+  state = placed(mesh, jax.eval_shape(create, model.trainable))
   reference = {}
   if config.loss.kl_coef:
     trained = {} if config.lora.rank else model.trainable
@@ -141,8 +154,8 @@ def abstract_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> build.
     config=sizes,
     velocity_fn=models.make_velocity_fn(structure.graphdef),
     base_velocity_fn=models.make_velocity_fn(structure.base_graphdef),
-    frozen=_placed(mesh, frozen),
-    trainable=_placed(mesh, trainable),
+    frozen=placed(mesh, frozen),
+    trainable=placed(mesh, trainable),
     pipeline=surroundings,
   )
 
@@ -166,7 +179,7 @@ def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
     )
 
   decode, abstract = pipeline.decoder_outline(config.vae, decoder_sizes)
-  decoder = _placed(mesh, _stored(abstract, config.vae.dtype))
+  decoder = placed(mesh, _stored(abstract, config.vae.dtype))
   shape = pipeline.latent_shape(config.sampler, sizes, decoder_sizes)
   return pipeline.Pipeline(shape, encode, decode, decoder)
 
@@ -177,7 +190,7 @@ def rollout_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
   sample = rollout.make_rollout_fn(plan.config, plan.model, plan.method)
   assert isinstance(sample, functools.partial)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  group = _divided(plan.mesh, jax.ShapeDtypeStruct((batch, 2), jnp.int32))
+  group = divided(plan.mesh, jax.ShapeDtypeStruct((batch, 2), jnp.int32))
   params = plan.model.params(plan.state.trainable)
   start = plan.config.sampler.window[0]
   args = (params, key, 0, group, condition(plan), start, plan.completions)
@@ -201,7 +214,7 @@ def update_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
 def condition(plan: Plan) -> Any:
   """The shapes of a microbatch's embedded prompts."""
   prompts = ["A"] * plan.config.train.microbatch
-  return _divided(plan.mesh, build.build_condition(plan.config, plan.model, prompts))
+  return divided(plan.mesh, build.build_condition(plan.config, plan.model, prompts))
 
 
 def trajectory(plan: Plan) -> types.Trajectory:
@@ -251,13 +264,13 @@ def _stored(tree, dtype):
   return jax.tree.map(cast, tree)
 
 
-def _placed(mesh, tree):
+def placed(mesh: jax.sharding.Mesh, tree: Any) -> Any:
   """Weights, moments or averages as the mesh's table lays them out."""
   place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
   return jax.tree.map(place, tree, mesh_lib.param_shardings(mesh, tree))
 
 
-def _divided(mesh, tree):
+def divided(mesh: jax.sharding.Mesh, tree: Any) -> Any:
   """Batches as processes.put_batch lays them out."""
   copied, divided = NamedSharding(mesh, P()), mesh_lib.batch_sharding(mesh)
 
