@@ -144,6 +144,10 @@ BAD = {
     {"text.max_sequence_length": 600},
     ("text.max_sequence_length=600:", "must be 1 ... 512", "0 for"),
   ),
+  "quantised_weights_that_are_trained": (
+    {"model.quantize": "int8"},
+    ("model.quantize='int8':", "cannot be quantised", "Set lora.rank"),
+  ),
   "unknown_text_device": ({"text.device": "gpu"}, ("text.device='gpu':", "Choices: cpu, mesh")),
   "no_image_a_chunk": ({"vae.images_per_chunk": 0}, ("vae.images_per_chunk=0:", "at least 1")),
   "negative_height": ({"sampler.height": -16}, ("sampler.height=-16:", "at least 0")),

@@ -27,6 +27,7 @@ REWARD_NAMES = (
 PROMPT_SOURCES = ("words", "folder")
 DTYPES = ("float32", "bfloat16")
 TEXT_DEVICES = ("mesh", "cpu")
+QUANTIZATIONS = ("", "int8", "nf4")
 REMAT_POLICIES = ("none", "full", "dots")
 LORA_INITS = ("gaussian", "kaiming")
 
@@ -55,12 +56,15 @@ class Model:
       alone will do (config.json + safetensors); empty for the one that ships.
     dtype: compute dtype; trainable weights are float32 always.
     remat: what the backward pass recomputes: none, full (every block), dots (all but matmuls).
+    quantize: "int8" or "nf4" keeps the frozen kernels of the blocks in so many bits, for adapters on
+      little memory (docs/speed.md); empty does not.
   """
 
   variant: str = "tiny"
   path: str = ""
   dtype: str = "float32"
   remat: str = "none"
+  quantize: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

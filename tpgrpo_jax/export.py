@@ -4,6 +4,8 @@ Adapters become pytorch_lora_weights.safetensors, for pipe.load_lora_weights(FOL
 for a run that trained every weight, the whole transformer is written, for from_pretrained(FOLDER).
 """
 
+import dataclasses
+
 from absl import app, flags
 
 from tpgrpo_jax import command
@@ -25,6 +27,7 @@ def main(argv: list[str]) -> None:
 
   config = restore.choose_config(_RUN.value, None)
   command.open_output("--output", _OUTPUT.value)
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantize=""))
   opened = restore.open_model(config, _RUN.value, weights=_WEIGHTS.value)
   sizes, params, adapters = opened.model.config, opened.params, config.lora
   if adapters.rank and not _MERGE.value:

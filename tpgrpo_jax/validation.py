@@ -41,6 +41,7 @@ def _model(config) -> Iterator[str]:
       ("model.variant", config.model.variant, config_lib.MODEL_VARIANTS, False),
       ("model.dtype", config.model.dtype, config_lib.DTYPES, False),
       ("model.remat", config.model.remat, config_lib.REMAT_POLICIES, False),
+      ("model.quantize", config.model.quantize, config_lib.QUANTIZATIONS, False),
     )
   )
 
@@ -85,6 +86,11 @@ def _adapter(config) -> Iterator[str]:
     yield (
       f"lora.path={config.lora.path!r}: adapters need lora.rank > 0, and lora.rank=0 trains every "
       "weight instead. Set lora.rank, lora.alpha and lora.targets to the file's own."
+    )
+  if config.model.quantize and not config.lora.rank:
+    yield (
+      f"model.quantize={config.model.quantize!r}: weights that are trained cannot be quantised. Set "
+      "lora.rank, or leave it empty."
     )
   if config.lora.rank and not config.lora.targets:
     yield "lora.targets=(): adapters must name layers. Use ('attn.to_q', 'attn.to_v'), or leave it out."

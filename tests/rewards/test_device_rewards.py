@@ -169,9 +169,9 @@ def test_reward_is_compiled_once_for_every_shape(golden, folders, monkeypatch):
 
 
 def test_weights_are_arguments_and_not_constants(golden, folders, monkeypatch):
-  run, calls = towers._run, []
+  run, calls = towers.run_chunks, []
   monkeypatch.setattr(
-    towers, "_run", lambda *args, **kw: calls.append((args, kw)) or run(*args, **kw)
+    towers, "run_chunks", lambda *args, **kw: calls.append((args, kw)) or run(*args, **kw)
   )
   score(make("pickscore", folders), golden, "48x48")
   ((args, kw),) = calls

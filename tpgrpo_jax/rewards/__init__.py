@@ -51,7 +51,9 @@ def make_rewards(
   Raises:
     ValueError: as `combine.make_weighted_sum`.
   """
-  return combine.make_weighted_sum(rewards, HOST_REWARDS, DEVICE_REWARDS, placement=placement, **patience)
+  return combine.make_weighted_sum(
+    rewards, HOST_REWARDS, DEVICE_REWARDS, placement=placement, **patience
+  )
 
 
 __all__ = [

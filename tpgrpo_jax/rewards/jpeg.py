@@ -28,9 +28,9 @@ def make_incompressibility() -> types.RewardFn:
   """Makes the reward `jpeg_kilobytes`: detailed images score high (DDPO)."""
 
   def reward(
-      images: UInt8[np.ndarray, "N H W 3"],
-      prompts: Sequence[str],
-      metadata: Sequence[Mapping[str, Any]],
+    images: UInt8[np.ndarray, "N H W 3"],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
   ) -> tuple[Float32[np.ndarray, " N"], dict[str, Any]]:
     del prompts, metadata
     return jpeg_kilobytes(images), {}
@@ -42,9 +42,9 @@ def make_compressibility() -> types.RewardFn:
   """Makes the reward -`jpeg_kilobytes`: plain images score high (DDPO)."""
 
   def reward(
-      images: UInt8[np.ndarray, "N H W 3"],
-      prompts: Sequence[str],
-      metadata: Sequence[Mapping[str, Any]],
+    images: UInt8[np.ndarray, "N H W 3"],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
   ) -> tuple[Float32[np.ndarray, " N"], dict[str, Any]]:
     del prompts, metadata
     return -jpeg_kilobytes(images), {}

@@ -19,7 +19,7 @@ _QUOTED = re.compile('["“„]([^"“”]*)["“”]')
 
 
 def make(
-    *, workers: int = 0, detect: bool = False, rule: str = "edit_distance", text_score: float = 0.0
+  *, workers: int = 0, detect: bool = False, rule: str = "edit_distance", text_score: float = 0.0
 ) -> types.RewardFn:
   """Makes the reward 1 - min(distance(read, target), |target|) / |target|, between 0 and 1.
 
@@ -68,9 +68,9 @@ def make(
     return target
 
   def reward(
-      images: UInt8[np.ndarray, "N H W 3"],
-      prompts: Sequence[str],
-      metadata: Sequence[Mapping[str, Any]],
+    images: UInt8[np.ndarray, "N H W 3"],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
   ) -> tuple[Float32[np.ndarray, " N"], dict[str, Any]]:
     targets = [check(p, m) for p, m in zip(prompts, metadata, strict=True)]
     texts = read(engine, pool, images, text_score)
@@ -97,8 +97,8 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
   if "text" in metadata:
     if not isinstance(metadata["text"], str):
       raise ValueError(
-          f"prompt={prompt!r}: its metadata has text={metadata['text']!r}: must be a string. "
-          "Quote it in the data file."
+        f"prompt={prompt!r}: its metadata has text={metadata['text']!r}: must be a string. "
+        "Quote it in the data file."
       )
     return metadata["text"]
   quoted = _QUOTED.search(prompt)
@@ -128,8 +128,8 @@ def edit_similarity_or_contained(read: str, target: str) -> float:
 
 
 RULES: dict[str, Callable[[str, str], float]] = {
-    "edit_distance": edit_similarity,
-    "flow_grpo": edit_similarity_or_contained,
+  "edit_distance": edit_similarity,
+  "flow_grpo": edit_similarity_or_contained,
 }
 
 
@@ -140,24 +140,24 @@ def _load_engine(detect):
     import rapidocr
   except ImportError as error:
     raise ImportError(
-        f"the ocr reward needs packages that are not installed ({error}). "
-        "Run: pip install 'tpgrpo_jax[ocr]'"
+      f"the ocr reward needs packages that are not installed ({error}). "
+      "Run: pip install 'tpgrpo_jax[ocr]'"
     ) from error
   return rapidocr.RapidOCR(
-      params={
-          "Global.log_level": "critical",
-          "Global.use_cls": False,  # no upside-down lines: Flow-GRPO leaves the classifier out too
-          "Global.text_score": 0.0,  # applied here, to lines with and without detection alike
-          "Rec.rec_batch_num": _BATCH,
-          # The default pads every line to width 320, which triples the cost of a 24x48 image. Here
-          # a line is as wide as its own aspect ratio says, and at least square.
-          "Rec.rec_img_shape": [3, 48, 320 if detect else 48],
-          "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-          "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-          # Reusing memory gains 1 % (batches of 4) to 16 % (of 32) where all shapes are equal; with
-          # shapes that vary, as those of detected lines do, the memory kept would grow.
-          "EngineConfig.onnxruntime.enable_cpu_mem_arena": not detect,
-      }
+    params={
+      "Global.log_level": "critical",
+      "Global.use_cls": False,  # no upside-down lines: Flow-GRPO leaves the classifier out too
+      "Global.text_score": 0.0,  # applied here, to lines with and without detection alike
+      "Rec.rec_batch_num": _BATCH,
+      # The default pads every line to width 320, which triples the cost of a 24x48 image. Here
+      # a line is as wide as its own aspect ratio says, and at least square.
+      "Rec.rec_img_shape": [3, 48, 320 if detect else 48],
+      "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+      "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+      # Reusing memory gains 1 % (batches of 4) to 16 % (of 32) where all shapes are equal; with
+      # shapes that vary, as those of detected lines do, the memory kept would grow.
+      "EngineConfig.onnxruntime.enable_cpu_mem_arena": not detect,
+    }
   )
 
 

@@ -164,6 +164,21 @@ def make_text_image_reward(
     batch: images at once on each device.
     placement: as of `make_reward`.
   """
+  return make_reward(
+    text_image_score(encoder, pixels, score),
+    encoder.weights,
+    lambda prompts: (tokenize(prompts),),
+    batch=batch,
+    placement=placement,
+  )
+
+
+def text_image_score(
+  encoder: hf_encoder.Encoder,
+  pixels: Callable[..., jax.Array],
+  score: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Callable[..., jax.Array]:
+  """What `make_text_image_reward` compiles: pure (weights, images [n, H, W, 3], ids [n, L]) -> [n]."""
   graphdef, size = encoder.graphdef, encoder.config.vision.image_size
 
   def score_chunk(weights, images, ids):
@@ -172,13 +187,7 @@ def make_text_image_reward(
     cos = cosine(text.projected, vision.projected)
     return score(cos, jnp.exp(weights["logit_scale"]))
 
-  return make_reward(
-    score_chunk,
-    encoder.weights,
-    lambda prompts: (tokenize(prompts),),
-    batch=batch,
-    placement=placement,
-  )
+  return score_chunk
 
 
 def make_reward(
@@ -213,13 +222,16 @@ def make_reward(
     arrays = jax.tree.map(jnp.asarray, given) if placement is None else placement.batch(given)
     shards = len(prompts) // arrays[0].sharding.shard_shape(arrays[0].shape)[0]
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      return _run(score, weights, arrays, batch=batch, shards=shards)
+      return run_chunks(score, weights, arrays, batch=batch, shards=shards)
 
   return reward
 
 
 @functools.partial(jax.jit, static_argnames=("score", "batch", "shards"))
-def _run(score, weights, arrays, *, batch, shards):
+def run_chunks(
+  score: Callable[..., jax.Array], weights: Any, arrays: tuple, *, batch: int, shards: int
+) -> jax.Array:
+  """score(weights, *arrays) [N], at most `batch` rows of each of `shards` equal parts at a time."""
   chunked = _in_chunks(functools.partial(score, weights), arrays, batch=batch, shards=shards)
   return chunked.astype(jnp.float32)
 

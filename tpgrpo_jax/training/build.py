@@ -1,10 +1,10 @@
 """From a config to functions and arrays: the only place that binds them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import optax
 from tpgrpo_jax import advantages, credit, models, registry, types
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.flow import completion, guidance, schedule, steps
-from tpgrpo_jax.models import hf, lora
+from tpgrpo_jax.models import hf, lora, quantize
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import pipeline
 from tpgrpo_jax.training import state as state_lib
@@ -113,8 +113,66 @@ def build_model(
   # Before the transformer: the text encoders are gone when it comes.
   surroundings = None if prompts is None else pipeline.open_pipeline(config, mesh, sizes, prompts)
   dtype = jnp.dtype(config.model.dtype)
+  structure = outline(config, sizes)
+  adapters, base, buffers = structure.adapters, structure.base, structure.buffers
+  abstract = lora.merge_trees(base, buffers)
+  load = functools.partial(
+    hf.load_params, folder, abstract, shardings=mesh_lib.param_shardings(mesh, abstract)
+  )
+  if config.lora.rank:
+    layout = mesh_lib.param_shardings(mesh, adapters)
+    if config.lora.path:
+      adapter = hf.load_lora(config.lora.path, sizes, abstract)
+      _check_adapter(config.lora, adapter, adapters)
+      trainable = jax.device_put(adapter.trainable, layout)
+    else:
+      create = lambda key: structure.create(key)[1]
+      trainable = jax.jit(create, out_shardings=layout)(jax.random.key(config.seed))
+    frozen = load(dtype=dtype)
+    if config.model.quantize:
+      frozen = quantize.quantize(frozen, config.model.quantize)
+  else:
+    loaded = load(dtype=np.float32)
+    trainable, frozen = _like(base, loaded), _like(buffers, loaded)
+  return Model(
+    config=sizes,
+    velocity_fn=models.make_velocity_fn(structure.graphdef),
+    base_velocity_fn=models.make_velocity_fn(structure.base_graphdef),
+    frozen=frozen,
+    trainable=trainable,
+    pipeline=surroundings,
+    identity={"transformer": hf.fingerprint(folder)}
+    | (surroundings.identity if surroundings else {}),
+  )
+
+
+class Outline(NamedTuple):
+  """A model before its weights.
+
+  Attributes:
+    create: key -> (graphdef, trainable, frozen) with fresh weights; pure.
+    graphdef: with adapters, where the config has them.
+    base_graphdef: without.
+    adapters: shapes of what is trained with LoRA (all weights without).
+    base: shapes of the weights that files hold and that can be trained.
+    buffers: shapes of those that never are.
+  """
+
+  create: Callable[[jax.Array], tuple[Any, Any, Any]]
+  graphdef: Any
+  base_graphdef: Any
+  adapters: Any
+  base: Any
+  buffers: Any
+
+
+def outline(config: config_lib.Config, sizes: models.Sizes) -> Outline:
+  """What `build_model` fills with weights; nothing is computed."""
   create = models.build_transformer(
-    sizes, dtype=dtype, remat=config.model.remat, guidance=_told_guidance(config, sizes)
+    sizes,
+    dtype=jnp.dtype(config.model.dtype),
+    remat=config.model.remat,
+    guidance=_told_guidance(config, sizes),
   )
 
   def create_adapted(key):
@@ -134,32 +192,7 @@ def build_model(
   key = jax.random.key(config.seed)
   graphdef, adapters, _ = _structure(create_adapted, key)
   base_graphdef, base, buffers = _structure(lambda k: lora.split_trainable(create(k), rank=0), key)
-  abstract = lora.merge_trees(base, buffers)
-  load = functools.partial(
-    hf.load_params, folder, abstract, shardings=mesh_lib.param_shardings(mesh, abstract)
-  )
-  if config.lora.rank:
-    layout = mesh_lib.param_shardings(mesh, adapters)
-    if config.lora.path:
-      adapter = hf.load_lora(config.lora.path, sizes, abstract)
-      _check_adapter(config.lora, adapter, adapters)
-      trainable = jax.device_put(adapter.trainable, layout)
-    else:
-      trainable = jax.jit(lambda k: create_adapted(k)[1], out_shardings=layout)(key)
-    frozen = load(dtype=dtype)
-  else:
-    loaded = load(dtype=np.float32)
-    trainable, frozen = _like(base, loaded), _like(buffers, loaded)
-  return Model(
-    config=sizes,
-    velocity_fn=models.make_velocity_fn(graphdef),
-    base_velocity_fn=models.make_velocity_fn(base_graphdef),
-    frozen=frozen,
-    trainable=trainable,
-    pipeline=surroundings,
-    identity={"transformer": hf.fingerprint(folder)}
-    | (surroundings.identity if surroundings else {}),
-  )
+  return Outline(create_adapted, graphdef, base_graphdef, adapters, base, buffers)
 
 
 def _told_guidance(config, sizes):

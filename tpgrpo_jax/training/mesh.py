@@ -1,5 +1,6 @@
 """The device mesh, and the one table that says how every weight is laid out on it."""
 
+from collections.abc import Sequence
 import functools
 import math
 import re
@@ -33,13 +34,13 @@ RULES = (
 )
 
 
-def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
-  """Makes the (data, fsdp, tensor) mesh over all devices.
+def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+  """Makes the (data, fsdp, tensor) mesh over all devices, or those given.
 
   Raises:
     ValueError: axes that do not divide the devices, or a size below 1.
   """
-  count = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   data, fsdp, tensor = config.data, config.fsdp, config.tensor
   if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
     raise ValueError(
@@ -53,7 +54,7 @@ def make_mesh(config: config_lib.Mesh) -> jax.sharding.Mesh:
       f"devices there are. Set mesh.data=-1, and fsdp x tensor to a divisor of {count}."
     )
   kinds = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds)
+  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds, devices=devices)
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:

@@ -92,17 +92,21 @@ def _open_diffusers(config, mesh, sizes, prompts):
     cache=config.text.cache or CACHE.expanduser(),
     shardings=prompt_embedding.on_cpu if config.text.device == "cpu" else _local_shardings,
   )
+  decode, abstract = decoder_outline(config.vae, vae_config)
+  shardings = mesh_lib.param_shardings(mesh, abstract)
   dtype = jnp.dtype(config.vae.dtype)
-  model = jax.eval_shape(vae.build_autoencoder(vae_config, dtype=dtype), jax.random.key(0))
-  graphdef, _, abstract = models.lora.split_trainable(model, rank=1)  # nothing of it is trained
-  decoder = hf.load_params(
-    folder, abstract, shardings=mesh_lib.param_shardings(mesh, abstract), dtype=dtype
-  )
-  decode = functools.partial(
-    vae.decode_chunked, graphdef, images_per_chunk=config.vae.images_per_chunk
-  )
+  decoder = hf.load_params(folder, abstract, shardings=shardings, dtype=dtype)
   identity = {"vae": hf.fingerprint(folder), "text": prompt_cache.identity(source)}
   return Pipeline(shape, embedded.embed, decode, decoder, identity)
+
+
+def decoder_outline(config: config_lib.Vae, sizes: vae.VAEConfig) -> tuple[Callable[..., Any], Any]:
+  """(`decode` of a Pipeline, the shapes of the weights it takes); nothing is computed."""
+  create = vae.build_autoencoder(sizes, dtype=jnp.dtype(config.dtype))
+  model = jax.eval_shape(create, jax.random.key(0))
+  graphdef, _, abstract = models.lora.split_trainable(model, rank=1)  # nothing of it is trained
+  decode = functools.partial(vae.decode_chunked, graphdef, images_per_chunk=config.images_per_chunk)
+  return decode, abstract
 
 
 def _fetch(config):

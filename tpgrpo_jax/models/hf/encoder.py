@@ -60,6 +60,17 @@ class Table(NamedTuple):
   aliases: Callable[[Iterable[str]], dict[str, str]]
 
 
+def outline(create: Callable[[nnx.Rngs], nnx.Module], dtype: Any) -> tuple[Any, Any]:
+  """(graphdef, shapes of the weights as `load_encoder` stores them); nothing is computed."""
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+
+  def stored(path, leaf):
+    large = path[-1].key in ("kernel", "token_embedding")
+    return jax.ShapeDtypeStruct(leaf.shape, dtype if large else jnp.float32)
+
+  return graphdef, jax.tree_util.tree_map_with_path(stored, nnx.to_pure_dict(state))
+
+
 def load_encoder(
   folder: str | os.PathLike[str],
   table: Table,
@@ -87,13 +98,7 @@ def load_encoder(
     ValueError: a missing or unreadable file, or tensors that are missing, left over or misshapen; all
       are listed.
   """
-  graphdef, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
-
-  def stored(path, leaf):
-    large = path[-1].key in ("kernel", "token_embedding")
-    return jax.ShapeDtypeStruct(leaf.shape, dtype if large else jnp.float32)
-
-  abstract = jax.tree_util.tree_map_with_path(stored, nnx.to_pure_dict(state))
+  graphdef, abstract = outline(create, dtype)
   entries = table.names(config, {path: leaf.shape for path, leaf in flatten(abstract).items()})
   root = pathlib.Path(folder)
   weights = arrays.read_params(

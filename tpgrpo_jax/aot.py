@@ -1,0 +1,50 @@
+"""What a run would take: python -m tpgrpo_jax.aot --config configs/sd35m_ocr_tpgrpo.py --topology v5e:4x4"""
+
+import json
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from tpgrpo_jax import command, validation
+from tpgrpo_jax import config as config_lib
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "local", "A TPU slice in chips (v5e:4x4), cpu:N, or local: the devices at hand."
+)
+_MARGIN = flags.DEFINE_float(
+  "margin", 0.1, "Share of a device's memory that must stay free.", lower_bound=0, upper_bound=0.9
+)
+_CHOOSE = flags.DEFINE_bool("choose", True, "Choose mesh and microbatch too, and compile them.")
+_COMPILE = flags.DEFINE_bool(
+  "compile", True, "--nocompile counts what shapes alone tell, in seconds."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON line last.")
+
+
+def main(argv: list[str]) -> None:
+  """Parses, validates and calls."""
+  command.refuse_arguments(argv)
+  config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
+  validation.validate(config)
+  from tpgrpo_jax.training import forecast, hardware
+
+  topology = _TOPOLOGY.value
+  devices = hardware.open_topology(topology)
+  chip = hardware.find_chip(devices[0], topology)
+  options: dict[str, Any] = dict(chip=chip, margin=_MARGIN.value, compiles=_COMPILE.value)
+  print(f"{topology}: {len(devices)} x {devices[0].device_kind}", flush=True)
+  given = forecast.forecast(config, devices, **options)
+  print(forecast.render(given), flush=True)
+  chosen = None
+  if _CHOOSE.value and _COMPILE.value:
+    chosen = forecast.confirm(config, devices, given, **options)
+    print(forecast.render_choice(given, chosen))
+  if _JSON.value:
+    row = {"topology": topology, "devices": len(devices), "given": forecast.to_json(given)}
+    print(json.dumps(row | {"chosen": chosen and forecast.to_json(chosen)}))
+
+
+if __name__ == "__main__":
+  command.run(main)

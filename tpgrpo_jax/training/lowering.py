@@ -1,0 +1,281 @@
+"""A run's programs from shapes alone: nothing is loaded, and the devices need not exist."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import models, types
+from tpgrpo_jax.flow import completion
+from tpgrpo_jax.models import flux, hf, lora, mmdit, prompt_embedding, tiny, vae
+from tpgrpo_jax.training import build, pipeline, rollout, step
+from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import state as state_lib
+
+_VAE: dict[str, Any] = dict(
+  block_out_channels=(128, 256, 512, 512),
+  layers_per_block=2,
+  latent_channels=16,
+  use_quant_conv=False,
+  use_post_quant_conv=False,
+)
+# The released models of the recipes, as config.json on the hub has them: (transformer, autoencoder).
+HUB_SIZES: dict[str, tuple[models.Sizes, vae.VAEConfig]] = {
+  "stabilityai/stable-diffusion-3.5-medium": (
+    mmdit.MMDiTConfig(
+      num_layers=24,
+      num_attention_heads=24,
+      caption_projection_dim=1536,
+      pos_embed_max_size=384,
+      qk_norm="rms_norm",
+      dual_attention_layers=tuple(range(13)),
+    ),
+    vae.VAEConfig(scaling_factor=1.5305, shift_factor=0.0609, **_VAE),
+  ),
+  "black-forest-labs/FLUX.1-dev": (
+    flux.FluxConfig(guidance_embeds=True),
+    vae.VAEConfig(scaling_factor=0.3611, shift_factor=0.1159, **_VAE),
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A run on a mesh, with shapes in place of weights.
+
+  Attributes:
+    config: of the run.
+    mesh: of its devices.
+    model: its weights are jax.ShapeDtypeStruct with a sharding.
+    method: the run's own functions.
+    state: of training, likewise shapes.
+    reference: params of the adapter-free model; {} without a KL term.
+  """
+
+  config: config_lib.Config
+  mesh: jax.sharding.Mesh
+  model: build.Model
+  method: build.Method
+  state: state_lib.TrainState
+  reference: Any
+
+  @property
+  def microbatches(self) -> int:
+    """In an epoch."""
+    train = self.config.train
+    return train.prompts_per_epoch * train.group_size // train.microbatch
+
+  @property
+  def completions(self) -> completion.Plan | None:
+    """How the completions are packed."""
+    return build.build_plan(self.config, self.method, self.config.sampler.window[0])
+
+  @property
+  def images_per_sample(self) -> int:
+    """The trajectory's own, and those of its completions."""
+    return 1 if self.completions is None else self.method.window + 1
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(H, W, 3)."""
+    _, decoder = load_sizes(self.config)
+    height, width, _ = self.model.pipeline.latent_shape
+    scale = 1 if decoder is None else decoder.downscale
+    return height * scale, width * scale, 3
+
+  @property
+  def evaluations(self) -> int:
+    """Passes through the transformer in a rollout, one after the other."""
+    count, plan = self.config.sampler.num_steps, self.completions
+    if plan is None:
+      return count
+    length, lanes = plan.load.shape
+    return count + length * -(-lanes // (self.config.completion.lanes_per_chunk or max(lanes, 1)))
+
+
+def open_plan(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Plan:
+  """Binds the config as training does.
+
+  Raises:
+    ValueError: a mesh that does not divide the microbatch, or a model whose sizes are not known here.
+  """
+  mesh_lib.check_divides("train.microbatch", config.train.microbatch, mesh)
+  model = abstract_model(config, mesh)
+  method = build.build_method(config, model)
+  create = functools.partial(state_lib.init_state, optimizer=method.optimizer)
+  state = placed(mesh, jax.eval_shape(create, model.trainable))
+  reference = {}
+  if config.loss.kl_coef:
+    trained = {} if config.lora.rank else model.trainable
+    reference = {"frozen": model.frozen, "trainable": trained}
+  return Plan(config, mesh, model, method, state, reference)
+
+
+def load_sizes(config: config_lib.Config) -> tuple[models.Sizes, vae.VAEConfig | None]:
+  """Sizes of transformer and autoencoder: from the folder at model.path, or of a hub id from HUB_SIZES.
+
+  Raises:
+    ValueError: a hub id that is not in HUB_SIZES.
+  """
+  variant = models.MODELS[config.model.variant]
+  path = config.model.path or variant.path
+  if pathlib.Path(path).is_dir():
+    sizes: Any = hf.load_config(hf.resolve(path, subfolder="transformer"))
+    decoder: Any = hf.load_config(pathlib.Path(path) / "vae") if variant.pipeline else None
+    return sizes, decoder
+  if path not in HUB_SIZES:
+    raise ValueError(
+      f"model.path={path!r}: is no folder here, and nothing is fetched. Give a folder with the pipeline's "
+      f"config.json files (no weights are read), or one of {', '.join(HUB_SIZES)}."
+    )
+  return HUB_SIZES[path]
+
+
+def abstract_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> build.Model:
+  """What `build.build_model` makes, without weights."""
+  sizes, decoder_sizes = load_sizes(config)
+  structure = build.outline(config, sizes)
+  if config.lora.rank:
+    trainable = structure.adapters
+    base = lora.merge_trees(structure.base, structure.buffers)
+    frozen = _stored(base, config.model.dtype)
+  else:
+    trainable, frozen = structure.base, structure.buffers
+  surroundings = _abstract_pipeline(config, mesh, sizes, decoder_sizes)
+  return build.Model(
+    config=sizes,
+    velocity_fn=models.make_velocity_fn(structure.graphdef),
+    base_velocity_fn=models.make_velocity_fn(structure.base_graphdef),
+    frozen=placed(mesh, frozen),
+    trainable=placed(mesh, trainable),
+    pipeline=surroundings,
+  )
+
+
+def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
+  """`encode` gives shapes, of one prompt's embedding."""
+  if decoder_sizes is None:
+    encode = lambda prompts: tiny.encode(sizes, list(prompts))
+    decode = lambda decoder, latents: tiny.decode(latents)
+    return pipeline.Pipeline(tiny.LATENT_SHAPE, encode, decode, {})
+  family = models.MODELS[config.model.variant].pipeline
+  tokens = config.text.max_sequence_length or prompt_embedding.FAMILIES[family].max_sequence_length
+  tokens += 77 if family == "sd3" else 0  # CLIP's tokens stand before T5's, or zeros in their place
+  dtype = jnp.dtype(config.text.dtype)
+
+  def encode(prompts):
+    count = len(prompts)
+    return types.Condition(
+      jax.ShapeDtypeStruct((count, tokens, sizes.joint_attention_dim), dtype),  # pyright: ignore
+      jax.ShapeDtypeStruct((count, sizes.pooled_projection_dim), dtype),  # pyright: ignore
+    )
+
+  decode, abstract = pipeline.decoder_outline(config.vae, decoder_sizes)
+  decoder = placed(mesh, _stored(abstract, config.vae.dtype))
+  shape = pipeline.latent_shape(config.sampler, sizes, decoder_sizes)
+  return pipeline.Pipeline(shape, encode, decode, decoder)
+
+
+def rollout_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
+  """(jitted function, args, kwargs) of one microbatch: sampler, completions and decoding are one program."""
+  batch = plan.config.train.microbatch
+  sample = rollout.make_rollout_fn(plan.config, plan.model, plan.method)
+  assert isinstance(sample, functools.partial)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  group = divided(plan.mesh, jax.ShapeDtypeStruct((batch, 2), jnp.int32))
+  params = plan.model.params(plan.state.trainable)
+  start = plan.config.sampler.window[0]
+  args = (params, key, 0, group, condition(plan), start, plan.completions)
+  return sample.func, args, sample.keywords
+
+
+def update_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
+  """(jitted function, args, kwargs) of one optimizer update."""
+  batch, window = plan.config.train.microbatch, plan.method.window
+  share = plan.microbatches // plan.config.train.updates_per_epoch
+  pieces = step.Batch(
+    [trajectory(plan)] * share,
+    [condition(plan)] * share,
+    np.zeros((share, window, batch), np.float32),  # pyright: ignore[reportArgumentType]
+    np.ones((share, batch), np.float32),  # pyright: ignore[reportArgumentType]
+  )
+  args = (plan.state, plan.model.frozen, plan.reference, pieces)
+  return step.make_train_step(plan.config, plan.method), args, {}
+
+
+def condition(plan: Plan) -> Any:
+  """The shapes of a microbatch's embedded prompts."""
+  prompts = ["A"] * plan.config.train.microbatch
+  return divided(plan.mesh, build.build_condition(plan.config, plan.model, prompts))
+
+
+def trajectory(plan: Plan) -> types.Trajectory:
+  """The shapes of a microbatch's trajectory, divided as the sampler leaves it: along its samples."""
+  batch, window = plan.config.train.microbatch, plan.method.window
+  latent = plan.model.pipeline.latent_shape
+
+  def shape(*dims, spec) -> Any:
+    return jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(plan.mesh, spec))
+
+  states = shape(window, batch, *latent, spec=P(None, mesh_lib.BATCH))
+  log_prob = shape(window, batch, spec=P(None, mesh_lib.BATCH))
+  level, final = shape(window, spec=P()), shape(batch, *latent, spec=P(mesh_lib.BATCH))
+  return types.Trajectory(states, states, states, log_prob, level, level, final)
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes that a tree of shapes with shardings takes on one device; arrays without one are copied."""
+
+  def count(leaf):
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf, np.int32)
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+  return sum(count(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def bytes_read_per_pass(tree: Any) -> float:
+  """Bytes of weights that one pass through a model reads on a device: all but what "tensor" divides."""
+
+  def count(leaf):
+    tensor = any(axis == "tensor" for axis in leaf.sharding.spec)
+    whole = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    return whole / (leaf.sharding.mesh.shape["tensor"] if tensor else 1)
+
+  return sum(count(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _stored(tree, dtype):
+  """Floating-point weights in the dtype that they are loaded in."""
+
+  def cast(leaf):
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
+
+  return jax.tree.map(cast, tree)
+
+
+def placed(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Weights, moments or averages as the mesh's table lays them out."""
+  place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+  return jax.tree.map(place, tree, mesh_lib.param_shardings(mesh, tree))
+
+
+def divided(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Batches as processes.put_batch lays them out."""
+  copied, divided = NamedSharding(mesh, P()), mesh_lib.batch_sharding(mesh)
+
+  def place(leaf):
+    sharding = copied if leaf.shape[0] == 1 else divided
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(place, tree)
