@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import inspect
-import itertools
 import logging
 import math
 import numbers
@@ -179,7 +178,8 @@ def _run_host(functions, images, prompts, metadata, rows, patience):
 
 def _insist(label, function, images, prompts, metadata, patience):
   """`_score`, again after a failure that may pass."""
-  for attempt in itertools.count():
+  attempt = 0
+  while True:
     try:
       return _limit(patience.timeout, _score, label, function, images, prompts, metadata)
     except RewardError:
@@ -192,6 +192,7 @@ def _insist(label, function, images, prompts, metadata, patience):
           f"scoring.retries={patience.retries}), then start the same command again."
         ) from error
       wait = patience.backoff * 2**attempt
+      attempt += 1
       log.warning("reward %r: %s: %s; again in %.3g s", label, type(error).__name__, error, wait)
       time.sleep(wait)
 

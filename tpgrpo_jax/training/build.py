@@ -141,8 +141,10 @@ def build_model(
     frozen=frozen,
     trainable=trainable,
     pipeline=surroundings,
-    identity={"transformer": hf.fingerprint(folder)}
-    | (surroundings.identity if surroundings else {}),
+    identity={
+      "transformer": hf.fingerprint(folder),
+      **(surroundings.identity if surroundings else {}),
+    },
   )
 
 
