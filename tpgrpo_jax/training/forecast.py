@@ -217,7 +217,7 @@ def held_bytes(plan: lowering.Plan, phase: str) -> int:
   count = lowering.bytes_per_device
   piece = count((lowering.trajectory(plan), lowering.condition(plan)))
   scorers = {
-    f"reward {options['make']}": count(reward_program.program(plan, options)[1][1])
+    f"reward {options['make']}": count(reward_program.program(plan, options)[1][0])
     for options in reward_program.on_devices(plan.config)[0]
   }
   if phase in scorers:
@@ -265,7 +265,7 @@ def _reward_phases(plan, **options):
   for reward in reward_program.on_devices(plan.config)[0]:
     program = reward_program.program(plan, reward)
     name = f"reward {reward['make']}"
-    read = lowering.bytes_read_per_pass(program[1][1])
+    read = lowering.bytes_read_per_pass(program[1][0])
     yield _compile(name, plan, program, runs=plan.microbatches, read=read, **options)
 
 
@@ -335,14 +335,14 @@ def render(found: Forecast) -> str:
   axes = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
   lines = [
     f"mesh {axes}, microbatch {found.microbatch}",
-    f"{'':10}{'runs':>6}{'GiB on a device:':>18}{'arguments':>11}{'results':>9}{'temporary':>11}{'held':>7}"
+    f"{'':18}{'runs':>6}{'GiB on a device:':>18}{'arguments':>11}{'results':>9}{'temporary':>11}{'held':>7}"
     f"{'all':>8}{'FLOPs':>10}{'received':>10}{'at best':>10}  compiled in",
   ]
   for phase in found.phases:
     gib = lambda n, width: f"{n / GIB:{width}.2f}"
     best = "-" if phase.bound is None else f"{phase.bound.seconds:.3g} s"
     lines.append(
-      f"{phase.name:10}{phase.runs:6}{'':18}{gib(phase.arguments, 11)}{gib(phase.results, 9)}"
+      f"{phase.name:18}{phase.runs:6}{'':18}{gib(phase.arguments, 11)}{gib(phase.results, 9)}"
       f"{gib(phase.temporaries, 11)}{gib(phase.held, 7)}{gib(phase.total, 8)}{phase.flops:10.3g}"
       f"{gib(phase.traffic.total, 6)} GiB{best:>10}  {phase.compile_seconds:.0f} s"
     )

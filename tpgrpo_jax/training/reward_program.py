@@ -1,5 +1,6 @@
 """The rewards of the devices as shapes, so that they can be compiled without their weights."""
 
+import functools
 import pathlib
 from typing import Any
 
@@ -91,9 +92,9 @@ def program(plan: lowering.Plan, options: dict[str, Any]) -> tuple[Any, tuple, d
     jax.ShapeDtypeStruct((count, sizes.text.max_position_embeddings), jnp.int32),
   )
   batch = options.get("batch", towers.BATCH)
-  kwargs = {"batch": batch, "shards": mesh_lib.batch_shards(plan.mesh)}
-  args = (score, model.weights, lowering.divided(plan.mesh, arrays))
-  return towers.run_chunks, args, kwargs
+  shards = mesh_lib.batch_shards(plan.mesh)
+  run = functools.partial(towers.run_chunks, score, batch=batch, shards=shards)
+  return jax.jit(run), (model.weights, lowering.divided(plan.mesh, arrays)), {}
 
 
 def _sizes(options):
