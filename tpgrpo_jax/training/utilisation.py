@@ -5,20 +5,7 @@ from typing import Any
 import jax
 
 from tpgrpo_jax import flops
-
-# device_kind -> dense bfloat16 FLOP/s of one device. Sources: NVIDIA's and Google Cloud's data sheets.
-PEAKS = {
-  "NVIDIA A100-SXM4-40GB": 312e12,
-  "NVIDIA A100-SXM4-80GB": 312e12,
-  "NVIDIA H100 80GB HBM3": 989e12,
-  "NVIDIA H200": 989e12,
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-}
-
+from tpgrpo_jax.training import hardware
 
 class Meter:
   """Counts the operations of each phase's program once, from shapes alone."""
@@ -34,17 +21,17 @@ class Meter:
   def row(self, seconds: dict[str, float]) -> dict[str, float]:
     """Metrics of one epoch: time/<phase>_teraflops, a second, all devices, and time/<phase>_utilisation.
 
-    The latter, the share of the devices' bfloat16 peak, only where PEAKS knows them. Counted are matrix
+    The latter, the share of the devices' bfloat16 peak, only where hardware.CHIPS knows them. Counted are matrix
     products and convolutions that run, those that rematerialisation repeats among them.
 
     Args:
       seconds: phase -> time.
     """
-    peak = PEAKS.get(jax.devices()[0].device_kind)
+    chip = hardware.find_chip(jax.devices()[0])
     result = {}
     for phase, operations in self._counted.items():
       rate = operations / seconds[phase]
       result[f"time/{phase}_teraflops"] = rate / 1e12
-      if peak:
-        result[f"time/{phase}_utilisation"] = rate / (peak * jax.device_count())
+      if chip:
+        result[f"time/{phase}_utilisation"] = rate / (chip.flops * jax.device_count())
     return result
