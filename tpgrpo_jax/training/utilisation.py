@@ -7,6 +7,7 @@ import jax
 from tpgrpo_jax import flops
 from tpgrpo_jax.training import hardware
 
+
 class Meter:
   """Counts the operations of each phase's program once, from shapes alone."""
 
@@ -21,8 +22,8 @@ class Meter:
   def row(self, seconds: dict[str, float]) -> dict[str, float]:
     """Metrics of one epoch: time/<phase>_teraflops, a second, all devices, and time/<phase>_utilisation.
 
-    The latter, the share of the devices' bfloat16 peak, only where hardware.CHIPS knows them. Counted are matrix
-    products and convolutions that run, those that rematerialisation repeats among them.
+    The latter is the share of the devices' bfloat16 peak, where hardware.CHIPS knows them. Counted are
+    matrix products and convolutions that run, those that rematerialisation repeats among them.
 
     Args:
       seconds: phase -> time.
