@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from tpgrpo_jax import rewards
-from tpgrpo_jax.training import checkpoint, history, loop, metrics
+from tpgrpo_jax.training import checkpoint, history, metrics
 from tpgrpo_jax.training import session as session_lib
 
 HERE = pathlib.Path(__file__).parent
@@ -154,7 +154,7 @@ def contents(run: pathlib.Path) -> tuple[dict[str, np.ndarray], list[dict]]:
   config = history.load_run_config(run)
   session = session_lib.open_session(config)
   with jax.set_mesh(session.mesh):
-    abstract = loop._abstract(session_lib.init_state(session))
+    abstract = session_lib.abstract_state(session)
     with checkpoint.RunCheckpoints(run, read_only=True) as checkpoints:
       state, _ = checkpoints.restore(abstract)
   arrays = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(state)}

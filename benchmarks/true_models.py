@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.models import flux, lora, mmdit
-from tpgrpo_jax.training import build, pipeline, step
+from tpgrpo_jax.training import build, lowering, pipeline, step
 from tpgrpo_jax.training import state as state_lib
 
 
@@ -61,20 +61,17 @@ class TrueModel:
 
 TRUE_MODELS = {
   "sd35_medium": TrueModel(
-    mmdit.MMDiTConfig(
-      num_layers=24,
-      num_attention_heads=24,
-      caption_projection_dim=1536,
-      pos_embed_max_size=384,
-      qk_norm="rms_norm",
-      dual_attention_layers=tuple(range(13)),
-    ),
+    lowering.HUB_SIZES["stabilityai/stable-diffusion-3.5-medium"][0],
     tokens=333,
     num_steps=10,
     guidance_scale=4.5,
   ),
   "flux_dev": TrueModel(
-    flux.FluxConfig(guidance_embeds=True), tokens=512, num_steps=6, guidance_scale=1.0, guidance=3.5
+    lowering.HUB_SIZES["black-forest-labs/FLUX.1-dev"][0],
+    tokens=512,
+    num_steps=6,
+    guidance_scale=1.0,
+    guidance=3.5,
   ),
 }
 

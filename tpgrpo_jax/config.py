@@ -75,7 +75,7 @@ class Text:
     max_sequence_length: T5 tokens a prompt; 0 is the pipeline's own (SD3 256, FLUX.1 512).
     t5: False leaves T5 out, as SD3 allows.
     dtype: of the encoders and the embeddings.
-    device: "mesh" divides them over the mesh, "cpu" keeps them on the host.
+    device: "mesh" divides them over each process's own devices, "cpu" keeps them on the host.
     cache: folder of embeddings that runs share; empty for ~/.cache/tpgrpo_jax/prompts.
   """
 

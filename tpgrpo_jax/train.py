@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     row = loop.train(config)
   except preemption.Preempted:
     print(f"{config.run.dir}: saved, as asked. The same command goes on.", file=sys.stderr)
-    sys.exit(preemption.EXIT_CODE)
+    preemption.leave()
   if processes.is_first():
     print({k: round(v, 4) for k, v in row.items()})
 

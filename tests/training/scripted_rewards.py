@@ -9,6 +9,7 @@ import numpy as np
 
 from tpgrpo_jax.types import StepCredit
 
+HUNG = []  # when a call began to hang
 VARIABLE = "SCRIPTED_REWARD"  # "what:n": what to do in the n-th call, counted from 0
 
 
@@ -29,8 +30,11 @@ def make():
       return scores, {}
     if what == "kill":
       os.kill(os.getpid(), signal.SIGKILL)
-    if what == "term":
+    if what in ("term", "term_and_hang"):
       os.kill(os.getpid(), signal.SIGTERM)
+    if what == "term_and_hang":
+      HUNG.append(time.monotonic())
+      time.sleep(30)
     if what == "hang":
       time.sleep(30)
     if what == "raise":

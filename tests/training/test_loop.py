@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ def final_state(config):
   """The arrays of the last checkpoint, by name."""
   session = session_lib.open_session(config)
   with jax.set_mesh(session.mesh):
-    abstract = loop._abstract(session_lib.init_state(session))
+    abstract = session_lib.abstract_state(session)
     with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as checkpoints:
       restored, extra = checkpoints.restore(abstract)
   assert extra["epoch"] == config.train.epochs
@@ -116,13 +117,16 @@ def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
   assert_same_run(config, uninterrupted)
 
 
+@pytest.mark.parametrize("what", ["term", "term_and_hang"])
 def test_run_that_is_asked_to_end_saves_and_goes(
-  uninterrupted, make_config, one_device, monkeypatch
+  what, uninterrupted, make_config, one_device, monkeypatch
 ):
   config = make_config({"checkpoint.every": 10})
-  script(monkeypatch, f"term:{1 + CHUNKS + 2}")  # in the second epoch
+  script(monkeypatch, f"{what}:{1 + CHUNKS + 2}")  # in the second epoch
   with pytest.raises(preemption.Preempted):
     loop.train(config)
+  if what == "term_and_hang":
+    assert time.monotonic() - scripted_rewards.HUNG.pop() < 25  # not the 30 s that the reward hangs
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
     assert kept.steps() == [1]
   script(monkeypatch, "")

@@ -79,7 +79,7 @@ def final_state(config):
   """The last checkpoint on this process's own first device."""
   session = session_lib.open_session(config)
   with jax.set_mesh(session.mesh):
-    abstract = loop._abstract(session_lib.init_state(session))
+    abstract = session_lib.abstract_state(session)
     with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as checkpoints:
       restored, _ = checkpoints.restore(abstract)
   return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(restored)}

@@ -1,6 +1,7 @@
 """One epoch, as the box in the paper has it: sample, score, credit, update."""
 
 from collections.abc import Callable
+from concurrent import futures
 import dataclasses
 import pathlib
 import time
@@ -43,7 +44,9 @@ def sample_epoch(
   session: session_lib.Session,
   state: state_lib.TrainState,
   epoch: int,
-  on_chunk: Callable[[BaseException | None], Any] = lambda failure: None,
+  on_chunk: Callable[[futures.Future | None], Any] = lambda scoring: (
+    scoring and scoring.exception()
+  ),
 ) -> Sampled:
   """Rollout, rewards and credit; `state` stays as it is.
 
@@ -51,7 +54,7 @@ def sample_epoch(
     session: of the run.
     state: before the epoch.
     epoch: its number, from 0.
-    on_chunk: called between microbatches with what went wrong in scoring; raises to end the epoch.
+    on_chunk: called between microbatches with a scoring to wait for; raises to end the epoch.
   """
   config, method = session.config, session.method
   began = time.perf_counter()
@@ -72,9 +75,9 @@ def sample_epoch(
   hidden = None if processes.is_first() else True  # None: hidden where nobody looks
   with tqdm.tqdm(total=len(prompts), desc="rollout", leave=False, disable=hidden) as bar:
 
-    def report(count, failure):
+    def report(count, scoring):
       bar.update(count)
-      on_chunk(failure)
+      on_chunk(scoring)
 
     rolled = rollout.collect(
       config, session.model, session.mesh, sample, session.reward_fn, prompts, report

@@ -59,15 +59,16 @@ def _train_in_folder(session):
 def _restore_or_start(session, checkpoints):
   """(state, totals) of the newest checkpoint, or of a run that begins."""
   config, run_dir = session.config, session.config.run.dir
-  state = session_lib.init_state(session)
-  totals = {"epoch": 0, "evaluations": 0, "samples": 0, "seconds": 0.0}
   model = f"model.path={config.model.path!r}"
   weights = {part: (model, name) for part, name in session.model.identity.items()}
   files = weights | {
     "prompts": (f"prompts.path={config.prompts.path!r}", session.train_prompts.identity)
   }
-  if checkpoints.latest() is not None:
-    state, totals = checkpoints.restore(_abstract(state))
+  if checkpoints.latest() is None:
+    state = session_lib.init_state(session)
+    totals = {"epoch": 0, "evaluations": 0, "samples": 0, "seconds": 0.0}
+  else:
+    state, totals = checkpoints.restore(session_lib.abstract_state(session))
     for name, (field, identity) in files.items():
       if totals.get(name, identity) != identity:
         raise ValueError(
@@ -77,10 +78,6 @@ def _restore_or_start(session, checkpoints):
     if processes.is_first():
       tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")
   return state, totals | {name: identity for name, (_, identity) in files.items()}
-
-
-def _abstract(state):
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def _train(session, state, totals, checkpoints, sink, run_dir, notice):

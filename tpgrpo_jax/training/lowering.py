@@ -15,7 +15,7 @@ import numpy as np
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.flow import completion
-from tpgrpo_jax.models import flux, hf, lora, mmdit, prompt_embedding, tiny, vae
+from tpgrpo_jax.models import flux, hf, lora, mmdit, prompt_embedding, quantize, vae
 from tpgrpo_jax.training import build, pipeline, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
@@ -110,8 +110,7 @@ def open_plan(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Plan:
   mesh_lib.check_divides("train.microbatch", config.train.microbatch, mesh)
   model = abstract_model(config, mesh)
   method = build.build_method(config, model)
-  create = functools.partial(state_lib.init_state, optimizer=method.optimizer)
-  state = placed(mesh, jax.eval_shape(create, model.trainable))
+  state = state_lib.abstract_state(model.trainable, method.optimizer, mesh)
   reference = {}
   if config.loss.kl_coef:
     trained = {} if config.lora.rank else model.trainable
@@ -147,6 +146,8 @@ def abstract_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> build.
     trainable = structure.adapters
     base = lora.merge_trees(structure.base, structure.buffers)
     frozen = _stored(base, config.model.dtype)
+    if config.model.quantize:
+      frozen = quantize.quantize(frozen, config.model.quantize)
   else:
     trainable, frozen = structure.base, structure.buffers
   surroundings = _abstract_pipeline(config, mesh, sizes, decoder_sizes)
@@ -154,8 +155,8 @@ def abstract_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> build.
     config=sizes,
     velocity_fn=models.make_velocity_fn(structure.graphdef),
     base_velocity_fn=models.make_velocity_fn(structure.base_graphdef),
-    frozen=placed(mesh, frozen),
-    trainable=placed(mesh, trainable),
+    frozen=mesh_lib.abstract(mesh, frozen),
+    trainable=mesh_lib.abstract(mesh, trainable),
     pipeline=surroundings,
   )
 
@@ -163,9 +164,7 @@ def abstract_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> build.
 def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
   """`encode` gives shapes, of one prompt's embedding."""
   if decoder_sizes is None:
-    encode = lambda prompts: tiny.encode(sizes, list(prompts))
-    decode = lambda decoder, latents: tiny.decode(latents)
-    return pipeline.Pipeline(tiny.LATENT_SHAPE, encode, decode, {})
+    return pipeline.tiny_pipeline(sizes)
   family = models.MODELS[config.model.variant].pipeline
   tokens = config.text.max_sequence_length or prompt_embedding.FAMILIES[family].max_sequence_length
   tokens += 77 if family == "sd3" else 0  # CLIP's tokens stand before T5's, or zeros in their place
@@ -179,7 +178,7 @@ def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
     )
 
   decode, abstract = pipeline.decoder_outline(config.vae, decoder_sizes)
-  decoder = placed(mesh, _stored(abstract, config.vae.dtype))
+  decoder = mesh_lib.abstract(mesh, _stored(abstract, config.vae.dtype))
   shape = pipeline.latent_shape(config.sampler, sizes, decoder_sizes)
   return pipeline.Pipeline(shape, encode, decode, decoder)
 
@@ -262,12 +261,6 @@ def _stored(tree, dtype):
     return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
 
   return jax.tree.map(cast, tree)
-
-
-def placed(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-  """Weights, moments or averages as the mesh's table lays them out."""
-  place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
-  return jax.tree.map(place, tree, mesh_lib.param_shardings(mesh, tree))
 
 
 def divided(mesh: jax.sharding.Mesh, tree: Any) -> Any:

@@ -22,15 +22,16 @@ BATCH = ("data", "fsdp")  # the axes that a batch of samples is divided over
 # itself, so no division of the kernel's rows fits both: its columns are divided.
 _BLOCKS = r"\b(blocks_\d+|(single_)?transformer_blocks)\."
 _COLUMNS = r".*(linear_1|to_q|to_k|to_v|_proj|linear|proj_mlp|proj_out)"
+_QUANTIZED = r"(\.codes|\.scale)?"  # of models.quantize, in a kernel's place
 RULES = (
-  (r"(to_out|to_add_out|linear_2)\.kernel$", P("tensor", "fsdp")),
-  (rf"{_BLOCKS}{_COLUMNS}\.kernel$", P("fsdp", "tensor")),
+  (rf"(to_out|to_add_out|linear_2)\.kernel{_QUANTIZED}$", P("tensor", "fsdp")),
+  (rf"{_BLOCKS}{_COLUMNS}\.kernel{_QUANTIZED}$", P("fsdp", "tensor")),
   (rf"{_BLOCKS}{_COLUMNS}\.bias$", P("tensor")),
   (r"(to_out|to_add_out|linear_2)\.lora_a$", P("tensor", None)),
   (r"(to_out|to_add_out|linear_2)\.lora_b$", P(None, "fsdp")),
   (r"\.lora_a$", P("fsdp", None)),
   (r"\.lora_b$", P(None, "tensor")),
-  (r"\.kernel$", P("fsdp", None)),
+  (rf"\.kernel{_QUANTIZED}$", P("fsdp", None)),
 )
 
 
@@ -98,6 +99,12 @@ def make_placement(mesh: jax.sharding.Mesh) -> types.Placement:
     functools.partial(param_shardings, mesh),
     functools.partial(processes.put_batch, mesh),
   )
+
+
+def abstract(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """The shapes of a tree of weights, moments or averages, laid out by RULES; nothing is allocated."""
+  place = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)
+  return jax.tree.map(place, tree, param_shardings(mesh, tree))
 
 
 def _spec(name):

@@ -63,16 +63,22 @@ def open_pipeline(
       f"text of width {sizes.joint_attention_dim}; model.variant='tiny' paints gray pixels and reads bytes. "
       "Use model.variant='sd3'."
     )
-  encode = functools.partial(tiny.encode, sizes)
+  around = tiny_pipeline(sizes)
   texts = list(dict.fromkeys(prompts))
   for first in range(0, len(texts), 512):
-    encode(texts[first : first + 512])  # says which prompt is too long
+    around.encode(texts[first : first + 512])  # says which prompt is too long
   size = (config.sampler.height, config.sampler.width)
   if any(size) and size != tiny.LATENT_SHAPE[:2]:
     raise ValueError(
       f"sampler.height={size[0]}, sampler.width={size[1]}: the model 'tiny' paints 24 x 48 pixels. "
       "Leave both 0."
     )
+  return around
+
+
+def tiny_pipeline(sizes: models.mmdit.MMDiTConfig) -> Pipeline:
+  """Of the built-in model, which reads bytes and paints pixels itself."""
+  encode = functools.partial(tiny.encode, sizes)
   return Pipeline(tiny.LATENT_SHAPE, encode, lambda decoder, latents: tiny.decode(latents), {})
 
 

@@ -1,8 +1,12 @@
 """A run that is asked to end (SIGTERM) saves and goes; one that fails in a reward saves and stops."""
 
 from collections.abc import Iterator
+from concurrent import futures
 import contextlib
+import os
 import signal
+import sys
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -43,17 +47,28 @@ def watch() -> Iterator[Notice]:
     signal.signal(signal.SIGTERM, before)
 
 
-def agree(notice: Notice, failure: BaseException | None = None) -> None:
+def leave() -> NoReturn:
+  """Ends the process with EXIT_CODE, everything being saved and closed."""
+  if jax.process_count() > 1:
+    sys.exit(EXIT_CODE)  # by way of JAX's farewell to the other processes
+  sys.stderr.flush()
+  os._exit(EXIT_CODE)  # without waiting for the thread of a reward that hangs
+
+
+def agree(notice: Notice, scoring: futures.Future | None = None) -> None:
   """Ends the epoch in all processes alike; every process calls it at the same places.
 
   Args:
     notice: of this process.
-    failure: what went wrong in this process, such as a reward that gave up.
+    scoring: waited for, unless this process is asked to end meanwhile; it may have failed.
 
   Raises:
     Preempted: any process was asked to end.
-    BaseException: the failure, or a RuntimeError where another process has one.
+    BaseException: of the scoring, or a RuntimeError where another process has one.
   """
+  while scoring is not None and not notice.given and not scoring.done():
+    futures.wait([scoring], timeout=0.2)
+  failure = scoring.exception() if scoring is not None and scoring.done() else None
   if jax.process_count() == 1:
     asked, failed = notice.given, failure is not None
   else:

@@ -97,8 +97,7 @@ def _make_evaluate(config, graphdef, buffers, mesh):
   """The evaluation of a training run, on the base model."""
   run = config_lib.Config(model=config.model, eval=config.eval)
   velocity_fn = models.make_velocity_fn(graphdef)
-  encode = functools.partial(tiny.encode, tiny.CONFIG)
-  around = pipeline.Pipeline(tiny.LATENT_SHAPE, encode, lambda _, x: tiny.decode(x), {})
+  around = pipeline.tiny_pipeline(tiny.CONFIG)
   model = build.Model(tiny.CONFIG, velocity_fn, velocity_fn, buffers, {}, around)
   prompts = prompts_lib.load_prompts("words", "", "test")
   prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]

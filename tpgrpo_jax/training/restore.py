@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import logging
 import os
 from typing import Any, NamedTuple
@@ -92,7 +91,9 @@ def open_model(
     # The checkpoint holds the adapters: the file that the run began from need not be there.
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, path=""))
     model = build.build_model(fresh, mesh, prompts)
-    state, extra = checkpoints.restore(_abstract_state(config, mesh, model))
+    optimizer = state_lib.make_optimizer(config.optimizer)
+    abstract = state_lib.abstract_state(model.trainable, optimizer, mesh)
+    state, extra = checkpoints.restore(abstract)
   for part, identity in model.identity.items():
     if extra.get(part, identity) != identity:
       raise ValueError(
@@ -126,15 +127,3 @@ def mesh_here(config: config_lib.Config) -> jax.sharding.Mesh:
   except ValueError:
     log.info("the run's mesh %s does not fit %d devices", config.mesh, jax.device_count())
     return mesh_lib.make_mesh(config_lib.Mesh())
-
-
-def _abstract_state(config, mesh, model):
-  """Shapes and layout of the run's state; nothing is allocated."""
-  optimizer = state_lib.make_optimizer(config.optimizer)
-  create = functools.partial(state_lib.init_state, optimizer=optimizer)
-  shapes = jax.eval_shape(create, model.trainable)
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes,
-    mesh_lib.param_shardings(mesh, shapes),
-  )

@@ -84,7 +84,7 @@ def program(plan: lowering.Plan, options: dict[str, Any]) -> tuple[Any, tuple, d
   dtype = towers.DTYPES[options.get("dtype", "float32")]
   create = lambda rngs: clip.CLIP(sizes, dtype=dtype, rngs=rngs)
   graphdef, abstract = encoder.outline(create, dtype)
-  model = encoder.Encoder(sizes, graphdef, lowering.placed(plan.mesh, abstract))
+  model = encoder.Encoder(sizes, graphdef, mesh_lib.abstract(plan.mesh, abstract))
   score = towers.text_image_score(model, preprocess.clip_pixels, _SCORES[options["make"]])
   count = plan.config.train.microbatch * plan.images_per_sample
   arrays = (

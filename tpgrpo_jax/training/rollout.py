@@ -104,7 +104,9 @@ def collect(
   rollout_fn: Callable[..., tuple[types.Trajectory, jax.Array]],
   reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
-  on_chunk: Callable[[int, BaseException | None], Any] = lambda done, failure: None,
+  on_chunk: Callable[[int, futures.Future | None], Any] = lambda done, scoring: (
+    scoring and scoring.exception()
+  ),
 ) -> Rollout:
   """Samples and scores an epoch; rewards of one microbatch run while the device does the next.
 
@@ -115,16 +117,17 @@ def collect(
     rollout_fn: (chunk number, group [B, 2], condition) -> (Trajectory, images).
     reward_fn: the weighted sum of the run's rewards; of several processes each scores its own samples.
     prompts: [B] prompt-major, every prompt K times.
-    on_chunk: called after each microbatch is under way with the number of its samples and with what
-      went wrong in scoring, if anything did; it raises to end the epoch. By default what went wrong is
-      raised at the end.
+    on_chunk: called after each microbatch is under way with the number of its samples and with the
+      scoring of the one before, and after the last with 0 and its own scoring; it waits for that, and
+      raises to end the epoch. By default what went wrong is raised at the end.
   """
   began = time.perf_counter()
   size, group_size = config.train.microbatch, config.train.group_size
   index = np.arange(len(prompts))
   group = np.stack([index // group_size, index % group_size], axis=1).astype(np.int32)
   trajectories, conditions, pending = [], [], []
-  with futures.ThreadPoolExecutor(1) as scorer:
+  scorer = futures.ThreadPoolExecutor(1)
+  try:
     for chunk, first in enumerate(range(0, len(prompts), size)):
       part = slice(first, first + size)
       texts = [p.text for p in prompts[part]]
@@ -136,11 +139,13 @@ def collect(
       job = _begin_scoring(reward_fn, images, prompts[part], keep=max(0, KEPT - first))
       pending.append(scorer.submit(job))
       # Two microbatches at most are under way, so that images do not pile up on the device.
-      on_chunk(len(texts), pending[chunk - 1].exception() if chunk else None)
+      on_chunk(len(texts), pending[chunk - 1] if chunk else None)
     jax.block_until_ready(trajectories)
     device_done = time.perf_counter()
-    on_chunk(0, pending[-1].exception())
+    on_chunk(0, pending[-1])
     scored = [job.result() for job in pending]
+  finally:  # without waiting: whoever ends an epoch early does not wait for a reward that hangs
+    scorer.shutdown(wait=False, cancel_futures=True)
   total, by_label, images, statistics = processes.sum_over(_concatenate(scored))
   finished = time.perf_counter()
   return Rollout(

@@ -129,10 +129,13 @@ def _reference(config, model):
   return {"frozen": model.frozen, "trainable": jax.tree.map(jax.numpy.copy, model.trainable)}
 
 
+def abstract_state(session: Session) -> state_lib.TrainState:
+  """What a checkpoint of the run is restored into."""
+  return state_lib.abstract_state(session.model.trainable, session.method.optimizer, session.mesh)
+
+
 def init_state(session: Session) -> state_lib.TrainState:
   """The state before the first update, on the mesh."""
   create = functools.partial(state_lib.init_state, optimizer=session.method.optimizer)
-  shardings = mesh_lib.param_shardings(
-    session.mesh, jax.eval_shape(create, session.model.trainable)
-  )
-  return jax.jit(create, out_shardings=shardings)(session.model.trainable)
+  layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(session))
+  return jax.jit(create, out_shardings=layout)(session.model.trainable)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.training import mesh as mesh_lib
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +45,13 @@ def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> Train
   """The state before the first update; pure, so jax.eval_shape serves it."""
   copy = lambda: jax.tree.map(jnp.copy, trainable)  # each is donated, and a buffer only once
   return TrainState(copy(), copy(), optimizer.init(trainable), jnp.zeros((), jnp.int32))
+
+
+def abstract_state(
+  trainable: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """The state's shapes and layout, what a checkpoint is restored into; nothing is allocated."""
+  return mesh_lib.abstract(mesh, jax.eval_shape(lambda t: init_state(t, optimizer), trainable))
 
 
 def apply_gradients(
