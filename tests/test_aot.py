@@ -299,3 +299,14 @@ def test_a_refusal_for_want_of_memory_is_read_and_others_are_raised():
   assert (said, temporaries) == ("Used 20.50G of 15.75G hbm", round(19.5 * 2**30))
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
     forecast.read_refusal(jax.errors.JaxRuntimeError("INTERNAL: something else"), 0)
+
+
+def test_quantised_weights_take_less_of_a_device():
+  base = config_lib.Config(lora=config_lib.Lora(rank=2, alpha=4.0))
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  sizes = {}
+  for kind in ("", "int8"):
+    model = dataclasses.replace(base.model, quantize=kind, remat="full")
+    plan = lowering.open_plan(dataclasses.replace(base, model=model), mesh)
+    sizes[kind] = lowering.bytes_per_device(plan.model.frozen)
+  assert sizes["int8"] < 0.5 * sizes[""]

@@ -280,6 +280,14 @@ def test_prompt_that_the_model_cannot_read_is_refused_at_the_start(make_config, 
     session_lib.open_session(make_config({"prompts.path": str(tmp_path)}))
 
 
+def test_prompt_that_a_reward_cannot_score_is_refused_at_the_start(make_config, tmp_path):
+  (tmp_path / "train.txt").write_text('ANT\nA ""\n')
+  (tmp_path / "test.txt").write_text("BEE\n")
+  config = make_config({"prompts.path": str(tmp_path), "rewards": {"ocr": 1.0}})
+  with pytest.raises(ValueError, match="the text to render is empty"):
+    session_lib.open_session(config)
+
+
 def test_run_folder_of_another_config_is_refused_with_both_values(
   uninterrupted, make_config, one_device
 ):
