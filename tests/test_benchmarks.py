@@ -31,6 +31,7 @@ def test_compile_time_compares_scanned_with_unrolled_blocks():
   assert line["ratio"] > 0 and line["phases"].keys() == {"scanned", "unrolled"}
 
 
+@pytest.mark.slow
 def test_quantize_reports_both_kinds():
   lines = run("quantize", "--small", "--blocks=1")
   assert [line["kind"] for line in lines] == ["int8", "nf4"]
@@ -38,6 +39,7 @@ def test_quantize_reports_both_kinds():
   assert all(line["gib"][line["kind"]] <= line["gib"]["bfloat16"] for line in lines)
 
 
+@pytest.mark.slow
 def test_accelerator_measures_a_small_model_on_a_cpu():
   lines = run(
     "accelerator", "--small", "--model=flux_dev", "--batch=1", "--repeats=1", "--no-torch"
