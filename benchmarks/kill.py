@@ -122,14 +122,13 @@ def start(run: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
 
 def end_life(process, moment, run, folder, life, rng, counts, waits) -> bool:
   """Ends one life at its moment; True when the run had come to its end before."""
-  pause = rng.uniform(0.0, life)
-  deadline = time.monotonic() + pause
+  began, pause = time.monotonic(), rng.uniform(0.0, life)
   due = {
     "none": lambda: False,
-    "random": lambda: time.monotonic() > deadline,
-    "term": lambda: time.monotonic() > deadline and (folder / "mark").exists(),
-    "write": lambda: time.monotonic() > deadline / 2 and any(run.glob("checkpoints/*tmp*")),
-    "reward": lambda: (folder / "mark").exists() and time.monotonic() > deadline,
+    "random": lambda: time.monotonic() > began + pause,
+    "term": lambda: time.monotonic() > began + pause and (folder / "mark").exists(),
+    "write": lambda: time.monotonic() > began + pause / 2 and any(run.glob("checkpoints/*tmp*")),
+    "reward": lambda: time.monotonic() > began + pause and (folder / "mark").exists(),
   }[moment]
   while process.poll() is None:
     if not due():
