@@ -2,9 +2,8 @@
 
 python benchmarks/kill.py --kills 100
 
-Each life of a run ends by SIGKILL: at a random moment (imports and compilation included), while a
-checkpoint is being written, or inside the reward; one in twenty by SIGTERM, which must save and be gone
-within 60 s. A run that ends in spite of it is compared bit for bit: parameters, optimizer, EMA and every
+Each life of a run ends by SIGKILL: at a random moment, during compilation, while a checkpoint is being
+written, or inside the reward; one in twenty by SIGTERM, which must save and be gone within 60 s. A run that ends in spite of it is compared bit for bit: parameters, optimizer, EMA and every
 metric but times; then another begins, until there were enough kills. The last line is JSON; the exit
 status is 1 when anything differed.
 """
@@ -45,7 +44,8 @@ FIELDS = {
   "log.images_every": 0,
   "rewards": "{'ocr': {'weight': 1.0, 'make': 'kill:make'}}",
 }
-MOMENTS = ("random", "write", "reward", "random", "write")
+MOMENTS = ("random", "compile", "write", "reward")
+COMPILES = ("jit(rollout)", "jit(sample)", "jit(train_step)")  # the programs that take seconds
 
 
 def make():
@@ -77,9 +77,12 @@ def main() -> None:
 def kill_runs(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
   """Counts by kind of what happened."""
   began = time.monotonic()
-  whole = folder / "whole"
-  start(whole, folder).wait()
-  wanted, life = contents(whole), time.monotonic() - began
+  start(folder / "whole", folder).wait()
+  wanted, compiled = contents(folder / "whole"), time.monotonic()
+  start(folder / "again", folder).wait()  # as long as a life is that finds its programs compiled
+  life = time.monotonic() - compiled
+  if again := compare(contents(folder / "again"), wanted):
+    raise RuntimeError(f"two runs that nobody killed differ: {again}")
   counts, waits, differences, runs = collections.Counter(), [], [], 0
   while sum(counts.values()) < kills:
     run = folder / "killed"
@@ -89,7 +92,7 @@ def kill_runs(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
     while not ended:
       enough = sum(counts.values()) >= kills
       moment = "none" if enough else "term" if rng.random() < 0.05 else rng.choice(MOMENTS)
-      process = start(run, folder)
+      process = start(run, folder, moment)
       ended = end_life(process, moment, run, folder, life, rng, counts, waits)
       print(f"run {runs}: {dict(counts)}", file=sys.stderr, flush=True)
     differences += [f"run {runs}: {line}" for line in compare(contents(run), wanted)]
@@ -104,17 +107,21 @@ def kill_runs(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
   }
 
 
-def start(run: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
-  """The real command."""
+def start(run: pathlib.Path, folder: pathlib.Path, moment: str = "none") -> subprocess.Popen:
+  """The real command; it compiles anew where it shall die of it."""
   mark = folder / "mark"
   mark.unlink(missing_ok=True)
-  fields = FIELDS | {"run.dir": run, "run.programs": folder / "programs"}
+  shutil.rmtree(folder / "compile", ignore_errors=True)
+  programs = folder / ("compile" if moment == "compile" else "programs")
+  fields = FIELDS | {"run.dir": run, "run.programs": programs}
   options = [f"--config.{name}={value}" for name, value in fields.items()]
   recipe = HERE.parent / "configs" / "tiny_text_tpgrpo.py"
   return subprocess.Popen(
     [sys.executable, "-m", "tpgrpo_jax.train", "--config", str(recipe), *options],
     cwd=HERE.parent,
-    env=os.environ | {"KILL_MARK": str(mark), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"},
+    env=os.environ
+    | {"KILL_MARK": str(mark), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    | ({"JAX_LOG_COMPILES": "1"} if moment == "compile" else {}),
     stdout=subprocess.DEVNULL,
     stderr=open(folder / "stderr.txt", "w"),
   )
@@ -123,10 +130,12 @@ def start(run: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen:
 def end_life(process, moment, run, folder, life, rng, counts, waits) -> bool:
   """Ends one life at its moment; True when the run had come to its end before."""
   began, pause = time.monotonic(), rng.uniform(0.0, life)
+  log, program = folder / "stderr.txt", rng.choice(COMPILES)
   due = {
     "none": lambda: False,
     "random": lambda: time.monotonic() > began + pause,
     "term": lambda: time.monotonic() > began + pause and (folder / "mark").exists(),
+    "compile": lambda: f"Compiling {program}" in log.read_text() and rng.random() < 0.001,
     "write": lambda: time.monotonic() > began + pause / 2 and any(run.glob("checkpoints/*tmp*")),
     "reward": lambda: time.monotonic() > began + pause and (folder / "mark").exists(),
   }[moment]
