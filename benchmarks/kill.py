@@ -3,9 +3,10 @@
 python benchmarks/kill.py --kills 100
 
 Each life of a run ends by SIGKILL: at a random moment, during compilation, while a checkpoint is being
-written, or inside the reward; one in twenty by SIGTERM, which must save and be gone within 60 s. A run that ends in spite of it is compared bit for bit: parameters, optimizer, EMA and every
-metric but times; then another begins, until there were enough kills. The last line is JSON; the exit
-status is 1 when anything differed.
+written, or inside the reward; one in twenty by SIGTERM, which must save and be gone within 60 s. A run
+that ends in spite of it is compared bit for bit: parameters, optimizer, EMA and every metric but times;
+then another begins, until there were enough kills. The last line is JSON; the exit status is 1 when
+anything differed.
 """
 
 import argparse
