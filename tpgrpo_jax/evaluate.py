@@ -43,10 +43,12 @@ def main(argv: list[str]) -> None:
   config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **asked))
   validation.validate(config)
   command.open_output("--output", _OUTPUT.value)
+  from tpgrpo_jax import processes
   from tpgrpo_jax.data import prompts as prompts_lib
-  from tpgrpo_jax.training import evaluation, scoring
+  from tpgrpo_jax.training import distributed, evaluation, scoring
   from tpgrpo_jax.training import session as session_lib
 
+  distributed.set_up(config)
   reward_fn = session_lib.build_eval_rewards(config, restore.mesh_here(config))
   prompts = prompts_lib.load_prompts(config.prompts.name, config.prompts.path, _SPLIT.value)
   prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
@@ -57,6 +59,8 @@ def main(argv: list[str]) -> None:
   setting["num_steps"] = config.eval.num_steps
   setting["guidance_scale"] = config.sampler.guidance_scale
   result = setting | scoring.evaluate_images(images, prompts, reward_fn)
+  if not processes.is_first():
+    return
   print(", ".join(f"{k} {v}" for k, v in setting.items()), scoring.render_table(result), sep="\n")
   print(f"written to {scoring.save_evaluation(result, images, _OUTPUT.value)}")
 

@@ -36,17 +36,20 @@ def main(argv: list[str]) -> None:
     settings = dataclasses.replace(config.sampler, guidance_scale=_GUIDANCE.value)
     config = dataclasses.replace(config, sampler=settings)
   validation.validate(config)
-  from tpgrpo_jax import types
-  from tpgrpo_jax.training import scoring
+  from tpgrpo_jax import processes, types
+  from tpgrpo_jax.training import distributed, scoring
 
   command.open_output("--output", _OUTPUT.value)
   texts = argv[1:] + (scoring.load_prompt_lines(_FILE.value) if _FILE.value else [])
   if not texts:
     raise ValueError("no prompts: give them as arguments, or one a line in --prompts_file.")
   texts = [text for text in texts for _ in range(_SAMPLES.value)]
+  distributed.set_up(config)
   opened = restore.open_model(config, _RUN.value, prompts=texts)
   prompts = [types.Prompt(text, {}) for text in texts]
   images = scoring.sample_images(opened, prompts, num_steps=config.eval.num_steps, seed=_SEED.value)
+  if not processes.is_first():
+    return
   paths = scoring.save_samples(images, texts, _OUTPUT.value, samples=_SAMPLES.value)
   print(f"{len(paths)} images of {opened.name} in {_OUTPUT.value}")
 

@@ -22,8 +22,7 @@ def main(argv: list[str]) -> None:
     preemption,
   )  # after validation: it fails at once
 
-  distributed.initialize(config.distributed)
-  distributed.share_programs(config.run.programs)
+  distributed.set_up(config)
   try:
     row = loop.train(config)
   except preemption.Preempted:

@@ -38,7 +38,7 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def start(config, count, cache, environment=None):
+def start(config, count, cache, module="train", arguments=()):
   """The real command in `count` processes of one device each."""
   run_dir = pathlib.Path(config.run.dir)
   run_dir.parent.mkdir(exist_ok=True, parents=True)
@@ -51,17 +51,16 @@ def start(config, count, cache, environment=None):
     "JAX_COMPILATION_CACHE_DIR": cache,
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
     "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-    **(environment or {}),
   }
   address = f"localhost:{free_port()}"
-  command = [sys.executable, "-m", "tpgrpo_jax.train", "--config", str(recipe)]
+  command = [sys.executable, "-m", f"tpgrpo_jax.{module}", "--config", str(recipe)]
   peers = [
     f"--config.distributed.coordinator={address}",
     f"--config.distributed.num_processes={count}",
   ]
   return [
     subprocess.Popen(
-      [*command, *peers, f"--config.distributed.process_id={i}"],
+      [*command, *peers, f"--config.distributed.process_id={i}", *arguments],
       env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
     for i in range(count)
@@ -163,6 +162,28 @@ def test_a_run_of_one_process_goes_on_with_two(
   config = config_in(tmp_path / "run", FIELDS | {"mesh": config_lib.Mesh(2, 1, 1)})
   finish(start(config, 2, compilation_cache))
   assert_close(config, one)
+
+
+@pytest.mark.parametrize(
+  "module, arguments, file",
+  [
+    ("evaluate", ("--prompts=7",), "evaluation.json"),
+    pytest.param("sample", ("ANT", "BEE"), "0001_BEE.png", marks=pytest.mark.slow),
+  ],
+)
+def test_two_processes_look_at_a_model_as_one_does(
+  config_in, compilation_cache, tmp_path, module, arguments, file
+):
+  files = []
+  for count, mesh in ((1, config_lib.Mesh()), (2, config_lib.Mesh(1, 2, 1))):
+    output = tmp_path / str(count)
+    config = config_in(tmp_path / f"run{count}", FIELDS | {"mesh": mesh})
+    outputs = finish(
+      start(config, count, compilation_cache, module, [*arguments, f"--output={output}"])
+    )
+    assert sum(str(output) in text for text in outputs) == 1  # one speaks for all
+    files.append((output / file).read_bytes())
+  assert files[0] == files[1]
 
 
 def test_where_one_of_two_is_killed_the_other_ends_and_the_run_goes_on(

@@ -13,6 +13,12 @@ from tpgrpo_jax import config as config_lib
 PROGRAMS = "~/.cache/tpgrpo_jax/programs"
 
 
+def set_up(config: config_lib.Config) -> None:
+  """What every command does before anything is computed."""
+  initialize(config.distributed)
+  share_programs(config.run.programs)
+
+
 def initialize(config: config_lib.Distributed) -> None:
   """Joins the other processes of this run; does nothing for a run of one process.
 

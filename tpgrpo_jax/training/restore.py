@@ -52,7 +52,10 @@ def choose_config(run_dir: str | None, recipe: Any) -> config_lib.Config:
       "model, --config RECIPE.py for the base model that a recipe starts from."
     )
   if run_dir:
-    return history.load_run_config(run_dir)
+    # How processes meet is a matter of the command that starts them, not of the run.
+    return dataclasses.replace(
+      history.load_run_config(run_dir), distributed=config_lib.Distributed()
+    )
   return config_lib.from_config_dict(config_lib.Config, recipe)
 
 
