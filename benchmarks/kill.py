@@ -78,6 +78,8 @@ def main() -> None:
 def kill_runs(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
   """Counts by kind of what happened."""
   began = time.monotonic()
+  for name in ("whole", "again"):
+    shutil.rmtree(folder / name, ignore_errors=True)
   start(folder / "whole", folder).wait()
   wanted, compiled = contents(folder / "whole"), time.monotonic()
   start(folder / "again", folder).wait()  # as long as a life is that finds its programs compiled

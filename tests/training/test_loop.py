@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def final_state(config):
 
 
 def rows_without_times(config):
-  rows = metrics.read_rows(pathlib.Path(config.run.dir) / "metrics.jsonl")
+  rows = metrics.read_rows(epath.Path(config.run.dir) / "metrics.jsonl")
   return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
@@ -117,18 +118,25 @@ def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
   assert_same_run(config, uninterrupted)
 
 
-@pytest.mark.parametrize("what", ["term", "term_and_hang"])
+@pytest.mark.parametrize(
+  "what, call, finished",
+  [
+    ("term", 1 + CHUNKS + 2, 1),  # in the second epoch
+    ("term_and_hang", 1 + CHUNKS + 2, 1),
+    ("term_and_hang", 2 * (CHUNKS + 1), 2),  # in the evaluation after it
+  ],
+)
 def test_run_that_is_asked_to_end_saves_and_goes(
-  what, uninterrupted, make_config, one_device, monkeypatch
+  what, call, finished, uninterrupted, make_config, one_device, monkeypatch
 ):
   config = make_config({"checkpoint.every": 10})
-  script(monkeypatch, f"{what}:{1 + CHUNKS + 2}")  # in the second epoch
+  script(monkeypatch, f"{what}:{call}")
   with pytest.raises(preemption.Preempted):
     loop.train(config)
   if what == "term_and_hang":
     assert time.monotonic() - scripted_rewards.HUNG.pop() < 25  # not the 30 s that the reward hangs
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
-    assert kept.steps() == [1]
+    assert kept.steps() == [finished]
   script(monkeypatch, "")
   loop.train(config)
   assert_same_run(config, uninterrupted)

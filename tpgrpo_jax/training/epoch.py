@@ -1,12 +1,12 @@
 """One epoch, as the box in the paper has it: sample, score, credit, update."""
 
-from collections.abc import Callable
-from concurrent import futures
 import dataclasses
-import pathlib
+import io
+import os
 import time
 from typing import Any
 
+from etils import epath
 import jax
 import numpy as np
 import tqdm
@@ -14,7 +14,7 @@ import tqdm
 from tpgrpo_jax import processes
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.flow import schedule
-from tpgrpo_jax.training import build, metrics, rollout, step
+from tpgrpo_jax.training import build, metrics, preemption, rollout, run_folder, step
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -44,9 +44,7 @@ def sample_epoch(
   session: session_lib.Session,
   state: state_lib.TrainState,
   epoch: int,
-  on_chunk: Callable[[futures.Future | None], Any] = lambda scoring: (
-    scoring and scoring.exception()
-  ),
+  on_chunk: preemption.OnChunk = preemption.go_on,
 ) -> Sampled:
   """Rollout, rewards and credit; `state` stays as it is.
 
@@ -136,16 +134,17 @@ def _check_update_is_finite(config, epoch, rows):
       )
 
 
-def save_rollout(run_dir: pathlib.Path, number: int, sampled: Sampled) -> None:
+def save_rollout(run_dir: os.PathLike | str, number: int, sampled: Sampled) -> None:
   """Keeps one epoch's rewards along its trajectories in rollouts/epoch_<number>.npz, for the report."""
   rolled, credit = sampled.rollout, sampled.credit
-  folder = run_dir / "rollouts"
-  folder.mkdir(exist_ok=True)
+  content = io.BytesIO()
   np.savez_compressed(
-    folder / f"epoch_{number:05d}.npz",
+    content,
     completion_reward=rolled.completion_reward,
     is_turning_point=np.asarray(credit.is_turning_point),
     step_reward=np.asarray(credit.reward),
     prompts=np.asarray([p.text for p in rolled.prompts]),
     images=rolled.images,
   )
+  path = epath.Path(run_dir) / "rollouts" / f"epoch_{number:05d}.npz"
+  run_folder.write(path, content.getvalue())

@@ -1,6 +1,7 @@
 """Evaluation on held-out prompts: ODE sampling from fixed noise, scored by any rewards."""
 
 from collections.abc import Callable, Sequence
+from concurrent import futures
 import functools
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, processes, rewards, types
 from tpgrpo_jax.flow import sampler
-from tpgrpo_jax.training import build, metrics
+from tpgrpo_jax.training import build, metrics, preemption
 from tpgrpo_jax.training import mesh as mesh_lib
 
 NOISE_SEED = 20260206  # of the fixed noise: the same images to compare in every run
@@ -36,7 +37,7 @@ class Evaluation(NamedTuple):
 def make_sample_fn(
   config: config_lib.Config, model: build.Model, mesh: jax.sharding.Mesh, *, num_steps: int
 ) -> Callable[..., np.ndarray]:
-  """Returns (params, prompts, seed) -> images uint8 [N, H, W, 3], by ODE sampling in batches.
+  """Returns (params, prompts, seed, on_chunk) -> images uint8 [N, H, W, 3], by ODE sampling in batches.
 
   Image i depends on the weights, prompt i, i and the seed alone.
   """
@@ -50,11 +51,17 @@ def make_sample_fn(
     latents = sampler.sample_ode(velocity_fn, params, x_init, condition, sigmas=sigmas)
     return models.images_uint8(model.pipeline.decode(params["decoder"], latents))
 
-  def run(params: Any, prompts: Sequence[types.Prompt], seed: int = NOISE_SEED) -> np.ndarray:
+  def run(
+    params: Any,
+    prompts: Sequence[types.Prompt],
+    seed: int = NOISE_SEED,
+    on_chunk: preemption.OnChunk = preemption.go_on,
+  ) -> np.ndarray:
     shards = mesh_lib.batch_shards(mesh)
     size = -(-min(config.eval.batch, len(prompts)) // shards) * shards
     images = []
     for first in range(0, len(prompts), size):
+      on_chunk(None)
       index = np.arange(first, first + size, dtype=np.int32)
       # The last batch is filled up with its own last prompt, so that one program serves all.
       texts = [prompts[min(int(i), len(prompts) - 1)].text for i in index]
@@ -73,15 +80,15 @@ def make_evaluate(
   mesh: jax.sharding.Mesh,
   reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
-) -> Callable[[Any], Evaluation]:
-  """Returns params -> Evaluation on these prompts, with eval.num_steps and the fixed noise."""
+) -> Callable[..., Evaluation]:
+  """Returns (params, on_chunk) -> Evaluation on these prompts, with eval.num_steps and the fixed noise."""
   sample = make_sample_fn(config, model, mesh, num_steps=config.eval.num_steps)
   return functools.partial(_evaluate, sample, reward_fn, list(prompts))
 
 
-def _evaluate(sample, reward_fn, prompts, params):
-  images = sample(params, prompts)
-  scores, infos = score(reward_fn, images, prompts)
+def _evaluate(sample, reward_fn, prompts, params, on_chunk=preemption.go_on):
+  images = sample(params, prompts, on_chunk=on_chunk)
+  scores, infos = score(reward_fn, images, prompts, on_chunk)
   row = {}
   for label, values in scores.items():
     row |= {
@@ -97,7 +104,10 @@ def _evaluate(sample, reward_fn, prompts, params):
 
 
 def score(
-  reward_fn: rewards.CombinedRewardFn, images: np.ndarray, prompts: Sequence[types.Prompt]
+  reward_fn: rewards.CombinedRewardFn,
+  images: np.ndarray,
+  prompts: Sequence[types.Prompt],
+  on_chunk: preemption.OnChunk = preemption.go_on,
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
   """(label -> scores [N], label -> info) of images uint8 [N, H, W, 3] that every process holds.
 
@@ -106,7 +116,13 @@ def score(
   count, process = jax.process_count(), jax.process_index()
   rows = np.arange(len(images)) % count == process
   texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
-  _, scores, infos = reward_fn(images, texts, metadata, rows=rows)()
+  scorer = futures.ThreadPoolExecutor(1)
+  try:
+    job = scorer.submit(reward_fn(images, texts, metadata, rows=rows))
+    on_chunk(job)
+    _, scores, infos = job.result()
+  finally:  # without waiting: whoever ends the work does not wait for a reward that hangs
+    scorer.shutdown(wait=False)
   if count == 1:
     return scores, infos
   numbers = {label: _numbers(info, rows.sum()) for label, info in infos.items()}

@@ -3,10 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import pathlib
+import tempfile
 import time
 from typing import Any
 
+from etils import epath
 import jax
 from PIL import Image
 import tqdm
@@ -39,7 +42,7 @@ def train(config: config_lib.Config) -> dict[str, float]:
 
 def _train_in_folder(session):
   """Resumes or starts, and trains to the end, or until it is asked to end."""
-  config, run_dir = session.config, pathlib.Path(session.config.run.dir)
+  config, run_dir = session.config, epath.Path(session.config.run.dir)
   run_folder.save_config(run_dir, config)
   with (
     jax.set_mesh(session.mesh),
@@ -83,17 +86,23 @@ def _restore_or_start(session, checkpoints):
 def _train(session, state, totals, checkpoints, sink, run_dir, notice):
   """From `totals` to the last epoch."""
   config = session.config
+  on_chunk = functools.partial(preemption.agree, notice)
+  saved_on_failure = functools.partial(_saved_on_failure, checkpoints, notice)
+
+  def evaluate():
+    with saved_on_failure(state, totals):
+      return _evaluate(session, state, totals, sink, run_dir, on_chunk)
+
   first, row = totals["epoch"], _last_evaluation(run_dir)
   clock = time.perf_counter() - totals["seconds"]
   # The row is missing at the start, and where a run was cut between a checkpoint and its evaluation.
   if _is_due(config, first) and row.get("epoch") != first:
-    row = _evaluate(session, state, totals, sink, run_dir)
-  on_chunk = functools.partial(preemption.agree, notice)
+    row = evaluate()
   quiet = not processes.is_first()
   with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs", disable=quiet) as bar:
     for epoch in range(first, config.train.epochs):
       with _profiled(config, epoch):
-        with _saved_on_failure(checkpoints, epoch, state, totals, notice):
+        with saved_on_failure(state, totals):
           sampled = epoch_lib.sample_epoch(session, state, epoch, on_chunk)
         state, train_row = epoch_lib.update_epoch(session, state, epoch, sampled)
       if processes.is_first() and config.log.images_every and epoch % config.log.images_every == 0:
@@ -104,7 +113,7 @@ def _train(session, state, totals, checkpoints, sink, run_dir, notice):
       sink.write({"epoch": epoch + 1, "kind": "train", **totals_row(totals), **train_row})
       checkpoints.save(epoch + 1, state, totals, force=epoch + 1 == config.train.epochs)
       if _is_due(config, epoch + 1):
-        row = _evaluate(session, state, totals, sink, run_dir)
+        row = evaluate()
         totals["seconds"] = time.perf_counter() - clock
       bar.set_postfix(reward=f"{train_row['reward/mean']:.3f}", held_out=_shown(row), refresh=False)
       bar.update()
@@ -126,22 +135,30 @@ def _last_evaluation(run_dir):
 
 
 @contextlib.contextmanager
-def _saved_on_failure(checkpoints, epoch, state, totals, notice):
-  """Keeps the finished epochs when this one is not finished, whatever checkpoint.every says."""
+def _saved_on_failure(checkpoints, notice, state, totals):
+  """Keeps the finished epochs when what follows is not finished, whatever checkpoint.every says."""
   try:
     yield
   except Exception:
+    epoch = totals["epoch"]
     if epoch and (notice.agreed or jax.process_count() == 1):  # else the others do not save
       checkpoints.save(epoch, state, totals, force=True)
       checkpoints.wait()
     raise
 
 
+@contextlib.contextmanager
 def _profiled(config, epoch):
   """Traces the epoch that log.profile names."""
   if epoch + 1 != config.log.profile:
-    return contextlib.nullcontext()
-  return jax.profiler.trace(str(pathlib.Path(config.run.dir) / "profile"))
+    yield
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      yield
+    for file in filter(pathlib.Path.is_file, pathlib.Path(folder).rglob("*")):
+      name = file.relative_to(folder)
+      run_folder.write(epath.Path(config.run.dir) / "profile" / name, file.read_bytes())
 
 
 def totals_row(totals: dict[str, Any]) -> dict[str, Any]:
@@ -153,9 +170,9 @@ def totals_row(totals: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _evaluate(session, state, totals, sink, run_dir):
+def _evaluate(session, state, totals, sink, run_dir, on_chunk):
   """Writes the row and a sample grid."""
-  result = session.evaluate(session.model.params(state.ema))
+  result = session.evaluate(session.model.params(state.ema), on_chunk)
   number = totals["epoch"]
   sink.write(
     {
@@ -170,9 +187,9 @@ def _evaluate(session, state, totals, sink, run_dir):
     return result.row
   captions = [p.text for p in result.prompts[:GRID_IMAGES]]
   sheet = evaluation.grid(result.images[:GRID_IMAGES], captions)
-  folder = run_dir / "images"
-  folder.mkdir(exist_ok=True)
-  Image.fromarray(sheet).save(folder / f"eval_{number:05d}.png")
+  content = io.BytesIO()
+  Image.fromarray(sheet).save(content, "PNG")
+  run_folder.write(run_dir / "images" / f"eval_{number:05d}.png", content.getvalue())
   sink.image("eval/samples", sheet, number)
   return result.row
 

@@ -1,17 +1,20 @@
 """A run that is asked to end (SIGTERM) saves and goes; one that fails in a reward saves and stops."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from tpgrpo_jax import processes
+
+OnChunk = Callable[[futures.Future | None], Any]
+"""Called between the pieces of long work, with a scoring to wait for or None; raises to end the work."""
 
 EXIT_CODE = 128 + signal.SIGTERM  # so that schedulers start the run again
 
@@ -55,8 +58,14 @@ def leave() -> NoReturn:
   os._exit(EXIT_CODE)  # without waiting for the thread of a reward that hangs
 
 
+def go_on(scoring: futures.Future | None) -> None:
+  """The OnChunk of work that nobody asks to end."""
+  if scoring is not None:
+    scoring.exception()  # waits; what it is shows when its result is asked for
+
+
 def agree(notice: Notice, scoring: futures.Future | None = None) -> None:
-  """Ends the epoch in all processes alike; every process calls it at the same places.
+  """The OnChunk that ends the work in all processes alike; every process calls it at the same places.
 
   Args:
     notice: of this process.

@@ -14,7 +14,7 @@ import numpy as np
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, processes, rewards, types
 from tpgrpo_jax.flow import completion, sampler
-from tpgrpo_jax.training import build, metrics
+from tpgrpo_jax.training import build, metrics, preemption
 from tpgrpo_jax.training import mesh as mesh_lib
 
 KEPT = 64  # images of an epoch that stay on the host, for the report
@@ -104,8 +104,8 @@ def collect(
   rollout_fn: Callable[..., tuple[types.Trajectory, jax.Array]],
   reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
-  on_chunk: Callable[[int, futures.Future | None], Any] = lambda done, scoring: (
-    scoring and scoring.exception()
+  on_chunk: Callable[[int, futures.Future | None], Any] = lambda done, scoring: preemption.go_on(
+    scoring
   ),
 ) -> Rollout:
   """Samples and scores an epoch; rewards of one microbatch run while the device does the next.
