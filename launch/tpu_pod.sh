@@ -3,8 +3,8 @@
 #
 #   export NAME=tpgrpo ZONE=us-east5-a ACCELERATOR=v6e-16 RUNTIME=v2-alpha-tpuv6e
 #   launch/tpu_pod.sh create                           asks for a queued resource and waits for it
-#   launch/tpu_pod.sh install                          this commit, its packages and the bucket, on all hosts
-#   launch/tpu_pod.sh start configs/sd35m_ocr_tpgrpo.py --config.run.dir=bucket/runs/ocr
+#   launch/tpu_pod.sh install                          this commit and its packages, on all hosts
+#   launch/tpu_pod.sh start configs/sd35m_ocr_tpgrpo.py --config.run.dir=gs://my-bucket/runs/ocr
 #   launch/tpu_pod.sh logs                             follows host 0 (HOST=3: host 3)
 #   launch/tpu_pod.sh stop                             the run saves its last finished epoch and exits
 #   launch/tpu_pod.sh delete                           gives the TPU back
@@ -12,7 +12,6 @@
 # Environment:
 #   NAME, ZONE, ACCELERATOR, RUNTIME   as above; the project is gcloud's own
 #   SPOT=1     create: a cheaper slice that can be taken away
-#   BUCKET     install: a Cloud Storage bucket that every host mounts as `bucket` beside the code
 #   DRY_RUN=1  prints the commands instead
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -57,18 +56,7 @@ install() {
     mkdir -p tpgrpo_jax && cd tpgrpo_jax && tar xzf $archive
     curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv venv --clear --python 3.11 .venv
-    ~/.local/bin/uv pip install --python .venv/bin/python -e '.[ocr,tpu]'"
-  if [[ -n "${BUCKET:-}" ]]; then
-    local key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
-    on all "set -e
-      curl -fsS $apt/doc/apt-key.gpg | sudo tee $key >/dev/null
-      echo \"deb [signed-by=$key] $apt gcsfuse-\$(lsb_release -cs) main\" |
-        sudo tee /etc/apt/sources.list.d/gcsfuse.list
-      sudo apt-get update && sudo apt-get install -y gcsfuse
-      mkdir -p tpgrpo_jax/bucket
-      mountpoint -q tpgrpo_jax/bucket ||
-        gcsfuse --implicit-dirs --rename-dir-limit=10000 $BUCKET tpgrpo_jax/bucket"
-  fi
+    ~/.local/bin/uv pip install --python .venv/bin/python -e '.[ocr,gcs,tpu]'"
 }
 
 start() {

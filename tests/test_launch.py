@@ -182,11 +182,11 @@ def test_tpu_pod_is_created_installed_and_deleted():
   created = commands(launch("tpu_pod.sh", "create", SPOT="1", **TPU))[0]
   assert created[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
   assert {"pod", "--zone=zone-a", "--accelerator-type=v6e-16", "--spot"} <= set(created)
-  _, copied, installed, mounted = commands(launch("tpu_pod.sh", "install", BUCKET="b", **TPU))
+  _, copied, installed = commands(launch("tpu_pod.sh", "install", **TPU))
   assert "scp" in copied
-  for command in (copied, installed, mounted):
+  for command in (copied, installed):
     assert "--worker=all" in command
-  assert "[ocr,tpu]" in installed[-1] and "gcsfuse" in mounted[-1]
+  assert "[ocr,gcs,tpu]" in installed[-1]
   (deleted,) = commands(launch("tpu_pod.sh", "delete", **TPU))
   assert deleted[4:6] == ["delete", "pod"] and "--force" in deleted
 
@@ -206,7 +206,7 @@ def test_tpu_hosts_run_the_arguments_as_they_were_given(tmp_path):
 
 @pytest.mark.parametrize("verb", ["install", "start", "logs", "stop"])
 def test_what_tpu_hosts_run_is_well_formed(verb):
-  for command in commands(launch("tpu_pod.sh", verb, "recipe.py", BUCKET="b", **TPU)):
+  for command in commands(launch("tpu_pod.sh", verb, "recipe.py", **TPU)):
     if "ssh" in command:
       script = command[-1].removeprefix("--command=")
       subprocess.run(["bash", "-n", "-c", script], check=True)

@@ -69,6 +69,8 @@ def open_output(flag: str, folder: str, *, only: tuple[str, ...] = ()) -> pathli
     ValueError: no folder, one that cannot be written to, or one that holds other files.
   """
   path = pathlib.Path(folder).expanduser()
+  if "://" in folder:
+    raise ValueError(f"{flag}={folder!r}: must be a folder of this machine. Copy it from there.")
   try:
     if not folder:
       raise OSError("no name")

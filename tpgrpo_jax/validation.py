@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import math
+import re
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import registry
@@ -101,6 +102,8 @@ def _run(config) -> Iterator[str]:
     yield f"seed={config.seed}: must be 0 ... 2**32 - 1. Use 0."
   if not config.run.dir:
     yield "run.dir='': must name a folder. Use run.dir='runs/mine'."
+  elif "://" in config.run.dir and not re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", config.run.dir):
+    yield f"run.dir={config.run.dir!r}: must be a folder, or gs://bucket/folder. Name one of them."
 
 
 def _names(config) -> Iterator[str]:
@@ -287,6 +290,8 @@ def _optimizer(config) -> Iterator[str]:
 
 
 def _pretrain(config) -> Iterator[str]:
+  if "://" in config.run.dir:
+    yield f"run.dir={config.run.dir!r}: pretraining writes to folders alone. Use run.dir='runs/mine'."
   t = config.train
   if config.model.variant != "tiny":
     yield f"model.variant={config.model.variant!r}: only 'tiny' is trained from scratch here."

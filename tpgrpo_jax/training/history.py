@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
-import pathlib
 from typing import Any, NamedTuple
 import zipfile
 
+from etils import epath
 import numpy as np
 from PIL import Image
 
@@ -27,7 +27,7 @@ class Run:
     evals: rows of its evaluations on held-out prompts.
   """
 
-  folder: pathlib.Path
+  folder: epath.Path
   label: str
   config: config_lib.Config
   train: list[dict[str, Any]]
@@ -74,7 +74,7 @@ def load_run_config(run_dir: str | os.PathLike[str]) -> config_lib.Config:
   Raises:
     ValueError: no such folder, no config in it, or one that this version cannot read.
   """
-  folder = pathlib.Path(run_dir)
+  folder = epath.Path(run_dir)
   if not folder.is_dir():
     raise ValueError(
       f"run={str(run_dir)!r}: no such folder. Give the run.dir that training was started with."
@@ -102,7 +102,7 @@ def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
   Raises:
     ValueError: as of `load_run_config`, or a run without a single row of metrics.
   """
-  folder, config = pathlib.Path(run_dir), load_run_config(run_dir)
+  folder, config = epath.Path(run_dir), load_run_config(run_dir)
   path = folder / "metrics.jsonl"
   rows = metrics.read_rows(path) if path.is_file() else []
   if not rows:
@@ -126,7 +126,7 @@ def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:
   groups, seen = {}, set()
   for argument in arguments:
     label, separator, folder = argument.partition("=")
-    if not separator or pathlib.Path(argument).is_dir():
+    if not separator or epath.Path(argument).is_dir():
       label, folder = "", argument
     run = load_run(folder, label)
     if run.folder.resolve() in seen:
@@ -248,7 +248,7 @@ def load_rollouts(run: Run) -> list[Rollout]:
   rollouts = []
   for path in sorted((run.folder / "rollouts").glob("epoch_*.npz")):
     try:
-      with np.load(path) as data:
+      with path.open("rb") as file, np.load(file) as data:
         arrays = [data[name] for name in Rollout._fields[1:]]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
       continue
@@ -256,12 +256,12 @@ def load_rollouts(run: Run) -> list[Rollout]:
   return rollouts
 
 
-def sample_grids(run: Run) -> list[tuple[int, pathlib.Path]]:
+def sample_grids(run: Run) -> list[tuple[int, epath.Path]]:
   """(finished epochs, picture) of the run's first and last readable sample grids: 0, 1 or 2."""
   found = []
   for path in sorted((run.folder / "images").glob("eval_*.png")):
     try:
-      with Image.open(path) as image:
+      with path.open("rb") as file, Image.open(file) as image:
         image.load()
     except OSError:
       continue

@@ -4,15 +4,16 @@ import importlib.util
 import json
 import math
 import os
-import pathlib
 import sys
 from typing import Any
 
+from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax import advantages, processes
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.training import run_folder
 
 
 def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, float]:
@@ -86,18 +87,19 @@ class MetricsLog:
     Raises:
       ValueError: log.wandb without the wandb package.
     """
-    self._file = self._board = self._wandb = None
+    self._path = self._board = self._wandb = None
     if not processes.is_first():
       return
-    self._file = open(pathlib.Path(run_dir) / "metrics.jsonl", "a")
+    self._path = epath.Path(run_dir) / "metrics.jsonl"
     if log.tensorboard:
-      folder = str(pathlib.Path(run_dir) / "tensorboard")
+      folder = str(epath.Path(run_dir) / "tensorboard")
       self._board = _import_tensorboardx().SummaryWriter(folder)
     if log.wandb:
       check_sinks(log)
       import wandb  # pyright: ignore[reportMissingImports]
 
-      self._wandb = wandb.init(dir=str(run_dir), config=config, resume="allow")
+      folder = None if run_folder.is_remote(run_dir) else str(run_dir)
+      self._wandb = wandb.init(dir=folder, config=config, resume="allow")
 
   def __enter__(self) -> "MetricsLog":
     return self
@@ -106,12 +108,11 @@ class MetricsLog:
     self.close()
 
   def write(self, row: dict[str, Any]) -> None:
-    """Appends one row {"epoch", "kind", name: number} and flushes it."""
-    if not self._file:
+    """Appends one row {"epoch", "kind", name: number}."""
+    if not self._path:
       return
     rounded = {k: v if isinstance(v, (int, str)) else _number(v) for k, v in row.items()}
-    self._file.write(json.dumps(rounded) + "\n")
-    self._file.flush()
+    run_folder.append(self._path, f"{json.dumps(rounded)}\n".encode())
     numbers = {k: v for k, v in rounded.items() if isinstance(v, float)}
     if self._board:
       for name, value in numbers.items():
@@ -130,8 +131,6 @@ class MetricsLog:
 
   def close(self) -> None:
     """Flushes and closes all sinks."""
-    if self._file:
-      self._file.close()
     if self._board:
       self._board.close()
     if self._wandb:
@@ -141,7 +140,7 @@ class MetricsLog:
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl; a half-written last line is left out."""
   rows = []
-  for line in pathlib.Path(path).read_text().splitlines():
+  for line in epath.Path(path).read_text().splitlines():
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:

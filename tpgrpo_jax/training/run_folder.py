@@ -1,6 +1,7 @@
 """The run folder: whose it is, the config that made it, and the rows of its metrics.
 
-It holds `config.json`, `metrics.jsonl`, `checkpoints/` (training.checkpoint), `images/` and `rollouts/`.
+It holds `config.json`, `metrics.jsonl`, `checkpoints/` (training.checkpoint), `images/` and `rollouts/`,
+on a file system or under gs://bucket/.
 """
 
 from collections.abc import Iterator
@@ -28,19 +29,33 @@ RESUMABLE_FIELDS = (
 _LOCK_FILE = ".lock"
 
 
+def is_remote(run_dir: os.PathLike | str) -> bool:
+  """Whether the folder is a name in an object store: no rename, no append, no lock."""
+  return "://" in os.fspath(run_dir)
+
+
 @contextlib.contextmanager
 def hold(run_dir: os.PathLike | str) -> Iterator[None]:
   """Makes the folder and keeps every other run out of it while the block lasts; process 0 only.
 
-  The lock is the operating system's: it ends with the process, however that ends.
+  The lock is the operating system's: it ends with the process, however that ends. An object store has
+  none; there `.lock` says who trains, and nobody is kept out.
 
   Raises:
     ValueError: a path that is no folder or cannot be written to, or another run in the folder.
   """
-  if not processes.is_first() or os.fspath(run_dir).startswith("gs://"):
+  if not processes.is_first():
     yield
     return
-  folder, field = pathlib.Path(run_dir), f"run.dir={os.fspath(run_dir)!r}"
+  field, owner = (
+    f"run.dir={os.fspath(run_dir)!r}",
+    f"process {os.getpid()} on {socket.gethostname()}\n",
+  )
+  if is_remote(run_dir):
+    _claim_remote(run_dir, field, owner)
+    yield
+    return
+  folder = pathlib.Path(run_dir)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / _LOCK_FILE, "a+")
@@ -62,9 +77,45 @@ def hold(run_dir: os.PathLike | str) -> Iterator[None]:
         "a time. Wait for it or stop it, or name another run.dir."
       ) from error
     lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.write(owner)
     lock.flush()
     yield
+
+
+def _claim_remote(run_dir, field, owner):
+  try:
+    write(epath.Path(run_dir) / _LOCK_FILE, owner.encode())
+  except ImportError as error:
+    raise ValueError(
+      f"{field}: gcsfs is missing, which writes to buckets. pip install 'tpgrpo_jax[gcs]'"
+    ) from error
+  except Exception as error:  # of whatever kind the store's library has
+    raise ValueError(
+      f"{field}: cannot be written to ({type(error).__name__}: {error}). Check that the bucket exists "
+      "and that this machine's account may write to it: gcloud storage cp FILE gs://BUCKET/"
+    ) from error
+
+
+def write(path: os.PathLike | str, content: bytes) -> None:
+  """Writes a file whole or not at all; its folder is made if need be."""
+  path = epath.Path(path)
+  if is_remote(path):  # an object appears when it is complete
+    path.write_bytes(content)
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_bytes(content)
+  temporary.replace(path)
+
+
+def append(path: os.PathLike | str, content: bytes) -> None:
+  """Adds to the end of a file, which is made if need be."""
+  path = epath.Path(path)
+  if is_remote(path):  # objects cannot grow
+    write(path, (path.read_bytes() if path.exists() else b"") + content)
+    return
+  with open(path, "ab") as file:
+    file.write(content)
 
 
 def save_config(run_dir: os.PathLike | str, config: Any) -> None:
@@ -76,10 +127,8 @@ def save_config(run_dir: os.PathLike | str, config: Any) -> None:
   """
   if not processes.is_first():
     return
-  folder = epath.Path(run_dir)
-  folder.mkdir(parents=True, exist_ok=True)
   text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-  _write_atomically(folder / "config.json", text.encode())
+  write(epath.Path(run_dir) / "config.json", text.encode())
 
 
 def check_config(
@@ -153,7 +202,7 @@ def truncate_metrics(path: os.PathLike | str, next_epoch: int) -> int:
   kept = [line for line in lines if (epoch := _epoch(line)) is not None and epoch < next_epoch]
   new = b"".join(line + b"\n" for line in kept)
   if new != content:
-    _write_atomically(path, new)
+    write(path, new)
   return len(lines) - len(kept)
 
 
@@ -163,9 +212,3 @@ def _epoch(line):
   except (ValueError, TypeError, KeyError):
     return None
   return epoch if isinstance(epoch, int) else None
-
-
-def _write_atomically(path, content):
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_bytes(content)
-  temporary.replace(path)
