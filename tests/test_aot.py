@@ -72,10 +72,24 @@ def test_an_unknown_topology_is_answered_with_the_known_ones():
     assert f"{tpu}:{', '.join(shapes)}" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "h100:8", "cpu:0", "cpu:x", "4x4"])
+@pytest.mark.parametrize(
+  "name", ["", "v5e", "v5e:", "h100:", "b100:8", "cpu:0", "cpu:999999", "cpu:x", "4x4"]
+)
 def test_topologies_that_do_not_exist_are_refused(name):
   with pytest.raises(ValueError, match="no such topology"):
     hardware.check_topology(name)
+
+
+def test_gpus_are_counted_and_not_compiled_for():
+  refused = command("--topology=h100:8")
+  assert refused.returncode == 1 and "Add --nocompile" in refused.stderr
+  done = command("--topology=h100:8", "--nocompile", "--json")
+  assert done.returncode == 0, done.stderr
+  given = json.loads(done.stdout.splitlines()[-1])["given"]
+  assert given["mesh"]["data"] == 8 and given["room"] == 0.9 * 80 * 2**30
+  assert given["flops"] / (8 * 989e12) == pytest.approx(
+    sum(phase["runs"] * phase["bound"]["compute"] for phase in given["phases"])
+  )
 
 
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():

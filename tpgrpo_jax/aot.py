@@ -11,7 +11,9 @@ from tpgrpo_jax import config as config_lib
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", "local", "A TPU slice in chips (v5e:4x4), cpu:N, or local: the devices at hand."
+  "topology",
+  "local",
+  "A TPU slice in chips (v5e:4x4), GPUs (h100:8, with --nocompile), cpu:N, or local: the devices at hand.",
 )
 _MARGIN = flags.DEFINE_float(
   "margin", 0.1, "Share of a device's memory that must stay free.", lower_bound=0, upper_bound=0.9
@@ -32,9 +34,15 @@ def main(argv: list[str]) -> None:
 
   topology = _TOPOLOGY.value
   devices = hardware.open_topology(topology)
+  if topology.partition(":")[0] in hardware.GPUS and _COMPILE.value:
+    raise ValueError(
+      f"--topology={topology!r}: programs for a GPU are compiled where it is. Add --nocompile, or on that "
+      "machine take --topology=local."
+    )
   chip = hardware.find_chip(devices[0], topology)
   options: dict[str, Any] = dict(chip=chip, margin=_MARGIN.value, compiles=_COMPILE.value)
-  print(f"{topology}: {len(devices)} x {devices[0].device_kind}", flush=True)
+  name = devices[0].device_kind if topology == "local" else topology
+  print(f"{name}: {len(devices)} devices", flush=True)
   given = forecast.forecast(config, devices, **options)
   print(forecast.render(given), flush=True)
   chosen = None

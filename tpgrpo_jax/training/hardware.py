@@ -47,22 +47,28 @@ _KINDS = {
   "tpu v6": "v6e",
 }
 
+MOST_DEVICES = 1024  # virtual ones
+
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 TOPOLOGIES = {"v4": _CUBIC, "v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT}
 """Chips in each dimension of a slice, for each TPU; v5e:4x4 and v5p:2x2x4 have been compiled for."""
 
+GPUS = ("a100", "h100", "h200")
+"""Of CHIPS; "h100:8" is eight of one machine. Nothing compiles for them where they are not."""
+
 KNOWN = "\n".join(f"  {tpu}:{', '.join(shapes)}" for tpu, shapes in TOPOLOGIES.items())
 
 
 def check_topology(name: str) -> None:
-  """Raises ValueError, with the known ones, unless `name` is "local", "cpu:N" or of TOPOLOGIES."""
+  """Raises ValueError, with the known ones, unless `name` is "local", "cpu:N", of GPUS or TOPOLOGIES."""
   kind, _, shape = name.partition(":")
-  cpus = kind == "cpu" and shape.isdecimal() and int(shape) > 0
-  if name != "local" and not cpus and shape not in TOPOLOGIES.get(kind, ()):
+  counted = kind in ("cpu", *GPUS) and shape.isdecimal() and 0 < int(shape) <= MOST_DEVICES
+  if name != "local" and not counted and shape not in TOPOLOGIES.get(kind, ()):
     raise ValueError(
       f"--topology={name!r}: no such topology. Give 'local' (the devices at hand), 'cpu:N' (N virtual CPU "
-      f"devices), or the chips of a TPU slice:\n{KNOWN}"
+      f"devices, {MOST_DEVICES} at most), {', '.join(f'{gpu}:N' for gpu in GPUS)} (with --nocompile), or the "
+      f"chips of a TPU slice:\n{KNOWN}"
     )
 
 
@@ -70,7 +76,8 @@ def open_topology(name: str) -> list[Any]:
   """The devices of a topology, before JAX has started any other; TPUs are only described.
 
   Args:
-    name: "local", "cpu:N", or a TPU with its shape, as "v5e:4x4".
+    name: "local", "cpu:N", GPUs that virtual CPU devices stand for, as "h100:8", or a TPU with its
+      shape, as "v5e:4x4".
 
   Raises:
     ValueError: as `check_topology`, or more CPU devices than this process has.
@@ -81,7 +88,7 @@ def open_topology(name: str) -> list[Any]:
   if name == "local":
     return jax.devices()
   jax.config.update("jax_platforms", "cpu")  # a described TPU must not be looked for
-  if kind != "cpu":
+  if kind in TOPOLOGIES:
     return _described(name)
   try:
     jax.config.update("jax_num_cpu_devices", int(shape))
