@@ -92,6 +92,11 @@ def test_gpus_are_counted_and_not_compiled_for():
   )
 
 
+def test_slices_of_what_is_no_tpu_are_refused():
+  with pytest.raises(ValueError, match="--slices=2: only TPUs"):
+    hardware.open_topology("local", 2)
+
+
 def test_a_mesh_that_does_not_divide_the_devices_is_refused():
   done = command("--topology=cpu:4", "--config.mesh.fsdp=3")
   assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -264,13 +269,17 @@ def test_the_choice_fits_where_the_config_does_not():
   assert forecast.choose(config, devices, measured(1.0)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler (no TPU)"
 )
-def test_the_built_in_recipe_compiles_for_a_tpu():
-  done = command("--topology=v5e:2x2", "--json", "--nochoose")
+@pytest.mark.parametrize("slices", [1, 2])
+def test_the_built_in_recipe_compiles_for_a_tpu(slices):
+  done = command("--topology=v5e:2x2", f"--slices={slices}", "--json", "--nochoose")
   assert done.returncode == 0, done.stderr
-  given = json.loads(done.stdout.splitlines()[-1])["given"]
+  row = json.loads(done.stdout.splitlines()[-1])
+  given = row["given"]
+  assert row["devices"] == given["mesh"]["data"] == 4 * slices
   assert given["fits"] and given["seconds"] > 0
   assert np.isfinite(given["flops"])
 

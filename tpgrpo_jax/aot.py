@@ -15,6 +15,7 @@ _TOPOLOGY = flags.DEFINE_string(
   "local",
   "A TPU slice in chips (v5e:4x4), GPUs (h100:8, with --nocompile), cpu:N, or local: the devices at hand.",
 )
+_SLICES = flags.DEFINE_integer("slices", 1, "How many such TPU slices.", lower_bound=1)
 _MARGIN = flags.DEFINE_float(
   "margin", 0.1, "Share of a device's memory that must stay free.", lower_bound=0, upper_bound=0.9
 )
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
   from tpgrpo_jax.training import forecast, hardware
 
   topology = _TOPOLOGY.value
-  devices = hardware.open_topology(topology)
+  devices = hardware.open_topology(topology, _SLICES.value)
   if topology.partition(":")[0] in hardware.GPUS and _COMPILE.value:
     raise ValueError(
       f"--topology={topology!r}: programs for a GPU are compiled where it is. Add --nocompile, or on that "
@@ -50,8 +51,9 @@ def main(argv: list[str]) -> None:
     chosen = forecast.confirm(config, devices, given, **options)
     print(forecast.render_choice(given, chosen))
   if _JSON.value:
-    row = {"topology": topology, "devices": len(devices), "given": forecast.to_json(given)}
-    print(json.dumps(row | {"chosen": chosen and forecast.to_json(chosen)}))
+    row = {"topology": topology, "slices": _SLICES.value, "devices": len(devices)}
+    row |= {"given": forecast.to_json(given), "chosen": chosen and forecast.to_json(chosen)}
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

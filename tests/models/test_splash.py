@@ -146,6 +146,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_and_its_gradient_compile_for_a_tpu_from_a_cpu_process(v5e, name):
   create, shapes, tables, attentions = BLOCKS[name]

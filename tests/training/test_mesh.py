@@ -23,6 +23,36 @@ from tpgrpo_jax.training import session as session_lib
 SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
 
+@dataclasses.dataclass(frozen=True)
+class FarDevice:
+  """One of several slices."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "gpu"
+  device_kind: str = "far"
+
+
+@pytest.mark.parametrize(
+  "axes, outer",
+  [
+    ((-1, 2, 1), (4, 1, 1)),  # data crosses the slow network alone
+    ((2, 4, 2), (2, 2, 1)),  # as far as it can, then fsdp
+    ((1, 2, 8), (1, 2, 2)),
+  ],
+)
+def test_slices_divide_data_first(axes, outer):
+  devices = [FarDevice(i, i // 4) for i in range(16)]
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(*axes), devices)
+  slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  assert sorted(d.id for d in mesh.devices.flat) == list(range(16))
+  inner = [size // parts for size, parts in zip(mesh.devices.shape, outer)]
+  for place, slice_index in np.ndenumerate(slices):
+    block = np.ravel_multi_index([i // size for i, size in zip(place, inner)], outer)
+    assert slice_index == block
+
+
 def epoch_on(mesh, make_config, name):
   """(weights before, (trainable, EMA) after, metrics row) of one epoch on the mesh."""
   # A large eps: Adam divides by the gradient's size, and a weight whose gradient is rounding noise

@@ -72,24 +72,29 @@ def check_topology(name: str) -> None:
     )
 
 
-def open_topology(name: str) -> list[Any]:
+def open_topology(name: str, slices: int = 1) -> list[Any]:
   """The devices of a topology, before JAX has started any other; TPUs are only described.
 
   Args:
     name: "local", "cpu:N", GPUs that virtual CPU devices stand for, as "h100:8", or a TPU with its
       shape, as "v5e:4x4".
+    slices: how many such TPU slices.
 
   Raises:
-    ValueError: as `check_topology`, or more CPU devices than this process has.
+    ValueError: as `check_topology`, slices of what is no TPU, or more CPU devices than this process has.
     ImportError: a TPU without libtpu, its compiler.
   """
   check_topology(name)
   kind, _, shape = name.partition(":")
+  if slices > 1 and kind not in TOPOLOGIES:
+    raise ValueError(
+      f"--slices={slices}: only TPUs come in slices. Leave it out of --topology={name}."
+    )
   if name == "local":
     return jax.devices()
   jax.config.update("jax_platforms", "cpu")  # a described TPU must not be looked for
   if kind in TOPOLOGIES:
-    return _described(name)
+    return _described(name, slices)
   try:
     jax.config.update("jax_num_cpu_devices", int(shape))
   except RuntimeError:
@@ -100,7 +105,7 @@ def open_topology(name: str) -> list[Any]:
   return devices[: int(shape)]
 
 
-def _described(name):
+def _described(name, slices):
   from jax.experimental import topologies
 
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask a TPU host's own server
@@ -114,7 +119,8 @@ def _described(name):
       "pip install 'tpgrpo_jax[tpu]'"
     ) from error
   del libtpu
-  return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+  described = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
+  return list(described.devices)
 
 
 def find_chip(device: Any, topology: str = "") -> Chip | None:

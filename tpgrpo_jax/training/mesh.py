@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,10 +39,14 @@ RULES = (
 def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
   """Makes the (data, fsdp, tensor) mesh over all devices, or those given.
 
+  Where these are several slices (of TPUs; hosts of GPUs without a common NVLink), their slow network
+  divides `data` as far as it can, and only then `fsdp` and `tensor`.
+
   Raises:
     ValueError: axes that do not divide the devices, or a size below 1.
   """
-  count = jax.device_count() if devices is None else len(devices)
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   data, fsdp, tensor = config.data, config.fsdp, config.tensor
   if min(fsdp, tensor) < 1 or (data < 1 and data != -1):
     raise ValueError(
@@ -55,7 +60,18 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> 
       f"devices there are. Set mesh.data=-1, and fsdp x tensor to a divisor of {count}."
     )
   kinds = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds, devices=devices)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=kinds, devices=devices)
+  inner, outer, rest = [], [], slices
+  for size in (data, fsdp, tensor):
+    outer.append(math.gcd(size, rest))
+    inner.append(size // outer[-1])
+    rest //= outer[-1]
+  grid = mesh_utils.create_hybrid_device_mesh(
+    inner, outer, devices, allow_split_physical_axes=devices[0].platform == "tpu"
+  )
+  return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
 
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
