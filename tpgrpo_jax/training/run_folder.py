@@ -47,10 +47,8 @@ def hold(run_dir: os.PathLike | str) -> Iterator[None]:
   if not processes.is_first():
     yield
     return
-  field, owner = (
-    f"run.dir={os.fspath(run_dir)!r}",
-    f"process {os.getpid()} on {socket.gethostname()}\n",
-  )
+  field = f"run.dir={os.fspath(run_dir)!r}"
+  owner = f"process {os.getpid()} on {socket.gethostname()}\n"
   if is_remote(run_dir):
     _claim_remote(run_dir, field, owner)
     yield
