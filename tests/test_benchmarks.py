@@ -51,3 +51,10 @@ def test_accelerator_measures_a_small_model_on_a_cpu():
   work = [figures[name]["tflop"] for name in ("evaluation_jax", "rollout", "update")]
   assert all(line.get("of_peak", 1) > 0 and not line.get("uncounted") for line in lines)
   assert 0 < work[0] < min(work[1:])
+
+
+@pytest.mark.slow
+def test_forecast_of_the_memory_of_an_update_is_what_it_takes():
+  figures = {line["figure"]: line for line in run("forecast_memory", "--microbatch=256")}
+  assert figures.keys() == {"forecast_memory_rollout", "forecast_memory_update"}
+  assert figures["forecast_memory_update"]["ratio"] == pytest.approx(1.0, abs=0.1)
