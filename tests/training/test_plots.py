@@ -247,6 +247,8 @@ def test_runs_of_one_label_that_differ_are_refused(make_run):
   b = make_run("b", [eval_row(0, 0.1)], optimizer=config_lib.Optimizer(learning_rate=1.0))
   with pytest.raises(ValueError, match=r"optimizer\.learning_rate.*other_name="):
     history.load_runs([a, b])
+  with pytest.warns(UserWarning, match=r"optimizer\.learning_rate.*drawn as one"):
+    assert len(history.load_runs([f"both={a}", f"both={b}"])["both"]) == 2
 
 
 def test_folder_given_twice_is_refused(make_run):

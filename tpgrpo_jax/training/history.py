@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 from typing import Any, NamedTuple
+import warnings
 import zipfile
 
 from etils import epath
@@ -137,11 +138,14 @@ def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:
     first = groups.setdefault(run.label, [run])[0]
     if first is run:
       continue
-    if not label and (fields := differences([first.config, run.config])):
-      raise ValueError(
+    if fields := differences([first.config, run.config]):
+      found = (
         f"run={folder!r}: has the label {run.label!r} as {str(first.folder)!r} has, but differs in "
-        f"{', '.join(fields)}. Tell them apart: other_name={folder}"
+        f"{', '.join(fields)}."
       )
+      if not label:
+        raise ValueError(f"{found} Tell them apart: other_name={folder}")
+      warnings.warn(f"{found} They are drawn as one, as asked.", stacklevel=2)
     groups[run.label].append(run)
   return groups
 
