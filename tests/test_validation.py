@@ -81,6 +81,15 @@ BAD = {
   ),
   "negative_seed": ({"seed": -1}, ("seed=-1:", "must be 0 ... 2**32 - 1", "Use 0")),
   "seed_beyond_32_bits": ({"seed": 2**40}, ("must be 0 ... 2**32 - 1", "Use 0")),
+  "one_slash": ({"run.dir": "gs:/bucket/run"}, ("run.dir='gs:/bucket/run'", "gs://bucket/folder")),
+  "processes_without_address": (
+    {"distributed.num_processes": 2},
+    ("distributed.num_processes=2", "distributed.coordinator", "address of process 0"),
+  ),
+  "port_of_no_socket": (
+    {"distributed.coordinator": "host:99999"},
+    ("distributed.coordinator='host:99999'", "host:port", "10.0.0.2:8476"),
+  ),
   "no_run_folder": ({"run.dir": ""}, ("run.dir='':", "must name a folder", "runs/mine")),
   "weight_decay_of_nan": (
     {"optimizer.weight_decay": float("nan")},

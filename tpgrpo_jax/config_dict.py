@@ -64,6 +64,13 @@ def check_key(cls: type, key: str) -> None:
     hints = typing.get_type_hints(hints[part]) if dataclasses.is_dataclass(hints[part]) else {}
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+  """Nested dicts as one, by dotted names; an empty dict within is a value."""
+  if not isinstance(tree, dict) or (prefix and not tree):
+    return {prefix[:-1]: tree}
+  return {k: v for key in tree for k, v in flatten(tree[key], f"{prefix}{key}.").items()}
+
+
 def _build(cls, tree, prefix):
   hints = typing.get_type_hints(cls)
   if not isinstance(tree, dict):

@@ -1,9 +1,10 @@
 """Arrays between the host and a mesh that may span several processes.
 
-Every process makes the same calls of `put_batch`, `fetch` and `sum_over` in the same order, from its main
-thread; the other functions concern one process alone.
+Every process makes the same calls of `put_batch`, `fetch`, `from_first`, `on_first` and `sum_over` in the
+same order, from its main thread; the other functions concern one process alone.
 """
 
+from collections.abc import Callable
 import json
 from typing import Any
 
@@ -78,6 +79,24 @@ def from_first(value: Any) -> Any:
   length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
   padded = np.resize(text, length)
   return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+
+
+def on_first(function: Callable[[], Any]) -> None:
+  """Calls the function in process 0 alone; its ValueError is raised in all processes.
+
+  Every process calls this at the same place.
+  """
+  if jax.process_count() == 1:
+    function()
+    return
+  problem = ""
+  if is_first():
+    try:
+      function()
+    except ValueError as error:
+      problem = str(error)
+  if problem := from_first(problem):
+    raise ValueError(problem)
 
 
 def sum_over(tree: Any) -> Any:

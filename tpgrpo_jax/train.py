@@ -26,7 +26,10 @@ def main(argv: list[str]) -> None:
   try:
     row = loop.train(config)
   except preemption.Preempted:
-    print(f"{config.run.dir}: saved, as asked. The same command goes on.", file=sys.stderr)
+    print(
+      f"{config.run.dir}: ends, as asked; the finished epochs are saved. The same command goes on.",
+      file=sys.stderr,
+    )
     preemption.leave()
   if processes.is_first():
     print({k: round(v, 4) for k, v in row.items()})

@@ -102,7 +102,9 @@ def _run(config) -> Iterator[str]:
     yield f"seed={config.seed}: must be 0 ... 2**32 - 1. Use 0."
   if not config.run.dir:
     yield "run.dir='': must name a folder. Use run.dir='runs/mine'."
-  elif "://" in config.run.dir and not re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", config.run.dir):
+  elif re.match(r"[a-z0-9]+:/", config.run.dir) and not re.fullmatch(
+    r"gs://[^/]+(/[^/]+)+/?", config.run.dir
+  ):
     yield f"run.dir={config.run.dir!r}: must be a folder, or gs://bucket/folder. Name one of them."
 
 
@@ -189,7 +191,15 @@ def _distributed(config) -> Iterator[str]:
     yield (
       f"distributed.process_id={d.process_id}: must be 0 ... num_processes - 1 = {d.num_processes - 1}."
     )
-  if d.coordinator not in ("auto", "off") and not d.coordinator.rpartition(":")[2].isdecimal():
+  if d.coordinator in ("auto", "off"):
+    if d.num_processes > 1:
+      yield (
+        f"distributed.num_processes={d.num_processes}: is only for distributed.coordinator=host:port, which "
+        f"is {d.coordinator!r}. Name the address of process 0, or leave it out: a scheduler says how many."
+      )
+    return
+  host, _, port = d.coordinator.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     yield (
       f"distributed.coordinator={d.coordinator!r}: must be 'auto', 'off' or host:port of process 0, such "
       "as '10.0.0.2:8476'."

@@ -1,3 +1,5 @@
+import http.client
+import json
 import threading
 import time
 
@@ -219,6 +221,32 @@ def test_a_call_that_takes_too_long_is_made_again_and_given_up(caplog):
   with pytest.raises(combine.RewardError, match="failed 3 times.*no answer within 0.05 s"):
     score(IMAGES, PROMPTS, METADATA)()
   assert len(calls) == 3 and "again in 0.02 s" in caplog.text
+
+
+@pytest.mark.parametrize(
+  "passing", [http.client.IncompleteRead(b""), json.JSONDecodeError("502", "<html>", 0)]
+)
+def test_answers_of_a_server_that_fails_are_asked_for_again(passing):
+  failures = [passing]
+
+  def mine(images, prompts, metadata):
+    if failures:
+      raise failures.pop()
+    return np.ones(len(images), np.float32), {}
+
+  score = combine.make_weighted_sum(
+    {"mine": 1.0}, {"mine": lambda: mine}, {}, retries=1, backoff=0.0
+  )
+  assert score(IMAGES, PROMPTS, METADATA)()[0].sum() == len(IMAGES)
+
+
+def test_reward_that_exits_does_not_end_the_run_as_if_it_were_finished():
+  def mine(images, prompts, metadata):
+    raise SystemExit(0)
+
+  score = combine.make_weighted_sum({"mine": 1.0}, {"mine": lambda: mine}, {}, retries=1)
+  with pytest.raises(combine.RewardError, match=r"'mine' called sys\.exit\(0\)"):
+    score(IMAGES, PROMPTS, METADATA)()
 
 
 def test_rows_of_other_processes_are_not_scored():

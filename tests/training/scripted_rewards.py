@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,6 +38,8 @@ def make():
       time.sleep(30)
     if what == "hang":
       time.sleep(30)
+    if what == "hang_in_first" and jax.process_index() == 0:
+      time.sleep(600)
     if what == "raise":
       raise ConnectionError("the reward server is gone")
     if what == "nan":

@@ -282,6 +282,36 @@ def test_failed_background_save_raises_and_keeps_the_older_one(tmp_path):
     assert checkpoints.steps() == [1]
 
 
+def test_folder_that_cannot_be_written_to_is_named_before_anything_is_saved(tmp_path):
+  (tmp_path / "checkpoints").write_text("a file")
+  with pytest.raises(ValueError, match="checkpoints: cannot be written to"):
+    checkpoint.RunCheckpoints(tmp_path)
+
+
+def test_what_ends_a_block_is_not_hidden_by_a_failure_to_close(tmp_path, monkeypatch):
+  with pytest.raises(KeyError, match="the cause"):
+    with checkpoint.RunCheckpoints(tmp_path) as checkpoints:
+      close = checkpoints.close
+
+      def fail():
+        close()
+        raise ValueError("another")
+
+      monkeypatch.setattr(checkpoints, "close", fail)
+      raise KeyError("the cause")
+
+
+def test_checkpoint_that_may_not_be_read_is_not_set_aside(two_checkpoints, monkeypatch):
+  def refuse(*unused):
+    raise checkpoint.UnreadableError("ValueError: PERMISSION_DENIED: Error opening file")
+
+  monkeypatch.setattr(checkpoint.RunCheckpoints, "_restore_one", refuse)
+  with checkpoint.RunCheckpoints(two_checkpoints) as checkpoints:
+    with pytest.raises(ValueError, match="Mend its permissions"):
+      checkpoints.restore(on_one_device(make_state()))
+    assert checkpoints.steps() == [10, 20]
+
+
 def test_checkpoint_of_a_newer_version_is_refused(tmp_path, monkeypatch):
   state = {"x": jnp.ones(2)}
   with monkeypatch.context() as patch, checkpoint.RunCheckpoints(tmp_path) as checkpoints:

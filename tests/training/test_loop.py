@@ -5,12 +5,14 @@ import logging
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import pytest
 import scripted_rewards
@@ -139,6 +141,35 @@ def test_run_that_is_asked_to_end_saves_and_goes(
     assert kept.steps() == [finished]
   script(monkeypatch, "")
   loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_run_ends_where_jax_announces_the_end_of_the_machine(
+  uninterrupted, make_config, one_device, monkeypatch
+):
+  config = make_config({"checkpoint.every": 10})
+  with monkeypatch.context() as patch:
+    patch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 2)
+    with pytest.raises(preemption.Preempted):
+      loop.train(config)
+  with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
+    assert kept.steps() == [2]
+  loop.train(config)
+  assert_same_run(config, uninterrupted)
+
+
+def test_signal_while_the_last_checkpoint_is_written_does_not_lose_it(
+  uninterrupted, make_config, one_device, monkeypatch
+):
+  config, close = make_config({"checkpoint.every": 10}), checkpoint.RunCheckpoints.close
+
+  def signalled(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    close(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.RunCheckpoints, "close", signalled)
+    loop.train(config)
   assert_same_run(config, uninterrupted)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import config_dict
 from tpgrpo_jax.training import checkpoint, distributed, loop, metrics
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
@@ -24,6 +25,7 @@ RECIPE = """
 import json
 import pathlib
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import config_dict
 
 
 def get_config():
@@ -212,15 +214,18 @@ def rows_exist(config):
   return path.is_file() and path.stat().st_size > 0
 
 
+@pytest.mark.parametrize("rewards", ["", "hang_in_first:4"])
 def test_a_signal_to_end_one_process_ends_all_with_a_checkpoint(
-  one, config_in, one_device, compilation_cache, tmp_path
+  one, config_in, one_device, compilation_cache, tmp_path, monkeypatch, rewards
 ):
   fields = FIELDS | {"mesh": config_lib.Mesh(2, 1, 1), "checkpoint.every": 10}
   config = config_in(tmp_path / "run", fields | {"train.epochs": 500})
+  monkeypatch.setenv("SCRIPTED_REWARD", rewards)  # calls 4 and 5 are of the second epoch
   processes = start(config, 2, compilation_cache)
   deadline = time.monotonic() + 120
   while len(rows_of(config) if rows_exist(config) else []) < 3 and time.monotonic() < deadline:
     time.sleep(0.1)
+  time.sleep(2 * bool(rewards))  # until it hangs
   processes[1].send_signal(signal.SIGTERM)
   began = time.monotonic()
   outputs = [p.communicate(timeout=60)[0] for p in processes]
@@ -228,6 +233,49 @@ def test_a_signal_to_end_one_process_ends_all_with_a_checkpoint(
   assert [p.returncode for p in processes] == [143, 143], "\n".join(outputs)[-3000:]
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
     assert kept.latest() >= 1
+
+
+def test_signals_before_the_first_epoch_end_processes(config_in, compilation_cache, tmp_path):
+  fields = FIELDS | {"mesh": config_lib.Mesh(2, 1, 1), "train.epochs": 500}
+  config = config_in(tmp_path / "run", fields)
+  processes = start(config, 2, compilation_cache)
+  deadline = time.monotonic() + 120
+  while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < deadline:
+    time.sleep(0.01)
+  for process in processes:  # JAX has met its peers, and nothing is trained yet
+    process.send_signal(signal.SIGTERM)
+  outputs = [p.communicate(timeout=60)[0] for p in processes]
+  assert {p.returncode for p in processes} <= {143, -15}, "\n".join(outputs)[-3000:]
+
+
+def test_processes_of_different_configs_are_refused(monkeypatch):
+  monkeypatch.setattr(distributed.processes, "sum_over", lambda flags: flags)
+  base = config_lib.Config()
+  fields = json.loads(json.dumps(config_dict.flatten(dataclasses.asdict(base))))
+  first = {k: v for k, v in fields.items() if not k.startswith(distributed._OF_A_MACHINE)}
+  monkeypatch.setattr(distributed.processes, "from_first", lambda _: first)
+  elsewhere = config_lib.Distributed("host:1", 2, 1)
+  distributed._check_same(dataclasses.replace(base, distributed=elsewhere))
+  with pytest.raises(ValueError, match="seed: process 0 has 0, process 0 has 7"):
+    distributed._check_same(dataclasses.replace(base, seed=7))
+
+
+def test_a_run_folder_that_is_refused_ends_all_processes_with_its_message(
+  one, config_in, compilation_cache, tmp_path
+):
+  (tmp_path / "run").write_text("a file")
+  config = config_in(tmp_path / "run", FIELDS | {"mesh": config_lib.Mesh(2, 1, 1)})
+  processes = start(config, 2, compilation_cache)
+  for process in processes:
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "is a file; must be a folder" in output, output[-2000:]
+
+
+def test_a_port_that_is_taken_is_named():
+  with socket.create_server(("", 0)) as taken:
+    port = taken.getsockname()[1]
+    with pytest.raises(RuntimeError, match=r"distributed\.coordinator=.*port is taken"):
+      distributed.initialize(config_lib.Distributed(f"localhost:{port}", 2, 0, timeout=3))
 
 
 def test_a_coordinator_that_does_not_answer_is_named(tmp_path):

@@ -114,8 +114,33 @@ def test_kept_rows_keep_their_bytes(tmp_path):
 
 
 def test_missing_metrics_file_is_no_error(tmp_path):
-  assert run_folder.truncate_metrics(tmp_path / "metrics.jsonl", 3) == 0
+  assert run_folder.truncate_metrics(tmp_path / "metrics.jsonl", 0) == 0
+  with pytest.warns(UserWarning, match="is missing; the rows of the finished epochs are lost"):
+    assert run_folder.truncate_metrics(tmp_path / "metrics.jsonl", 3) == 0
   assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_damaged_rows_are_named(tmp_path):
+  path = write_rows(tmp_path / "metrics.jsonl", [0], "garbage\n" + '{"epoch": 2}\n')
+  with pytest.warns(UserWarning, match=r"rows \[2\] cannot be read"):
+    run_folder.truncate_metrics(path, 5)
+  assert epochs_of(path) == [0, 2]
+
+
+def test_checkpoints_without_a_config_are_refused(tmp_path):
+  save_trained(tmp_path, CONFIG)
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(ValueError, match=r"config\.json: is missing, .*another run\.dir"):
+    run_folder.check_config(tmp_path, CONFIG)
+
+
+def test_full_disk_is_named():
+  with pytest.raises(ValueError, match=r"run\.dir='mine': No space left.*Make room"):
+    with run_folder.named_errors("mine"), open("/dev/full", "w") as file:
+      file.write("row")
+      file.flush()
+  with pytest.raises(FileNotFoundError), run_folder.named_errors("mine"):
+    open("nowhere/at/all")
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_one_named(tmp_path):

@@ -8,7 +8,9 @@ the host run, and everything is waited for, when the result is asked for, in wha
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import contextlib
+import http.client
 import inspect
+import json
 import logging
 import math
 import numbers
@@ -26,6 +28,9 @@ from tpgrpo_jax import processes, registry, types
 log = logging.getLogger(__name__)
 
 _LARGEST = float(np.finfo(np.float32).max)  # a weight beyond makes every total infinite
+
+MAY_PASS = (OSError, RuntimeError, http.client.HTTPException, json.JSONDecodeError)
+"""What a call raises that may succeed when it is made again: servers and networks that fail."""
 
 RewardMaker = Callable[..., types.RewardFn]
 
@@ -65,7 +70,7 @@ def make_weighted_sum(
     device: name -> maker of a reward of the devices.
     placement: of the weights and batches of rewards of the devices; None for the default device.
     timeout: seconds that one call of a reward of the host may take.
-    retries: how often a call is made again that took longer, or raised OSError or RuntimeError.
+    retries: how often a call is made again that took longer, or raised one of MAY_PASS.
     backoff: seconds before the first of them; each later one waits twice as long.
 
   Returns:
@@ -184,7 +189,7 @@ def _insist(label, function, images, prompts, metadata, patience):
       return _limit(patience.timeout, _score, label, function, images, prompts, metadata)
     except RewardError:
       raise
-    except (OSError, RuntimeError) as error:
+    except MAY_PASS as error:
       if attempt == patience.retries:
         raise RewardError(
           f"reward {label!r} failed {attempt + 1} times, the last time with {type(error).__name__}: "
@@ -288,7 +293,12 @@ def _noting(label, prompts):
 def _score(label, function, images, prompts, metadata):
   """(scores float32 [N], info) of one reward of the host, checked."""
   with _noting(label, prompts):
-    result = function(images, prompts, metadata)
+    try:
+      result = function(images, prompts, metadata)
+    except SystemExit as error:  # else the run would end as if it were finished
+      raise RewardError(
+        f"reward {label!r} called sys.exit({error.code!r}). The run stops."
+      ) from error
   if not isinstance(result, tuple) or len(result) != 2:
     raise _error(label, prompts, f"{type(result).__name__}", "a pair (scores, info)")
   if not isinstance(result[1], dict):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import contextlib
 import logging
 import os
+import tempfile
 import time
 from typing import Any
 import warnings
@@ -16,6 +17,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+
+from tpgrpo_jax.training import run_folder
 
 FORMAT = 1
 """Of what a checkpoint holds; raise it when older code could not read a new one."""
@@ -56,7 +59,8 @@ class RunCheckpoints:
         renames nothing.
 
     Raises:
-      ValueError: keep or every is not positive, or read_only and there is no such folder.
+      ValueError: keep or every is not positive; read_only and there is no such folder, or not read_only and
+        it cannot be written to.
     """
     if keep < 1 or every < 1:
       raise ValueError(f"checkpoint.keep={keep}, checkpoint.every={every}: both must be >= 1.")
@@ -64,6 +68,9 @@ class RunCheckpoints:
     self._folder = _absolute(run_dir) / "checkpoints"
     self._read_only = read_only
     self._pending = None
+    self.preempted = False  # a save saw jax's preemption service announce the end of the machine
+    if not read_only and not run_folder.is_remote(run_dir):
+      _check_writable(self._folder)
     if read_only and not self._folder.exists():
       raise ValueError(f"run.dir={os.fspath(run_dir)!r}: holds no checkpoints. Check the path.")
     saving, preserving = ocp.training.save_decision_policies, ocp.training.preservation_policies
@@ -85,8 +92,12 @@ class RunCheckpoints:
   def __enter__(self) -> "RunCheckpoints":
     return self
 
-  def __exit__(self, *unused) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
+    if kind is None:
+      self.close()
+      return
+    with contextlib.suppress(Exception):  # what ended the block says more
+      self.close()
 
   def steps(self) -> list[int]:
     """The steps of all finished checkpoints, ascending; one still being written is among them."""
@@ -126,6 +137,8 @@ class RunCheckpoints:
         f"step={step}: {self._folder} already has step {newest}. Use another run.dir."
       )
     self._finish_pending()
+    with contextlib.suppress(RuntimeError):  # of a JAX whose preemption service is switched off
+      self.preempted = multihost_utils.reached_preemption_sync_point(step)
     self._pending = self._checkpointer.save_checkpointables_async(
       step,
       {_STATE: state},
@@ -166,6 +179,10 @@ class RunCheckpoints:
       try:
         restored = self._restore_one(candidate, abstract_state)
       except UnreadableError as error:
+        if "permission denied" in str(error).lower().replace("_", " "):
+          raise ValueError(
+            f"checkpoint {self._folder / str(candidate)}: {error}. Mend its permissions."
+          ) from error
         cause = error
         unreadable.append(candidate)
         path = self._folder / str(candidate)
@@ -255,6 +272,19 @@ def _without_orbax_chatter(record):
   # Some thirty INFO lines a save, which absl.app.run would show; --verbosity=1 still shows them.
   is_chatter = record.levelno < logging.WARNING and f"{os.sep}orbax{os.sep}" in record.pathname
   return not is_chatter or logging.getLogger("absl").isEnabledFor(logging.DEBUG)
+
+
+def _check_writable(folder):
+  """Before orbax tries: its threads would keep a process alive whose save failed at the start."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise ValueError(
+      f"{folder}: cannot be written to ({error.strerror}). Make room or mend its permissions, or use another "
+      "run.dir."
+    ) from error
 
 
 def _absolute(path):

@@ -1,22 +1,55 @@
 """What is set up once a process: JAX's multi-controller runtime, the cache of compiled programs."""
 
+import dataclasses
+import json
 import os
+import signal
 import socket
 import sys
 import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import config_dict, processes
 
+_OF_A_MACHINE = ("distributed.", "run.programs", "text.cache")  # may differ between processes
 PROGRAMS = "~/.cache/tpgrpo_jax/programs"
 
 
 def set_up(config: config_lib.Config) -> None:
-  """What every command does before anything is computed."""
+  """What every command does before anything is computed.
+
+  Raises:
+    RuntimeError: as `initialize`.
+    ValueError: the processes were started with different configs.
+  """
   initialize(config.distributed)
   share_programs(config.run.programs)
+  if jax.process_count() > 1:
+    _check_same(config)
+
+
+def _check_same(config):
+  def tell(tree):
+    fields = config_dict.flatten(json.loads(json.dumps(dataclasses.asdict(tree))))
+    return {k: v for k, v in fields.items() if not k.startswith(_OF_A_MACHINE)}
+
+  own = tell(config)
+  first = processes.from_first(own)
+  lines = [
+    f"  {name}: process 0 has {first.get(name)!r}, process {jax.process_index()} has {own.get(name)!r}"
+    for name in first | own
+    if first.get(name) != own.get(name)
+  ]
+  if processes.sum_over(np.asarray([bool(lines)], np.int32))[0]:
+    raise ValueError(
+      "the processes of this run were started with different configs:\n"
+      + ("\n".join(lines) or "  (the message of another process names the fields)")
+      + "\nGive all of them the same command, but for distributed.process_id."
+    )
 
 
 def initialize(config: config_lib.Distributed) -> None:
@@ -26,7 +59,7 @@ def initialize(config: config_lib.Distributed) -> None:
   JAX finds its peers by itself. Where processes are missing after `timeout`, JAX ends this one.
 
   Raises:
-    RuntimeError: nobody answers at the coordinator's address.
+    RuntimeError: nobody answers at the coordinator's address, or its port is taken.
   """
   if config.coordinator == "off" or (config.coordinator == "auto" and not _in_cluster()):
     return
@@ -40,7 +73,9 @@ def initialize(config: config_lib.Distributed) -> None:
     # JAX would end the process in a check of its own C++, with a stack trace.
     if config.process_id != 0:
       _wait_for(config)
-    elif config.num_processes > 1:
+    else:
+      _check_free(config)
+    if config.process_id == 0 and config.num_processes > 1:
       print(
         f"distributed.coordinator={config.coordinator}: waits for {config.num_processes - 1} more "
         f"processes, {config.timeout} s at most.",
@@ -51,6 +86,21 @@ def initialize(config: config_lib.Distributed) -> None:
     heartbeat_timeout_seconds=config.heartbeat_timeout,
     **explicit,
   )
+  # JAX has taken SIGTERM, to have a checkpoint saved, and would not end. Until training takes it, there is
+  # nothing to save (training.preemption).
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _check_free(config):
+  """JAX would crash where another program listens at process 0's own port."""
+  port = int(config.coordinator.rpartition(":")[2])
+  try:
+    socket.create_server(("", port)).close()
+  except OSError as error:
+    raise RuntimeError(
+      f"distributed.coordinator={config.coordinator!r}: its port is taken on this machine "
+      f"({error.strerror}). Name another port to all processes, or end what holds it."
+    ) from error
 
 
 def _wait_for(config):

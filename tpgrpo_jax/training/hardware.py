@@ -51,7 +51,7 @@ MOST_DEVICES = 1024  # virtual ones
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-TOPOLOGIES = {"v4": _CUBIC, "v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT}
+TOPOLOGIES = {"v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT}
 """Chips in each dimension of a slice, for each TPU; v5e:4x4 and v5p:2x2x4 have been compiled for."""
 
 GPUS = ("a100", "h100", "h200")

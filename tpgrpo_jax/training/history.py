@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import config_dict
 from tpgrpo_jax.training import metrics
 
 
@@ -157,19 +158,13 @@ _NOT_RECIPE = ("seed", "run.", "train.epochs", "log.", "checkpoint.", "mesh.", "
 
 def differences(configs: Sequence[config_lib.Config]) -> dict[str, list[Any]]:
   """Recipe fields in which configs differ: dotted name -> the value in each."""
-  flat = [_flatten(dataclasses.asdict(config)) for config in configs]
+  flat = [config_dict.flatten(dataclasses.asdict(config)) for config in configs]
   fields = {name: [f.get(name) for f in flat] for name in {k: None for f in flat for k in f}}
   return {
     name: values
     for name, values in fields.items()
     if not name.startswith(_NOT_RECIPE) and any(v != values[0] for v in values)
   }
-
-
-def _flatten(tree, prefix=""):
-  if not isinstance(tree, dict):
-    return {prefix[:-1]: tree}
-  return {k: v for name in tree for k, v in _flatten(tree[name], f"{prefix}{name}.").items()}
 
 
 def reward_labels(groups: Mapping[str, Sequence[Run]]) -> list[str]:

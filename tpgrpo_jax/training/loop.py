@@ -35,12 +35,21 @@ def train(config: config_lib.Config) -> dict[str, float]:
     Preempted: the process was asked to end; the finished epochs are saved.
   """
   metrics.check_sinks(config.log)
-  with run_folder.hold(config.run.dir):
-    run_folder.check_config(config.run.dir, config)
-    return _train_in_folder(session_lib.open_session(config))
+  run_dir = config.run.dir
+  with run_folder.named_errors(run_dir), contextlib.ExitStack() as held:
+
+    def open_folder():
+      with run_folder.named_errors(run_dir):
+        held.enter_context(run_folder.hold(run_dir))
+        run_folder.check_config(run_dir, config)
+
+    processes.on_first(open_folder)
+    session = session_lib.open_session(config)
+    with preemption.watch() as notice:
+      return _train_in_folder(session, notice)
 
 
-def _train_in_folder(session):
+def _train_in_folder(session, notice):
   """Resumes or starts, and trains to the end, or until it is asked to end."""
   config, run_dir = session.config, epath.Path(session.config.run.dir)
   run_folder.save_config(run_dir, config)
@@ -52,10 +61,7 @@ def _train_in_folder(session):
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
     done = totals["epoch"]
     run_folder.truncate_metrics(run_dir / "metrics.jsonl", done + 1 if done else 0)
-    with (
-      metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink,
-      preemption.watch() as notice,
-    ):
+    with metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink:
       return _train(session, state, totals, checkpoints, sink, run_dir, notice)
 
 
@@ -112,6 +118,9 @@ def _train(session, state, totals, checkpoints, sink, run_dir, notice):
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
       sink.write({"epoch": epoch + 1, "kind": "train", **totals_row(totals), **train_row})
       checkpoints.save(epoch + 1, state, totals, force=epoch + 1 == config.train.epochs)
+      if checkpoints.preempted:
+        checkpoints.wait()
+        raise preemption.Preempted
       if _is_due(config, epoch + 1):
         row = evaluate()
         totals["seconds"] = time.perf_counter() - clock

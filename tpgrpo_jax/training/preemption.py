@@ -53,7 +53,7 @@ def watch() -> Iterator[Notice]:
 def leave() -> NoReturn:
   """Ends the process with EXIT_CODE, everything being saved and closed."""
   if jax.process_count() > 1:
-    sys.exit(EXIT_CODE)  # by way of JAX's farewell to the other processes
+    jax.distributed.shutdown()  # the others' farewell
   sys.stderr.flush()
   os._exit(EXIT_CODE)  # without waiting for the thread of a reward that hangs
 
@@ -69,20 +69,23 @@ def agree(notice: Notice, scoring: futures.Future | None = None) -> None:
 
   Args:
     notice: of this process.
-    scoring: waited for, unless this process is asked to end meanwhile; it may have failed.
+    scoring: waited for, unless a process is asked to end meanwhile; it may have failed.
 
   Raises:
     Preempted: any process was asked to end.
     BaseException: of the scoring, or a RuntimeError where another process has one.
   """
-  while scoring is not None and not notice.given and not scoring.done():
-    futures.wait([scoring], timeout=0.2)
-  failure = scoring.exception() if scoring is not None and scoring.done() else None
-  if jax.process_count() == 1:
-    asked, failed = notice.given, failure is not None
-  else:
-    flags = processes.sum_over(np.asarray([notice.given, failure is not None], np.int32))
-    asked, failed = bool(flags[0]), bool(flags[1])
+  several, waits, failure = jax.process_count() > 1, True, None
+  while waits:
+    if scoring is not None and not notice.given:
+      futures.wait([scoring], timeout=1.0 if several else 0.2)
+    waits = scoring is not None and not scoring.done()
+    failure = scoring.exception() if scoring is not None and not waits else None
+    flags = [notice.given, failure is not None, waits]
+    if several:
+      flags = processes.sum_over(np.asarray(flags, np.int32))
+    asked, failed, waits = map(bool, flags)
+    waits = waits and not (asked or failed)
   notice.agreed = asked or failed
   if failure is not None:
     raise failure

@@ -7,6 +7,7 @@ on a file system or under gs://bucket/.
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import fnmatch
 import json
@@ -14,10 +15,11 @@ import os
 import pathlib
 import socket
 from typing import Any
+import warnings
 
 from etils import epath
 
-from tpgrpo_jax import processes
+from tpgrpo_jax import config_dict, processes
 
 RESUMABLE_FIELDS = (
     "run.*", "train.epochs", "train.updates", "train.log_every", "output",
@@ -27,6 +29,24 @@ RESUMABLE_FIELDS = (
 """Config fields that may differ when a run is resumed: they do not change what is learned."""
 
 _LOCK_FILE = ".lock"
+_OF_STORAGE = {
+  errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def named_errors(run_dir: os.PathLike | str) -> Iterator[None]:
+  """Turns what a full, read-only or broken file system says into a ValueError that names the run folder."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in _OF_STORAGE:
+      raise
+    place = f" ({error.filename})" if error.filename else ""
+    raise ValueError(
+      f"run.dir={os.fspath(run_dir)!r}: {error.strerror}{place}. Make room, or mend its permissions; then "
+      "start the same command again. The finished checkpoints are whole."
+    ) from error
 
 
 def is_remote(run_dir: os.PathLike | str) -> bool:
@@ -140,20 +160,25 @@ def check_config(
     ignore: patterns of dotted field names that may differ.
 
   Raises:
-    ValueError: other fields differ (each is listed with both values), or config.json is damaged.
+    ValueError: other fields differ (each is listed with both values), or config.json is damaged or missing.
   """
   path = epath.Path(run_dir) / "config.json"
   checkpoints = path.parent / "checkpoints"
-  if not path.exists() or not (checkpoints.exists() and any(checkpoints.iterdir())):
+  if not (checkpoints.exists() and any(checkpoints.iterdir())):
     return  # nothing was trained: a first start that failed binds nobody
+  if not path.exists():
+    raise ValueError(
+      f"{path}: is missing, so nobody knows what made the checkpoints beside it. Bring it back, or use "
+      "another run.dir."
+    )
   try:
-    old = _flatten(json.loads(path.read_text()))
+    old = config_dict.flatten(json.loads(path.read_text()))
   except ValueError as error:
     raise ValueError(
       f"{path}: not valid JSON ({error}). Repair it, or use another run.dir."
     ) from error
   # Through JSON and back, because there a tuple is a list.
-  new = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+  new = config_dict.flatten(json.loads(json.dumps(dataclasses.asdict(config))))
   lines = []
   for field in [*new, *(f for f in old if f not in new)]:
     ignored = any(fnmatch.fnmatchcase(field, pattern) for pattern in ignore)
@@ -170,15 +195,6 @@ def check_config(
     )
 
 
-def _flatten(tree, prefix=""):
-  if not isinstance(tree, dict) or (prefix and not tree):
-    return {prefix[:-1]: tree}
-  fields = {}
-  for key, value in tree.items():
-    fields |= _flatten(value, f"{prefix}{key}.")
-  return fields
-
-
 def truncate_metrics(path: os.PathLike | str, next_epoch: int) -> int:
   """Drops the rows that a resumed run will write again; process 0 only.
 
@@ -193,10 +209,17 @@ def truncate_metrics(path: os.PathLike | str, next_epoch: int) -> int:
     How many rows were dropped.
   """
   path = epath.Path(path)
-  if not processes.is_first() or not path.exists():
+  if not processes.is_first():
+    return 0
+  if not path.exists():
+    if next_epoch:
+      warnings.warn(f"{path}: is missing; the rows of the finished epochs are lost.", stacklevel=2)
     return 0
   content = path.read_bytes()
   lines = [line for line in content.split(b"\n") if line.strip()]
+  damaged = [number for number, line in enumerate(lines[:-1], 1) if _epoch(line) is None]
+  if damaged:
+    warnings.warn(f"{path}: rows {damaged} cannot be read; they are dropped.", stacklevel=2)
   kept = [line for line in lines if (epoch := _epoch(line)) is not None and epoch < next_epoch]
   new = b"".join(line + b"\n" for line in kept)
   if new != content:
