@@ -269,8 +269,11 @@ class RunCheckpoints:
 
 
 def _without_orbax_chatter(record):
-  # Some thirty INFO lines a save, which absl.app.run would show; --verbosity=1 still shows them.
-  is_chatter = record.levelno < logging.WARNING and f"{os.sep}orbax{os.sep}" in record.pathname
+  # Some thirty INFO lines a save, and one failure's traceback from each thread that it passes through,
+  # which is raised in the end; --verbosity=1 still shows them.
+  is_chatter = f"{os.sep}orbax{os.sep}" in record.pathname and (
+    record.levelno < logging.WARNING or record.exc_info
+  )
   return not is_chatter or logging.getLogger("absl").isEnabledFor(logging.DEBUG)
 
 
