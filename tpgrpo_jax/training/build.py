@@ -148,6 +148,17 @@ def build_model(
   )
 
 
+def without_remat(config: config_lib.Config, model: Model) -> Model:
+  """The same model, whose backward pass computes nothing twice: what it does is the model's own work."""
+  plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
+  structure = outline(plain, model.config)
+  return dataclasses.replace(
+    model,
+    velocity_fn=models.make_velocity_fn(structure.graphdef),
+    base_velocity_fn=models.make_velocity_fn(structure.base_graphdef),
+  )
+
+
 class Outline(NamedTuple):
   """A model before its weights.
 

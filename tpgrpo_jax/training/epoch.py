@@ -67,7 +67,7 @@ def sample_epoch(
 
   def sample(chunk, group, condition):
     args = (params, key, chunk, group, condition, start, plan)
-    session.meter.count("rollout", chunks, session.rollout_fn, *args)
+    session.meter.count("rollout", chunks, *args)
     return session.rollout_fn(*args)
 
   hidden = None if processes.is_first() else True  # None: hidden where nobody looks
@@ -98,7 +98,7 @@ def update_epoch(
   began, rows = time.perf_counter(), []
   for batch in step.split_updates(config, rolled, sampled.advantage, sampled.weight):
     args = (state, session.model.frozen, session.reference, batch)
-    session.meter.count("update", config.train.updates_per_epoch, session.train_step, *args)
+    session.meter.count("update", config.train.updates_per_epoch, *args)
     state, row = session.train_step(*args)
     rows.append(row)
   rows = jax.device_get(rows)

@@ -46,7 +46,7 @@ class Session:
   train_step: Any
   reward_fn: Any
   evaluate: Any
-  meter: utilisation.Meter = dataclasses.field(default_factory=utilisation.Meter)
+  meter: utilisation.Meter
 
 
 def open_session(config: config_lib.Config) -> Session:
@@ -66,6 +66,8 @@ def open_session(config: config_lib.Config) -> Session:
   reward_fn.check(asked)  # pyright: ignore[reportFunctionMemberAccess]
   model = build.build_model(config, mesh, [prompt.text for prompt in asked])
   method = build.build_method(config, model)
+  rollout_fn = rollout.make_rollout_fn(config, model, method)
+  plain = build.build_method(config, build.without_remat(config, model))
   return Session(
     config=config,
     mesh=mesh,
@@ -73,13 +75,14 @@ def open_session(config: config_lib.Config) -> Session:
     method=method,
     reference=_reference(config, model),
     train_prompts=train_prompts,
-    rollout_fn=rollout.make_rollout_fn(config, model, method),
+    rollout_fn=rollout_fn,
     credit_fn=step.make_credit_fn(config, method),
     train_step=step.make_train_step(config, method),
     reward_fn=reward_fn,
     evaluate=evaluation.make_evaluate(
       config, model, mesh, build_eval_rewards(config, mesh, reward_fn), held_out
     ),
+    meter=utilisation.Meter({"rollout": rollout_fn, "update": step.make_train_step(config, plain)}),
   )
 
 

@@ -1,5 +1,6 @@
 """How much of the devices' matmul peak a phase reaches."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,21 +10,27 @@ from tpgrpo_jax.training import hardware
 
 
 class Meter:
-  """Counts the operations of each phase's program once, from shapes alone."""
+  """Counts the operations of each phase's program once, from shapes alone.
 
-  def __init__(self):
+  Attributes:
+    programs: phase -> what does its work and no work twice.
+  """
+
+  def __init__(self, programs: Mapping[str, Callable[..., Any]]):
+    self.programs = programs
     self._counted: dict[str, float] = {}
 
-  def count(self, phase: str, calls: int, function: Any, *args: Any) -> None:
-    """Says that `phase` is `calls` calls of a program; only the first time is looked at."""
+  def count(self, phase: str, calls: int, *args: Any) -> None:
+    """Says that `phase` is `calls` calls with these arguments; only the first time is looked at."""
     if phase not in self._counted:
-      self._counted[phase] = calls * flops.count(function, *args).total
+      self._counted[phase] = calls * flops.count(self.programs[phase], *args).total
 
   def row(self, seconds: dict[str, float]) -> dict[str, float]:
     """Metrics of one epoch: time/<phase>_teraflops, a second, all devices, and time/<phase>_utilisation.
 
-    The latter is the share of the devices' bfloat16 peak, where hardware.CHIPS knows them. Counted are
-    matrix products and convolutions that run, those that rematerialisation repeats among them.
+    The latter is the share of the devices' bfloat16 peak, where hardware.CHIPS knows them: model FLOPs
+    utilisation. Counted are matrix products and convolutions, with those of padded attention blocks on a
+    TPU, and without what rematerialisation repeats.
 
     Args:
       seconds: phase -> time.
