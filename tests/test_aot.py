@@ -86,6 +86,7 @@ def test_gpus_are_counted_and_not_compiled_for():
   done = command("--topology=h100:8", "--nocompile", "--json")
   assert done.returncode == 0, done.stderr
   given = json.loads(done.stdout.splitlines()[-1])["given"]
+  assert {given["phases"][0][name] for name in ("results", "temporaries", "traffic")} == {None}
   assert given["mesh"]["data"] == 8 and given["room"] == 0.9 * 80 * 2**30
   assert given["flops"] / (8 * 989e12) == pytest.approx(
     sum(phase["runs"] * phase["bound"]["compute"] for phase in given["phases"])

@@ -40,7 +40,7 @@ class Phase:
     compile_seconds: that lowering and compiling took.
     refused: what the compiler said of a program that the memory has no room for; what it receives and
       the split of its bytes are then not known.
-    compiled: False leaves results, temporaries and traffic 0, as not known.
+    compiled: False leaves results, temporaries and traffic 0, as not known; they are shown as "-".
   """
 
   name: str
@@ -336,15 +336,17 @@ def render(found: Forecast) -> str:
   lines = [
     f"mesh {axes}, microbatch {found.microbatch}",
     f"{'':18}{'runs':>6}{'GiB on a device:':>18}{'arguments':>11}{'results':>9}{'temporary':>11}{'held':>7}"
-    f"{'all':>8}{'FLOPs':>10}{'received':>10}{'at best':>10}  compiled in",
+    f"{'all':>8}{'FLOPs':>11}{'received':>12}{'at best':>11}  compiled in",
   ]
+  gib = lambda n, width, known=True: f"{n / GIB:{width}.2f}" if known else f"{'-':>{width}}"
   for phase in found.phases:
-    gib = lambda n, width: f"{n / GIB:{width}.2f}"
+    known = phase.compiled
+    took = f"{phase.compile_seconds:.0f} s" if known else "-"
     best = "-" if phase.bound is None else f"{phase.bound.seconds:.3g} s"
     lines.append(
-      f"{phase.name:18}{phase.runs:6}{'':18}{gib(phase.arguments, 11)}{gib(phase.results, 9)}"
-      f"{gib(phase.temporaries, 11)}{gib(phase.held, 7)}{gib(phase.total, 8)}{phase.flops:10.3g}"
-      f"{gib(phase.traffic.total, 6)} GiB{best:>10}  {phase.compile_seconds:.0f} s"
+      f"{phase.name:18}{phase.runs:6}{'':18}{gib(phase.arguments, 11)}{gib(phase.results, 9, known)}"
+      f"{gib(phase.temporaries, 11, known)}{gib(phase.held, 7)}{gib(phase.total, 8)}{phase.flops:11.3g}"
+      f"{gib(phase.traffic.total, 8, known)} GiB{best:>11}  {took}"
     )
     if phase.bound:
       each = {k: f"{v:.3g} s" for k, v in dataclasses.asdict(phase.bound).items()}
@@ -389,6 +391,8 @@ def to_json(found: Forecast) -> dict[str, Any]:
   for phase, entry in zip(found.phases, row["phases"]):
     entry |= {"total": phase.total}
     entry["traffic"] |= {"total": phase.traffic.total}
+    if not phase.compiled:
+      entry |= {"results": None, "temporaries": None, "traffic": None, "compile_seconds": None}
     if phase.bound:
       entry["bound"] |= {"seconds": phase.bound.seconds}
   row |= {"total": found.total, "fits": found.fits, "flops": found.flops, "seconds": found.seconds}
