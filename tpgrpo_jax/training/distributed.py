@@ -33,11 +33,8 @@ def set_up(config: config_lib.Config) -> None:
 
 
 def _check_same(config):
-  def tell(tree):
-    fields = config_dict.flatten(json.loads(json.dumps(dataclasses.asdict(tree))))
-    return {k: v for k, v in fields.items() if not k.startswith(_OF_A_MACHINE)}
-
-  own = tell(config)
+  fields = config_dict.flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+  own = {k: v for k, v in fields.items() if not k.startswith(_OF_A_MACHINE)}
   first = processes.from_first(own)
   lines = [
     f"  {name}: process 0 has {first.get(name)!r}, process {jax.process_index()} has {own.get(name)!r}"
