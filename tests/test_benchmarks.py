@@ -26,6 +26,7 @@ def run(name, *arguments):
   return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_compile_time_compares_scanned_with_unrolled_blocks():
   small = ("--model=flux_dev", "--small=2", "--repeats=1", "--batch=1", "--remat=none")
   (line,) = run("compile_time", *small)

@@ -140,6 +140,7 @@ def test_several_processes_learn_what_one_does(
   assert_close(config, one)
 
 
+@pytest.mark.slow
 def test_rewards_of_the_devices_are_those_of_one_process_too(
   config_in, one_device, compilation_cache, tmp_path
 ):
@@ -214,7 +215,7 @@ def rows_exist(config):
   return path.is_file() and path.stat().st_size > 0
 
 
-@pytest.mark.parametrize("rewards", ["", "hang_in_first:4"])
+@pytest.mark.parametrize("rewards", ["", pytest.param("hang_in_first:4", marks=pytest.mark.slow)])
 def test_a_signal_to_end_one_process_ends_all_with_a_checkpoint(
   one, config_in, one_device, compilation_cache, tmp_path, monkeypatch, rewards
 ):
@@ -260,6 +261,7 @@ def test_processes_of_different_configs_are_refused(monkeypatch):
     distributed._check_same(dataclasses.replace(base, seed=7))
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_refused_ends_all_processes_with_its_message(
   one, config_in, compilation_cache, tmp_path
 ):
