@@ -132,8 +132,8 @@ def test_first_failure_stops_the_others_and_is_the_status(fake_python):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_reaches_every_local_process(fake_python, tmp_path, name):
   python = fake_python(
-    f"trap 'touch {tmp_path}/heard$id; exit 143' {name}\n"
-    f"touch {tmp_path}/ready$id\nwhile true; do sleep 0.1; done"
+    f"sleep 100 &\ntrap 'touch {tmp_path}/heard$id; kill $!; exit 143' {name}\n"
+    f"touch {tmp_path}/ready$id\nwait"  # which a signal ends; bash may forget one while it waits for sleep
   )
   environment = os.environ | {"PYTHON": python, "PROCESSES": "2"}
   script = subprocess.Popen(["bash", LAUNCH / "local.sh"], env=environment)
