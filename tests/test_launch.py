@@ -136,7 +136,9 @@ def test_signal_reaches_every_local_process(fake_python, tmp_path, name):
     f"touch {tmp_path}/ready$id\nwait"  # which a signal ends; bash may forget one while it waits for sleep
   )
   environment = os.environ | {"PYTHON": python, "PROCESSES": "2"}
-  script = subprocess.Popen(["bash", LAUNCH / "local.sh"], env=environment)
+  # Where the tests themselves run in the background, SIGINT is ignored, and bash could not take it.
+  heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+  script = subprocess.Popen(["bash", LAUNCH / "local.sh"], env=environment, preexec_fn=heard)
   end = time.monotonic() + 30
   while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < end:
     time.sleep(0.1)
