@@ -48,8 +48,9 @@ fi
 set -m # without it bash makes its children deaf to SIGINT
 running=()
 asked_to_stop=
-trap 'kill -INT "${running[@]}"' INT
-trap 'asked_to_stop=1; kill -TERM "${running[@]}"' TERM
+# Of bash's own table, which has a process from the moment that it is there.
+trap 'kill -INT $(jobs -p)' INT
+trap 'asked_to_stop=1; kill -TERM $(jobs -p)' TERM
 for ((i = 0; i < processes; i++)); do
   one=(env CUDA_VISIBLE_DEVICES="${gpus[i]:-}" "${train[@]}" --config.distributed.process_id="$i")
   if ((i == 0)); then
