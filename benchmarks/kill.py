@@ -153,6 +153,12 @@ def end_life(process, moment, run, folder, life, rng, counts, waits) -> bool:
       return True
     if moment == "term":
       waits.append(time.monotonic() - sent)
+      # 143 while it trains; the signal's own status once everything is closed.
+      if process.returncode not in (128 + signal.SIGTERM, -signal.SIGTERM) or waits[-1] > 60:
+        raise RuntimeError(
+          f"SIGTERM: gone after {waits[-1]:.0f} s with status {process.returncode}:\n"
+          + log.read_text()[-3000:]
+        )
     counts[moment] += 1
     return False
   if process.returncode != 0:

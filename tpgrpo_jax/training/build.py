@@ -150,6 +150,8 @@ def build_model(
 
 def without_remat(config: config_lib.Config, model: Model) -> Model:
   """The same model, whose backward pass computes nothing twice: what it does is the model's own work."""
+  if config.model.remat == "none":
+    return model
   plain = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="none"))
   structure = outline(plain, model.config)
   return dataclasses.replace(

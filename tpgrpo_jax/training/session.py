@@ -67,7 +67,9 @@ def open_session(config: config_lib.Config) -> Session:
   model = build.build_model(config, mesh, [prompt.text for prompt in asked])
   method = build.build_method(config, model)
   rollout_fn = rollout.make_rollout_fn(config, model, method)
-  plain = build.build_method(config, build.without_remat(config, model))
+  train_step = counted = step.make_train_step(config, method)
+  if (plain := build.without_remat(config, model)) is not model:
+    counted = step.make_train_step(config, build.build_method(config, plain))
   return Session(
     config=config,
     mesh=mesh,
@@ -77,12 +79,12 @@ def open_session(config: config_lib.Config) -> Session:
     train_prompts=train_prompts,
     rollout_fn=rollout_fn,
     credit_fn=step.make_credit_fn(config, method),
-    train_step=step.make_train_step(config, method),
+    train_step=train_step,
     reward_fn=reward_fn,
     evaluate=evaluation.make_evaluate(
       config, model, mesh, build_eval_rewards(config, mesh, reward_fn), held_out
     ),
-    meter=utilisation.Meter({"rollout": rollout_fn, "update": step.make_train_step(config, plain)}),
+    meter=utilisation.Meter({"rollout": rollout_fn, "update": counted}),
   )
 
 
