@@ -72,12 +72,13 @@ def initialize(config: config_lib.Distributed) -> None:
       _wait_for(config)
     else:
       _check_free(config)
-    if config.process_id == 0 and config.num_processes > 1:
-      print(
-        f"distributed.coordinator={config.coordinator}: waits for {config.num_processes - 1} more "
-        f"processes, {config.timeout} s at most.",
-        file=sys.stderr,
-      )
+      others = config.num_processes - 1
+      if others:
+        print(
+          f"distributed.coordinator={config.coordinator}: waits for {others} more processes, "
+          f"{config.timeout} s at most.",
+          file=sys.stderr,
+        )
   jax.distributed.initialize(
     initialization_timeout=config.timeout,
     heartbeat_timeout_seconds=config.heartbeat_timeout,
