@@ -32,7 +32,8 @@ import numpy as np
 import timing
 import true_models
 
-from tpgrpo_jax import flops, types
+from tpgrpo_jax import types
+from tpgrpo_jax.cost import flops
 from tpgrpo_jax.flow import completion, sampler
 from tpgrpo_jax.models import flux
 from tpgrpo_jax.training import build, step

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from tpgrpo_jax import presets
-from tpgrpo_jax.training import forecast, lowering
+from tpgrpo_jax.config import presets
+from tpgrpo_jax.forecasting import forecast, lowering
 from tpgrpo_jax.training import mesh as mesh_lib
 
 GIB = 2**30

@@ -26,7 +26,8 @@ import jax
 import numpy as np
 
 from tpgrpo_jax import rewards
-from tpgrpo_jax.training import checkpoint, history, metrics
+from tpgrpo_jax.reporting import history
+from tpgrpo_jax.runs import checkpoint, metrics
 from tpgrpo_jax.training import session as session_lib
 
 HERE = pathlib.Path(__file__).parent

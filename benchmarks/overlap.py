@@ -16,7 +16,7 @@ import numpy as np
 import timing
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import presets
+from tpgrpo_jax.config import presets
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
 

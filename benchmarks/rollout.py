@@ -29,8 +29,8 @@ import numpy as np
 import timing
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import processes
 from tpgrpo_jax.flow import completion, sampler, steps
+from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import build, rollout
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib

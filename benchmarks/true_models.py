@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
+from tpgrpo_jax.forecasting import lowering
 from tpgrpo_jax.models import flux, lora, mmdit
-from tpgrpo_jax.training import build, lowering, pipeline, step
+from tpgrpo_jax.training import build, pipeline, step
 from tpgrpo_jax.training import state as state_lib
 
 

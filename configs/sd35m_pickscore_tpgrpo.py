@@ -6,7 +6,7 @@ docs/fine_tune_sd35.md. The settings are the papers'; no result of ours yet.
 """
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import presets
+from tpgrpo_jax.config import presets
 
 
 def get_config():

@@ -6,7 +6,7 @@ Measured: held-out OCR of 256 words from .562 to .726, .735, .755 (seeds 0, 1, 2
 """
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import presets
+from tpgrpo_jax.config import presets
 
 
 def get_config():

@@ -16,6 +16,6 @@ hypothesis.settings.load_profile("repeatable")
 
 # types.py is left out: the hook wraps the pytrees' constructors, which breaks tree.map over them.
 jaxtyping.install_import_hook(
-  [f"tpgrpo_jax.{name}" for name in ("flow", "credit", "advantages", "loss", "rewards", "data")],
+  [f"tpgrpo_jax.{name}" for name in ("flow", "credit", "objective", "rewards", "data")],
   "beartype.beartype",
 )

@@ -13,7 +13,8 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models
 from tpgrpo_jax.models import byte_text, hf, lora, mmdit
-from tpgrpo_jax.training import build, checkpoint, restore, run_folder
+from tpgrpo_jax.runs import checkpoint, run_folder
+from tpgrpo_jax.training import build, restore
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 

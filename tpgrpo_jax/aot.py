@@ -6,8 +6,9 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from tpgrpo_jax import command, validation
+from tpgrpo_jax import command
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import rules
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string(
@@ -30,8 +31,9 @@ def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
   command.refuse_arguments(argv)
   config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
-  validation.validate(config)
-  from tpgrpo_jax.training import forecast, hardware
+  rules.validate(config)
+  from tpgrpo_jax.cost import hardware
+  from tpgrpo_jax.forecasting import forecast
 
   topology = _TOPOLOGY.value
   devices = hardware.open_topology(topology, _SLICES.value)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import config_dict
+from tpgrpo_jax.config import bridge
 
 PACKAGE = pathlib.Path(__file__).parent
 
@@ -31,7 +31,7 @@ def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -
     keys = (re.match(r"--?config\.([^=]+)", arg) for arg in argv)
     try:
       for key in filter(None, keys):
-        config_dict.check_key(recipe, key[1])
+        bridge.check_key(recipe, key[1])
       _check_recipe(argv)
       return flags.FLAGS(argv)
     except (ValueError, TypeError, SyntaxError, flags.Error) as error:  # of config_flags

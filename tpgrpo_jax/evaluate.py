@@ -8,7 +8,8 @@ import dataclasses
 from absl import app, flags
 from ml_collections import config_flags
 
-from tpgrpo_jax import command, validation
+from tpgrpo_jax import command
+from tpgrpo_jax.config import rules
 
 _RUN = flags.DEFINE_string("run", None, "Run folder: its newest checkpoint, EMA weights.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -41,11 +42,11 @@ def main(argv: list[str]) -> None:
   asked = {"rewards": rewards, "prompts": _PROMPTS.value, "num_steps": _NUM_STEPS.value}
   asked = {name: value for name, value in asked.items() if value is not None}
   config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **asked))
-  validation.validate(config)
+  rules.validate(config)
   command.open_output("--output", _OUTPUT.value)
-  from tpgrpo_jax import processes
   from tpgrpo_jax.data import prompts as prompts_lib
-  from tpgrpo_jax.training import distributed, evaluation, scoring
+  from tpgrpo_jax.runs import distributed, processes
+  from tpgrpo_jax.training import evaluation, scoring
   from tpgrpo_jax.training import session as session_lib
 
   distributed.set_up(config)

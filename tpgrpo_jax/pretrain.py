@@ -2,8 +2,9 @@
 
 from ml_collections import config_flags
 
-from tpgrpo_jax import command, validation
+from tpgrpo_jax import command
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import rules
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
 
@@ -12,7 +13,7 @@ def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
   command.refuse_arguments(argv)
   config = config_lib.from_config_dict(config_lib.PretrainConfig, _CONFIG.value)
-  validation.validate_pretrain(config)
+  rules.validate_pretrain(config)
   command.open_output("--config.output", config.output, only=("config.json", "*.safetensors"))
   from tpgrpo_jax.training import pretraining  # after validation: a bad config fails at once
 

@@ -13,7 +13,7 @@ _OUTPUT = flags.DEFINE_string("output", "report", "Folder for report.html and it
 
 def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
-  from tpgrpo_jax.training import history, page
+  from tpgrpo_jax.reporting import history, page
 
   command.open_output("--output", _OUTPUT.value)
   groups = history.load_runs(argv[1:])

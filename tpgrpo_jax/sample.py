@@ -8,7 +8,8 @@ import dataclasses
 from absl import flags
 from ml_collections import config_flags
 
-from tpgrpo_jax import command, validation
+from tpgrpo_jax import command
+from tpgrpo_jax.config import rules
 
 _RUN = flags.DEFINE_string("run", None, "Run folder: its newest checkpoint, EMA weights.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -35,9 +36,10 @@ def main(argv: list[str]) -> None:
   if _GUIDANCE.value is not None:
     settings = dataclasses.replace(config.sampler, guidance_scale=_GUIDANCE.value)
     config = dataclasses.replace(config, sampler=settings)
-  validation.validate(config)
-  from tpgrpo_jax import processes, types
-  from tpgrpo_jax.training import distributed, scoring
+  rules.validate(config)
+  from tpgrpo_jax import types
+  from tpgrpo_jax.runs import distributed, processes
+  from tpgrpo_jax.training import scoring
 
   command.open_output("--output", _OUTPUT.value)
   texts = argv[1:] + (scoring.load_prompt_lines(_FILE.value) if _FILE.value else [])

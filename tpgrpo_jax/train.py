@@ -4,8 +4,9 @@ import sys
 
 from ml_collections import config_flags
 
-from tpgrpo_jax import command, validation
+from tpgrpo_jax import command
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import rules
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
 
@@ -14,13 +15,9 @@ def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
   command.refuse_arguments(argv)
   config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
-  validation.validate(config)
-  from tpgrpo_jax import processes
-  from tpgrpo_jax.training import (
-    distributed,
-    loop,
-    preemption,
-  )  # after validation: it fails at once
+  rules.validate(config)
+  from tpgrpo_jax.runs import distributed, preemption, processes
+  from tpgrpo_jax.training import loop
 
   distributed.set_up(config)
   try:

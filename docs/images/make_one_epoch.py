@@ -13,8 +13,9 @@ from matplotlib import pyplot as plt
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import processes, rewards
+from tpgrpo_jax import rewards
 from tpgrpo_jax.data import prompts as prompts_lib
+from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import build, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit
+from tpgrpo_jax.config import fields
 
 W, B = 5, 6
 REWARDS = hnp.arrays(np.int32, (W + 1, B), elements=st.integers(-12, 12)).map(
@@ -110,7 +110,7 @@ def test_credit_has_one_reward_and_one_mark_for_every_step(method, balanced):
 
 @pytest.mark.parametrize("table", [credit.CREDIT, credit.BALANCED])
 def test_the_config_names_every_method(table):
-  assert tuple(table) == config_lib.CREDIT_METHODS
+  assert tuple(table) == fields.CREDIT_METHODS
 
 
 def test_only_flow_grpo_does_without_completions():

@@ -9,8 +9,11 @@ import scripted_rewards
 from test_loop import CHUNKS, ONE_TRY, assert_same_run
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import rewards, validation
-from tpgrpo_jax.training import checkpoint, history, loop, restore, run_folder
+from tpgrpo_jax import rewards
+from tpgrpo_jax.config import rules
+from tpgrpo_jax.reporting import history
+from tpgrpo_jax.runs import checkpoint, run_folder
+from tpgrpo_jax.training import loop, restore
 from tpgrpo_jax.training import mesh as mesh_lib
 
 
@@ -91,7 +94,7 @@ def test_commands_read_runs_in_buckets(bucket, config_in, one_device, tmp_path, 
 def test_address_that_is_no_folder_of_a_bucket_is_refused(run_dir):
   config = config_lib.Config(run=config_lib.Run(dir=run_dir))
   with pytest.raises(ValueError, match=r"run\.dir=.*: must be a folder, or gs://bucket/folder"):
-    validation.validate(config)
+    rules.validate(config)
 
 
 def test_bucket_that_does_not_exist_is_named(bucket, config_in):

@@ -20,7 +20,8 @@ import scripted_rewards
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards
 from tpgrpo_jax.flow import schedule
-from tpgrpo_jax.training import checkpoint, loop, metrics, preemption
+from tpgrpo_jax.runs import checkpoint, metrics, preemption
+from tpgrpo_jax.training import loop
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
 

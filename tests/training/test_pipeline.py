@@ -14,7 +14,8 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.models import prompt_cache, prompt_embedding
-from tpgrpo_jax.training import build, evaluation, loop, metrics
+from tpgrpo_jax.runs import metrics
+from tpgrpo_jax.training import build, evaluation, loop
 from tpgrpo_jax.training import mesh as mesh_lib
 
 FAMILIES = ("sd3", "flux")

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import config_dict
-from tpgrpo_jax.training import checkpoint, distributed, loop, metrics
+from tpgrpo_jax.config import bridge
+from tpgrpo_jax.runs import checkpoint, distributed, metrics
+from tpgrpo_jax.training import loop
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -252,7 +253,7 @@ def test_signals_before_the_first_epoch_end_processes(config_in, compilation_cac
 def test_processes_of_different_configs_are_refused(monkeypatch):
   monkeypatch.setattr(distributed.processes, "sum_over", lambda flags: flags)
   base = config_lib.Config()
-  fields = json.loads(json.dumps(config_dict.flatten(dataclasses.asdict(base))))
+  fields = json.loads(json.dumps(bridge.flatten(dataclasses.asdict(base))))
   first = {k: v for k, v in fields.items() if not k.startswith(distributed._OF_A_MACHINE)}
   monkeypatch.setattr(distributed.processes, "from_first", lambda _: first)
   elsewhere = config_lib.Distributed("host:1", 2, 1)

@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import credit, loss
+from tpgrpo_jax import credit
 from tpgrpo_jax.flow import sampler, schedule, steps
+from tpgrpo_jax.objective import surrogate
 from tpgrpo_jax.training import build, rollout, state, step
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -109,7 +110,7 @@ def test_accumulated_gradient_is_that_of_the_mean_loss_over_all_samples(batch):
         gaussian = method.step_fn(x, velocity, sigma, sigma_next)
         log_prob = steps.cps_log_prob(trajectory.x_next[k], gaussian)
         old = trajectory.log_prob[k]
-        losses.append(loss.clipped_surrogate(log_prob, old, advantage[k], clip_range=0.5))
+        losses.append(surrogate.clipped_surrogate(log_prob, old, advantage[k], clip_range=0.5))
     return jnp.mean(jnp.stack(losses))
 
   _, gradient, metrics = update(batch, weights=off_policy)

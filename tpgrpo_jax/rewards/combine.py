@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Bool, UInt8
 import numpy as np
 
-from tpgrpo_jax import processes, registry, types
+from tpgrpo_jax import registry, types
+from tpgrpo_jax.runs import processes
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tpgrpo_jax import advantages, credit, models, registry, types
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import credit, models, registry, types
+from tpgrpo_jax.credit import advantages
 from tpgrpo_jax.flow import completion, guidance, schedule, steps
 from tpgrpo_jax.models import hf, lora, quantize
 from tpgrpo_jax.training import mesh as mesh_lib

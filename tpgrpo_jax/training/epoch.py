@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import tqdm
 
-from tpgrpo_jax import processes
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.flow import schedule
-from tpgrpo_jax.training import build, metrics, preemption, rollout, run_folder, step
+from tpgrpo_jax.runs import metrics, preemption, processes, run_folder
+from tpgrpo_jax.training import build, rollout, step
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
 

@@ -10,9 +10,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, processes, rewards, types
+from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.flow import sampler
-from tpgrpo_jax.training import build, metrics, preemption
+from tpgrpo_jax.runs import metrics, preemption, processes
+from tpgrpo_jax.training import build
 from tpgrpo_jax.training import mesh as mesh_lib
 
 NOISE_SEED = 20260206  # of the fixed noise: the same images to compare in every run

@@ -15,9 +15,9 @@ from PIL import Image
 import tqdm
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import processes
-from tpgrpo_jax.training import checkpoint, evaluation, metrics, preemption, run_folder
+from tpgrpo_jax.runs import checkpoint, metrics, preemption, processes, run_folder
 from tpgrpo_jax.training import epoch as epoch_lib
+from tpgrpo_jax.training import evaluation
 from tpgrpo_jax.training import session as session_lib
 
 GRID_IMAGES = 32

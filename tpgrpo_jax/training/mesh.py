@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import processes, types
+from tpgrpo_jax import types
+from tpgrpo_jax.runs import processes
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes that a batch of samples is divided over

@@ -10,7 +10,9 @@ import warnings
 import jax
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.training import build, checkpoint, history
+from tpgrpo_jax.reporting import history
+from tpgrpo_jax.runs import checkpoint
+from tpgrpo_jax.training import build
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 

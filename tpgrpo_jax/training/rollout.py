@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, processes, rewards, types
+from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.flow import completion, sampler
-from tpgrpo_jax.training import build, metrics, preemption
+from tpgrpo_jax.runs import metrics, preemption, processes
+from tpgrpo_jax.training import build
 from tpgrpo_jax.training import mesh as mesh_lib
 
 KEPT = 64  # images of an epoch that stay on the host, for the report

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from tpgrpo_jax import rewards, types
-from tpgrpo_jax.training import evaluation, metrics, restore
+from tpgrpo_jax.runs import metrics
+from tpgrpo_jax.training import evaluation, restore
 
 GRID_IMAGES = 64
 

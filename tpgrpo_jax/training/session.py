@@ -9,9 +9,10 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import rewards
+from tpgrpo_jax.cost import utilisation
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.data import prompts as prompts_lib
-from tpgrpo_jax.training import build, evaluation, rollout, step, utilisation
+from tpgrpo_jax.training import build, evaluation, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 

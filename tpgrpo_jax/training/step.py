@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import loss, types
+from tpgrpo_jax import types
 from tpgrpo_jax.flow import sampler
+from tpgrpo_jax.objective import surrogate
 from tpgrpo_jax.training import build
 from tpgrpo_jax.training import state as state_lib
 
@@ -87,14 +88,14 @@ def _pair_loss(trainable, config, method, frozen, reference, pair, condition, we
     method.step_fn, method.log_prob_fn, x, pair["x_next"], velocity, sigma, sigma_next
   )
   old, weight = pair["log_prob"], pair["weight"]
-  policy = loss.clipped_surrogate(
+  policy = surrogate.clipped_surrogate(
     log_prob, old, pair["advantage"], clip_range=config.loss.clip_range
   )
   kl = jnp.zeros_like(policy)
   if config.loss.kl_coef:
     gaussian = lambda v: method.step_fn(x, v, sigma, sigma_next)
     reference_velocity = method.reference_velocity_fn(reference, x, level, condition)
-    kl = loss.gaussian_kl(gaussian(velocity), gaussian(reference_velocity))
+    kl = surrogate.gaussian_kl(gaussian(velocity), gaussian(reference_velocity))
   mean = lambda values: jnp.sum(weight * values) / weight_sum
   log_ratio = jax.lax.stop_gradient(log_prob - old)
   ratio = jnp.exp(log_ratio)

@@ -1,0 +1,368 @@
+"""Frozen dataclasses of primitives, with every default.
+
+A recipe (configs/x.py) returns `to_config_dict(Config())` with its differences; the command line
+changes single fields; `from_config_dict` gives frozen dataclasses back. Imports no jax.
+"""
+
+import dataclasses
+from typing import Any
+
+REFERENCE_LORA_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+
+MODEL_VARIANTS = ("tiny", "sd3", "flux")
+SCHEDULES = ("linear", "sd3", "flux")
+DYNAMICS = ("sde", "cps", "dance")
+SOLVERS = ("euler", "dpmpp_2m")
+CREDIT_METHODS = ("flow_grpo", "increments", "aggregation", "tp_grpo", "tp_grpo_consistent")
+NORMALIZATIONS = ("group", "group_joint", "global_std")
+REWARD_NAMES = (
+    "ocr", "jpeg_compressibility", "jpeg_incompressibility",
+    "clipscore", "pickscore", "hpsv2", "aesthetic",
+)  # fmt: skip
+PROMPT_SOURCES = ("words", "folder")
+DTYPES = ("float32", "bfloat16")
+TEXT_DEVICES = ("mesh", "cpu")
+QUANTIZATIONS = ("", "int8", "nf4")
+REMAT_POLICIES = ("none", "full", "dots")
+LORA_INITS = ("gaussian", "kaiming")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Where a run lives; training resumes when the folder holds a checkpoint.
+
+  Attributes:
+    programs: folder of compiled programs that runs share, so that a resumed run compiles nothing; empty
+      for ~/.cache/tpgrpo_jax/programs, "off" for none. $JAX_COMPILATION_CACHE_DIR goes first.
+  """
+
+  dir: str = "runs/tpgrpo"
+  programs: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Which transformer.
+
+  Attributes:
+    variant: a name of tpgrpo_jax.models.MODELS; "tiny" ships with its weights. "sd3" is Stable
+      Diffusion 3 and 3.5, "flux" is FLUX.1.
+    path: a pipeline in diffusers' layout: a folder or a hub id "owner/name". For "tiny" a transformer
+      alone will do (config.json + safetensors); empty for the one that ships.
+    dtype: compute dtype; trainable weights are float32 always.
+    remat: what the backward pass recomputes: none, full (every block), dots (all but matmuls).
+    quantize: "int8" or "nf4" keeps the frozen kernels of the blocks in so many bits, for adapters on
+      little memory (docs/speed.md); empty does not.
+  """
+
+  variant: str = "tiny"
+  path: str = ""
+  dtype: str = "float32"
+  remat: str = "none"
+  quantize: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """The text encoders of a pipeline; they are loaded for new prompts only, and freed before training.
+
+  Attributes:
+    max_sequence_length: T5 tokens a prompt; 0 is the pipeline's own (SD3 256, FLUX.1 512).
+    t5: False leaves T5 out, as SD3 allows.
+    dtype: of the encoders and the embeddings.
+    device: "mesh" divides them over each process's own devices, "cpu" keeps them on the host.
+    cache: folder of embeddings that runs share; empty for ~/.cache/tpgrpo_jax/prompts.
+  """
+
+  max_sequence_length: int = 0
+  t5: bool = True
+  dtype: str = "float32"
+  device: str = "mesh"
+  cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Vae:
+  """The autoencoder: compute dtype, and how many images a device decodes at once."""
+
+  dtype: str = "float32"
+  images_per_chunk: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Low-rank adapters, as peft defines them; rank 0 trains every weight instead.
+
+  Attributes:
+    targets: module names as in diffusers; a module matches when its name ends with one of them.
+    path: adapters to start from, a .safetensors file or its folder; rank, alpha and targets must be
+      the file's own. Empty for fresh ones.
+  """
+
+  rank: int = 0
+  alpha: float = 64.0
+  init: str = "gaussian"
+  targets: tuple[str, ...] = REFERENCE_LORA_TARGETS
+  path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """name "words" is the built-in task; "folder" reads path/train.* and path/test.* (.txt or .jsonl)."""
+
+  name: str = "words"
+  path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """The denoising trajectory.
+
+  Attributes:
+    num_steps: T.
+    window: (start, end), the half-open range of stochastic steps.
+    window_range: () keeps the window; (lo, hi) shifts it every epoch to a start drawn from
+      lo ... hi - length.
+    schedule: noise levels: linear, sd3 (diffusers' FlowMatchEulerDiscreteScheduler with a fixed
+      shift), flux (the same with a shift that grows with the image, as FLUX.1-dev).
+    shift: of the sd3 schedule; the others do not use it.
+    guidance_scale: 1 is no guidance. For tiny and sd3 another value costs two model evaluations a
+      step instead of one; FLUX.1-dev is told it, and FLUX.1-schnell knows none.
+    same_latent: the samples of one prompt start from the same noise.
+    height: of an image in pixels; 0 is the model's own.
+    width: likewise.
+  """
+
+  num_steps: int = 10
+  window: tuple[int, int] = (0, 9)
+  window_range: tuple[int, ...] = ()
+  schedule: str = "linear"
+  shift: float = 3.0
+  dynamics: str = "cps"
+  noise_level: float = 0.7
+  guidance_scale: float = 1.0
+  same_latent: bool = False
+  height: int = 0
+  width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+  """ODE completions of the intermediate states.
+
+  Attributes:
+    steps: at most so many solver steps each; 0 is exact (the sampler's own remaining grid).
+    solver: euler, or dpmpp_2m (DPM-Solver++(2M)).
+    lanes_per_chunk: packed lanes computed at once; 0 is all of them.
+  """
+
+  steps: int = 0
+  solver: str = "euler"
+  lanes_per_chunk: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Credit:
+  """Which credit method, and whether positive and negative replacements are balanced (App. D)."""
+
+  method: str = "tp_grpo"
+  balance: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantage:
+  """How step rewards become advantages: the spread that divides them, and the final clip."""
+
+  normalization: str = "group"
+  clip: float = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+  """When a reward of the host fails: a call that takes longer than `timeout` seconds, or that raises
+  OSError or RuntimeError (a server that is away), is made again `retries` times, after backoff,
+  2 backoff, 4 backoff ... seconds. Then the run saves and stops."""
+
+  timeout: float = 600.0
+  retries: int = 3
+  backoff: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+  """The clipped surrogate and the KL term to the adapter-free model."""
+
+  clip_range: float = 1e-5
+  kl_coef: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW with a constant learning rate after a linear warm-up, and global-norm clipping."""
+
+  learning_rate: float = 3e-4
+  warmup_updates: int = 0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 1e-4
+  max_grad_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """Sizes of an epoch.
+
+  Attributes:
+    microbatch: samples in one device call, of all devices together; rollout and update use the same.
+    updates_per_epoch: optimizer updates, each on an equal share of the epoch's samples.
+  """
+
+  epochs: int = 100
+  prompts_per_epoch: int = 8
+  group_size: int = 16
+  microbatch: int = 64
+  updates_per_epoch: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Ema:
+  """Exponential moving average of the trainable weights, updated every `every` updates."""
+
+  decay: float = 0.9
+  every: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Evaluation on held-out prompts: ODE sampling with EMA weights from fixed noise.
+
+  Attributes:
+    every: epochs between evaluations; 0 evaluates only before the first and after the last.
+    num_steps: solver steps.
+    rewards: names of rewards to report; () is those of training.
+    prompts: how many held-out prompts.
+    batch: images in one device call.
+  """
+
+  every: int = 10
+  num_steps: int = 10
+  rewards: tuple[str, ...] = ()
+  prompts: int = 128
+  batch: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Device mesh; data=-1 takes the devices that fsdp x tensor leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Distributed:
+  """How the processes of a run find each other.
+
+  Attributes:
+    coordinator: "auto" asks SLURM, Open MPI, Kubernetes or Cloud TPU; "off" is one process; else the
+      host:port of process 0, and num_processes and process_id say the rest.
+    timeout: seconds to wait for all processes at the start.
+    heartbeat_timeout: seconds after which a silent process counts as lost, and the others stop.
+  """
+
+  coordinator: str = "auto"
+  num_processes: int = 1
+  process_id: int = 0
+  timeout: int = 300
+  heartbeat_timeout: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """Epochs between checkpoints, how many of the newest are kept, and of which epochs all are (0: none)."""
+
+  every: int = 10
+  keep: int = 2
+  keep_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """TensorBoard and Weights & Biases beside metrics.jsonl; images_every epochs a sample grid.
+
+  Attributes:
+    profile: the epoch, from 1, of which <run.dir>/profile gets an XProf trace; 0 for none.
+  """
+
+  tensorboard: bool = True
+  wandb: bool = False
+  images_every: int = 10
+  profile: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One RL fine-tuning run.
+
+  Attributes:
+    rewards: label -> weight, or label -> {"weight": w, "make": name or "package.module:make",
+      ...options of that reward}; the label is the reward's name unless "make" says otherwise.
+  """
+
+  seed: int = 0
+  run: Run = Run()
+  model: Model = Model()
+  text: Text = Text()
+  vae: Vae = Vae()
+  lora: Lora = Lora()
+  prompts: Prompts = Prompts()
+  sampler: Sampler = Sampler()
+  completion: Completion = Completion()
+  credit: Credit = Credit()
+  advantage: Advantage = Advantage()
+  rewards: dict[str, Any] = dataclasses.field(default_factory=lambda: {"ocr": 1.0})
+  scoring: Scoring = Scoring()
+  loss: Loss = Loss()
+  optimizer: Optimizer = Optimizer()
+  train: Train = Train()
+  ema: Ema = Ema()
+  eval: Eval = Eval()
+  mesh: Mesh = Mesh()
+  distributed: Distributed = Distributed()
+  checkpoint: Checkpoint = Checkpoint()
+  log: Log = Log()
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainTrain:
+  """Flow-matching pretraining: updates of `batch` rendered words each.
+
+  Attributes:
+    text_dropout: share of samples whose text is dropped, so that guidance works afterwards.
+  """
+
+  updates: int = 2150
+  batch: int = 128
+  text_dropout: float = 0.1
+  log_every: int = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+  """One pretraining run; `output` is the folder that receives the model in diffusers' layout."""
+
+  seed: int = 0
+  run: Run = Run("runs/tiny_text_pretrain")
+  output: str = "runs/tiny_text_pretrain/model"
+  model: Model = Model()
+  train: PretrainTrain = PretrainTrain()
+  optimizer: Optimizer = Optimizer(learning_rate=1e-3, warmup_updates=200, weight_decay=0.01)
+  ema: Ema = Ema(decay=0.998, every=1)
+  eval: Eval = Eval(every=250, prompts=512, rewards=("ocr",))
+  mesh: Mesh = Mesh()
+

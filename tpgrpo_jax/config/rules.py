@@ -1,0 +1,330 @@
+"""Every rule that a config must obey, checked before anything compiles. Imports no jax."""
+
+from collections.abc import Iterator
+import math
+import re
+
+from tpgrpo_jax import registry
+from tpgrpo_jax.config import fields
+
+
+def validate(config: fields.Config) -> None:
+  """Raises ValueError with one line for each broken rule: field, value, rule, fix.
+
+  What depends on devices, weights or files is checked where they are opened.
+  """
+  groups = (_run, _model, _pipeline, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
+  groups += (_distributed,)
+  _raise([problem for group in groups for problem in group(config)])
+
+
+def validate_pretrain(config: fields.PretrainConfig) -> None:
+  """As `validate`, for pretraining."""
+  _raise([problem for group in (_run, _model, _pretrain, _optimizer) for problem in group(config)])
+
+
+def _raise(problems):
+  if problems:
+    raise ValueError("\n".join(problems))
+
+
+def _check_names(rows) -> Iterator[str]:
+  for field, value, table, importable in rows:
+    try:
+      registry.check(value, table, field=field, importable=importable)
+    except ValueError as error:
+      yield str(error)
+
+
+def _model(config) -> Iterator[str]:
+  yield from _check_names(
+    (
+      ("model.variant", config.model.variant, fields.MODEL_VARIANTS, False),
+      ("model.dtype", config.model.dtype, fields.DTYPES, False),
+      ("model.remat", config.model.remat, fields.REMAT_POLICIES, False),
+      ("model.quantize", config.model.quantize, fields.QUANTIZATIONS, False),
+    )
+  )
+
+
+def _pipeline(config) -> Iterator[str]:
+  variant, text, s = config.model.variant, config.text, config.sampler
+  yield from _check_names(
+    (
+      ("text.dtype", text.dtype, fields.DTYPES, False),
+      ("text.device", text.device, fields.TEXT_DEVICES, False),
+      ("vae.dtype", config.vae.dtype, fields.DTYPES, False),
+    )
+  )
+  yield from _at_least(
+    (
+      ("sampler.height", s.height, 0),
+      ("sampler.width", s.width, 0),
+      ("vae.images_per_chunk", config.vae.images_per_chunk, 1),
+    )
+  )
+  if not 0 <= text.max_sequence_length <= 512:
+    yield (
+      f"text.max_sequence_length={text.max_sequence_length}: must be 1 ... 512, as in diffusers, or 0 for "
+      "the pipeline's own."
+    )
+  if variant in ("sd3", "flux") and not config.model.path:
+    yield (
+      f"model.path='': model.variant={variant!r} needs a pipeline in diffusers' layout, a folder or a "
+      "hub id such as 'stabilityai/stable-diffusion-3.5-medium'. Set model.path."
+    )
+  if variant == "flux" and not text.t5:
+    yield "text.t5=False: FLUX.1 reads nothing but T5's tokens. Set it to True."
+  if variant != "flux" and s.schedule == "flux":
+    yield (
+      f"sampler.schedule='flux': its shift grows with FLUX.1's tokens, and model.variant={variant!r} was "
+      "made for another. Use 'sd3'."
+    )
+
+
+def _adapter(config) -> Iterator[str]:
+  if config.lora.path and config.lora.rank == 0:
+    yield (
+      f"lora.path={config.lora.path!r}: adapters need lora.rank > 0, and lora.rank=0 trains every "
+      "weight instead. Set lora.rank, lora.alpha and lora.targets to the file's own."
+    )
+  if config.model.quantize and not config.lora.rank:
+    yield (
+      f"model.quantize={config.model.quantize!r}: weights that are trained cannot be quantised. Set "
+      "lora.rank, or leave it empty."
+    )
+  if config.lora.rank and not config.lora.targets:
+    yield "lora.targets=(): adapters must name layers. Use ('attn.to_q', 'attn.to_v'), or leave it out."
+
+
+def _run(config) -> Iterator[str]:
+  if not 0 <= config.seed < 2**32:
+    yield f"seed={config.seed}: must be 0 ... 2**32 - 1. Use 0."
+  if not config.run.dir:
+    yield "run.dir='': must name a folder. Use run.dir='runs/mine'."
+  elif re.match(r"[a-z0-9]+:/", config.run.dir) and not re.fullmatch(
+    r"gs://[^/]+(/[^/]+)+/?", config.run.dir
+  ):
+    yield f"run.dir={config.run.dir!r}: must be a folder, or gs://bucket/folder. Name one of them."
+
+
+def _names(config) -> Iterator[str]:
+  yield from _check_names(
+    (
+      ("lora.init", config.lora.init, fields.LORA_INITS, False),
+      ("prompts.name", config.prompts.name, fields.PROMPT_SOURCES, False),
+      ("sampler.schedule", config.sampler.schedule, fields.SCHEDULES, False),
+      ("sampler.dynamics", config.sampler.dynamics, fields.DYNAMICS, False),
+      ("completion.solver", config.completion.solver, fields.SOLVERS, False),
+      ("credit.method", config.credit.method, fields.CREDIT_METHODS, True),
+      ("advantage.normalization", config.advantage.normalization, fields.NORMALIZATIONS, False),
+    )
+  )
+  yield from _check_names(
+    ("eval.rewards", name, fields.REWARD_NAMES, True)
+    for name in config.eval.rewards
+    if name not in config.rewards
+  )
+  if not config.rewards:
+    yield "rewards={}: must hold one reward or more, label -> weight. Try rewards={'ocr': 1.0}."
+  if config.prompts.name == "folder" and not config.prompts.path:
+    yield (
+      "prompts.path='': prompts.name='folder' needs a folder with train.txt and test.txt, or "
+      ".jsonl. Set prompts.path."
+    )
+
+
+def _sampler(config) -> Iterator[str]:
+  s = config.sampler
+  start, end = s.window
+  if s.num_steps < 1:
+    yield f"sampler.num_steps={s.num_steps}: must be at least 1."
+  if not 0 <= start < end:
+    yield f"sampler.window={s.window}: must be (start, end) with 0 <= start < end, such as (0, 9)."
+  if end > s.num_steps:
+    yield (
+      f"sampler.window={s.window}: the end must be <= sampler.num_steps={s.num_steps}. "
+      f"Shorten the window or set num_steps to {end}."
+    )
+  elif s.dynamics == "cps" and end == s.num_steps:
+    yield (
+      f"sampler.window={s.window}: the last step of cps has no noise, so it has no log-prob: the "
+      f"end must be <= num_steps - 1 = {s.num_steps - 1}. "
+      f"{'Shorten the window' if end - start > 1 else 'Raise sampler.num_steps'}, or use "
+      "sampler.dynamics='sde'."
+    )
+  if s.window_range:
+    if len(s.window_range) != 2:
+      yield f"sampler.window_range={s.window_range}: must be () or (lo, hi)."
+    else:
+      low, high = s.window_range
+      last = s.num_steps - (s.dynamics == "cps")
+      if not (0 <= low and low + (end - start) <= high <= last):
+        yield (
+          f"sampler.window_range={s.window_range}: must hold the window's {end - start} steps and "
+          f"lie in 0 ... {last}. Widen it, or shorten sampler.window."
+        )
+  if not 0 < s.noise_level < math.inf or (s.dynamics == "cps" and s.noise_level > 1):
+    yield (
+      f"sampler.noise_level={s.noise_level}: must be finite and > 0 (a step without noise has no log-prob), "
+      "and at most 1 for cps. The papers use 0.7 (sde, cps) and 0.3 (dance)."
+    )
+  if not 0 < s.shift < math.inf:
+    yield f"sampler.shift={s.shift}: must be finite and > 0; SD3 uses 3."
+  if not 0 <= s.guidance_scale < math.inf:
+    yield (
+      f"sampler.guidance_scale={s.guidance_scale}: must be finite and >= 0. 1 is no guidance; the "
+      "papers use 4.5 (SD3.5) and 3.5 (FLUX.1)."
+    )
+
+
+def _distributed(config) -> Iterator[str]:
+  d = config.distributed
+  yield from _at_least(
+    (
+      ("distributed.timeout", d.timeout, 1),
+      ("distributed.heartbeat_timeout", d.heartbeat_timeout, 1),
+      ("distributed.num_processes", d.num_processes, 1),
+    )
+  )
+  if not 0 <= d.process_id < max(d.num_processes, 1):
+    yield (
+      f"distributed.process_id={d.process_id}: must be 0 ... num_processes - 1 = {d.num_processes - 1}."
+    )
+  if d.coordinator in ("auto", "off"):
+    if d.num_processes > 1:
+      yield (
+        f"distributed.num_processes={d.num_processes}: is only for distributed.coordinator=host:port, which "
+        f"is {d.coordinator!r}. Name the address of process 0, or leave it out: a scheduler says how many."
+      )
+    return
+  host, _, port = d.coordinator.rpartition(":")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    yield (
+      f"distributed.coordinator={d.coordinator!r}: must be 'auto', 'off' or host:port of process 0, such "
+      "as '10.0.0.2:8476'."
+    )
+
+
+def _at_least(rows) -> Iterator[str]:
+  for field, value, least in rows:
+    if value < least:
+      yield f"{field}={value}: must be at least {least}."
+
+
+def _sizes(config) -> Iterator[str]:
+  t = config.train
+  yield from _at_least(
+    (
+      ("train.epochs", t.epochs, 1),
+      ("train.prompts_per_epoch", t.prompts_per_epoch, 1),
+      ("train.microbatch", t.microbatch, 1),
+      ("train.updates_per_epoch", t.updates_per_epoch, 1),
+      ("lora.rank", config.lora.rank, 0),
+      ("completion.steps", config.completion.steps, 0),
+      ("completion.lanes_per_chunk", config.completion.lanes_per_chunk, 0),
+      ("eval.every", config.eval.every, 0),
+      ("eval.num_steps", config.eval.num_steps, 1),
+      ("eval.prompts", config.eval.prompts, 1),
+      ("eval.batch", config.eval.batch, 1),
+      ("checkpoint.every", config.checkpoint.every, 1),
+      ("checkpoint.keep", config.checkpoint.keep, 1),
+      ("checkpoint.keep_every", config.checkpoint.keep_every, 0),
+      ("log.profile", config.log.profile, 0),
+      ("scoring.retries", config.scoring.retries, 0),
+      ("log.images_every", config.log.images_every, 0),
+    )
+  )
+  if t.group_size < 2:
+    yield (
+      f"train.group_size={t.group_size}: must be at least 2; an advantage compares the samples of "
+      "one prompt. The papers use 24."
+    )
+  samples = t.prompts_per_epoch * t.group_size
+  if min(samples, t.microbatch, t.updates_per_epoch) < 1:
+    return  # said above
+  if samples % t.updates_per_epoch:
+    yield (
+      f"train.updates_per_epoch={t.updates_per_epoch}: must divide the prompts_per_epoch x group_size "
+      f"= {samples} samples of an epoch. Set it to {math.gcd(samples, t.updates_per_epoch)}, or "
+      "change the other two."
+    )
+  elif samples // t.updates_per_epoch % t.microbatch:
+    share = samples // t.updates_per_epoch
+    yield (
+      f"train.microbatch={t.microbatch}: must divide the {share} samples of an update "
+      f"(prompts_per_epoch x group_size / updates_per_epoch = {samples} / {t.updates_per_epoch}). "
+      f"Set microbatch to {math.gcd(share, t.microbatch)}, or change the other three."
+    )
+
+
+def _credit_scale(config) -> Iterator[str]:
+  yield from _positive(
+    (
+      ("loss.clip_range", config.loss.clip_range),
+      ("advantage.clip", config.advantage.clip),
+      ("lora.alpha", config.lora.alpha),
+      ("scoring.timeout", config.scoring.timeout),
+      ("scoring.backoff", config.scoring.backoff),
+    )
+  )
+  if not (math.isfinite(config.loss.kl_coef) and config.loss.kl_coef >= 0):
+    yield f"loss.kl_coef={config.loss.kl_coef}: must be >= 0; 0 leaves the term out."
+
+
+def _positive(rows) -> Iterator[str]:
+  for field, value in rows:
+    if not (math.isfinite(value) and value > 0):
+      yield f"{field}={value}: must be finite and > 0."
+
+
+def _optimizer(config) -> Iterator[str]:
+  o = config.optimizer
+  yield from _positive(
+    (
+      ("optimizer.learning_rate", o.learning_rate),
+      ("optimizer.max_grad_norm", o.max_grad_norm),
+      ("optimizer.eps", o.eps),
+    )
+  )
+  yield from _at_least(
+    (("optimizer.warmup_updates", o.warmup_updates, 0), ("ema.every", config.ema.every, 1))
+  )
+  for field, value in (("b1", o.b1), ("b2", o.b2)):
+    if not 0 <= value < 1:
+      yield f"optimizer.{field}={value}: must be in [0, 1)."
+  if not 0 <= o.weight_decay < math.inf:
+    yield f"optimizer.weight_decay={o.weight_decay}: must be finite and >= 0; 0 is none."
+  if not 0 <= config.ema.decay < 1:
+    yield f"ema.decay={config.ema.decay}: must be in [0, 1); 0 keeps no average."
+
+
+def _pretrain(config) -> Iterator[str]:
+  if "://" in config.run.dir:
+    yield f"run.dir={config.run.dir!r}: pretraining writes to folders alone. Use run.dir='runs/mine'."
+  t = config.train
+  if config.model.variant != "tiny":
+    yield f"model.variant={config.model.variant!r}: only 'tiny' is trained from scratch here."
+  yield from _at_least(
+    (
+      ("train.updates", t.updates, 1),
+      ("train.batch", t.batch, 1),
+      ("train.log_every", t.log_every, 1),
+      ("eval.every", config.eval.every, 1),
+      ("eval.num_steps", config.eval.num_steps, 1),
+      ("eval.prompts", config.eval.prompts, 1),
+      ("eval.batch", config.eval.batch, 1),
+    )
+  )
+  if config.model.path:
+    yield (
+      f"model.path={config.model.path!r}: must be empty, pretraining starts from random weights. "
+      "Leave it out; `output` is where the result goes."
+    )
+  if not 0 <= t.text_dropout < 1:
+    yield f"train.text_dropout={t.text_dropout}: must be in [0, 1)."
+  yield from _check_names(
+    ("eval.rewards", name, fields.REWARD_NAMES, True) for name in config.eval.rewards
+  )
+  if not config.eval.rewards:
+    yield "eval.rewards=(): must name one reward or more, such as ('ocr',)."

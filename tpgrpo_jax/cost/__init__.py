@@ -1,0 +1,1 @@
+"""What work amounts to: operations, devices, bytes between them."""

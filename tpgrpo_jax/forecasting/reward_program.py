@@ -1,0 +1,104 @@
+"""The rewards of the devices as shapes, so that they can be compiled without their weights."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import rewards
+from tpgrpo_jax.forecasting import lowering
+from tpgrpo_jax.models import clip
+from tpgrpo_jax.models.hf import encoder
+from tpgrpo_jax.rewards import clip_score, preprocess, towers
+from tpgrpo_jax.training import mesh as mesh_lib
+
+# config.json of the hub: PickScore is a ViT-H/14, CLIPScore's usual one a ViT-L/14.
+_CLIP_H = clip.CLIPConfig(
+  clip.CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    projection_dim=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    hidden_act="gelu",
+  ),
+  clip.CLIPVisionConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    projection_dim=1024,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    patch_size=14,
+    hidden_act="gelu",
+  ),
+  projection_dim=1024,
+)
+_CLIP_L = clip.CLIPConfig(
+  clip.CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12
+  ),
+  clip.CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    projection_dim=768,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+  ),
+  projection_dim=768,
+)
+HUB_SIZES = {
+  "yuvalkirstain/PickScore_v1": _CLIP_H,
+  "openai/clip-vit-large-patch14": _CLIP_L,
+}
+# label -> (cosine, scale) -> score, as the rewards of those names have it.
+_SCORES = {
+  "pickscore": lambda cos, scale: scale * cos,
+  "clipscore": lambda cos, scale: clip_score.CLIPSCORE_WEIGHT * jnp.maximum(cos, 0.0),
+}
+
+
+def on_devices(config: config_lib.Config) -> tuple[list[dict[str, Any]], list[str]]:
+  """(options of the device rewards that can be compiled here, names of those that cannot)."""
+  able, unable = [], []
+  for label, value in config.rewards.items():
+    options = {"make": label} | (value if isinstance(value, dict) else {})
+    if options["make"] not in rewards.DEVICE_REWARDS:
+      continue
+    known = options["make"] in _SCORES and _sizes(options) is not None
+    (able if known else unable).append(options if known else options["make"])
+  return able, unable
+
+
+def program(plan: lowering.Plan, options: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
+  """(jitted function, args, kwargs) of one reward on the images of one microbatch.
+
+  Args:
+    plan: of the run.
+    options: as of `on_devices`.
+  """
+  sizes: Any = _sizes(options)
+  dtype = towers.DTYPES[options.get("dtype", "float32")]
+  create = lambda rngs: clip.CLIP(sizes, dtype=dtype, rngs=rngs)
+  graphdef, abstract = encoder.outline(create, dtype)
+  model = encoder.Encoder(sizes, graphdef, mesh_lib.abstract(plan.mesh, abstract))
+  score = towers.text_image_score(model, preprocess.clip_pixels, _SCORES[options["make"]])
+  count = plan.config.train.microbatch * plan.images_per_sample
+  arrays = (
+    jax.ShapeDtypeStruct((count, *plan.image_shape), jnp.uint8),
+    jax.ShapeDtypeStruct((count, sizes.text.max_position_embeddings), jnp.int32),
+  )
+  batch = options.get("batch", towers.BATCH)
+  shards = mesh_lib.batch_shards(plan.mesh)
+  run = functools.partial(towers.run_chunks, score, batch=batch, shards=shards)
+  return jax.jit(run), (model.weights, lowering.divided(plan.mesh, arrays)), {}
+
+
+def _sizes(options):
+  path = str(options.get("path", ""))
+  if pathlib.Path(path, encoder.CONFIG_FILE).is_file():
+    return clip.CLIPConfig.from_transformers(encoder.load_json(path))
+  return HUB_SIZES.get(path)

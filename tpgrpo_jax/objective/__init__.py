@@ -1,0 +1,1 @@
+"""What is minimised: ratios, surrogates, divergences, and losses of the forward process."""

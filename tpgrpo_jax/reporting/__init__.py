@@ -1,0 +1,1 @@
+"""What people look at: the history of runs, plots and a page."""

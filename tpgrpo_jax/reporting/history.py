@@ -1,0 +1,298 @@
+"""What finished or running runs left in their folders, read-only: rows, curves, rollouts, pictures."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import os
+from typing import Any, NamedTuple
+import warnings
+import zipfile
+
+from etils import epath
+import numpy as np
+from PIL import Image
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import bridge
+from tpgrpo_jax.runs import metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run folder.
+
+  Attributes:
+    folder: where it lies.
+    label: what it is drawn as; runs of one label are seeds of one recipe.
+    config: of the run.
+    train: rows of its epochs.
+    evals: rows of its evaluations on held-out prompts.
+  """
+
+  folder: epath.Path
+  label: str
+  config: config_lib.Config
+  train: list[dict[str, Any]]
+  evals: list[dict[str, Any]]
+
+
+class Band(NamedTuple):
+  """One metric over the runs of a label, at the epochs that all of them have: arrays [N].
+
+  Attributes:
+    x: mean over the runs of what the metric is drawn against.
+    mean: over the runs.
+    low: smallest.
+    high: largest.
+  """
+
+  x: np.ndarray
+  mean: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+
+
+class Rollout(NamedTuple):
+  """One epoch's trajectories, as training keeps them every log.images_every epochs.
+
+  Attributes:
+    epoch: 1 for the first.
+    completion_reward: [W+1, B]; NaN where no completion was made.
+    is_turning_point: [W, B].
+    prompts: [B].
+    images: uint8 [N <= B, H, W, 3] of the first samples.
+  """
+
+  epoch: int
+  completion_reward: np.ndarray
+  is_turning_point: np.ndarray
+  prompts: np.ndarray
+  images: np.ndarray
+
+
+def load_run_config(run_dir: str | os.PathLike[str]) -> config_lib.Config:
+  """Reads run_dir/config.json.
+
+  Raises:
+    ValueError: no such folder, no config in it, or one that this version cannot read.
+  """
+  folder = epath.Path(run_dir)
+  if not folder.is_dir():
+    raise ValueError(
+      f"run={str(run_dir)!r}: no such folder. Give the run.dir that training was started with."
+    )
+  path = folder / "config.json"
+  if not path.is_file():
+    inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+    fix = f"Did you mean one of {', '.join(inside)} in it?" if inside else "Check the path."
+    raise ValueError(f"run={str(run_dir)!r}: is not a run folder: it has no config.json. {fix}")
+  try:
+    return config_lib.from_config_dict(config_lib.Config, json.loads(path.read_text()))
+  except ValueError as error:  # JSONDecodeError is one
+    raise ValueError(
+      f"{path}: cannot be read ({error}). Was it made by another version?"
+    ) from error
+
+
+def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
+  """Opens a run folder.
+
+  Args:
+    run_dir: the folder; training may still be writing to it.
+    label: "" is the config's credit.method.
+
+  Raises:
+    ValueError: as of `load_run_config`, or a run without a single row of metrics.
+  """
+  folder, config = epath.Path(run_dir), load_run_config(run_dir)
+  path = folder / "metrics.jsonl"
+  rows = metrics.read_rows(path) if path.is_file() else []
+  if not rows:
+    raise ValueError(
+      f"run={str(run_dir)!r}: {path.name} {'is empty' if path.is_file() else 'is missing'}. "
+      "Training writes its first row after the evaluation of the base model: wait for it."
+    )
+  train, evals = ([r for r in rows if r.get("kind") == kind] for kind in ("train", "eval"))
+  return Run(folder, label or config.credit.method, config, train, evals)
+
+
+def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:
+  """Opens "dir" or "label=dir" arguments; runs of one label are grouped, in the order given.
+
+  Raises:
+    ValueError: no argument, the same folder twice, or runs that have the same label although their
+      recipes differ in more than the seed.
+  """
+  if not arguments:
+    raise ValueError("report: needs one run folder or more. Try: report runs/tiny_text_tpgrpo")
+  groups, seen = {}, set()
+  for argument in arguments:
+    label, separator, folder = argument.partition("=")
+    if not separator or epath.Path(argument).is_dir():
+      label, folder = "", argument
+    run = load_run(folder, label)
+    if run.folder.resolve() in seen:
+      raise ValueError(
+        f"run={folder!r}: given twice. Seeds must differ, or the spread is too small."
+      )
+    seen.add(run.folder.resolve())
+    first = groups.setdefault(run.label, [run])[0]
+    if first is run:
+      continue
+    if fields := differences([first.config, run.config]):
+      found = (
+        f"run={folder!r}: has the label {run.label!r} as {str(first.folder)!r} has, but differs in "
+        f"{', '.join(fields)}."
+      )
+      if not label:
+        raise ValueError(f"{found} Tell them apart: other_name={folder}")
+      warnings.warn(f"{found} They are drawn as one, as asked.", stacklevel=2)
+    groups[run.label].append(run)
+  return groups
+
+
+# What may differ between the seeds of one recipe, besides everything that only says where and how
+# long it ran.
+_NOT_RECIPE = ("seed", "run.", "train.epochs", "log.", "checkpoint.", "mesh.", "eval.every")
+
+
+def differences(configs: Sequence[config_lib.Config]) -> dict[str, list[Any]]:
+  """Recipe fields in which configs differ: dotted name -> the value in each."""
+  flat = [bridge.flatten(dataclasses.asdict(config)) for config in configs]
+  fields = {name: [f.get(name) for f in flat] for name in {k: None for f in flat for k in f}}
+  return {
+    name: values
+    for name, values in fields.items()
+    if not name.startswith(_NOT_RECIPE) and any(v != values[0] for v in values)
+  }
+
+
+def reward_labels(groups: Mapping[str, Sequence[Run]]) -> list[str]:
+  """The rewards that held-out evaluation reported, in the order of their first appearance."""
+  names = {k: None for runs in groups.values() for r in runs for row in r.evals for k in row}
+  return [n[len("reward/") : -len("/mean")] for n in names if _is_reward_mean(n)]
+
+
+def _is_reward_mean(name):
+  return name.startswith("reward/") and name.endswith("/mean") and name != "reward/mean"
+
+
+def number(row: dict[str, Any], name: str) -> float:
+  """A value of a row; NaN when it is missing or was not finite (such are written as text)."""
+  value = row.get(name)
+  return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def band(runs: Sequence[Run], kind: str, name: str, against: str = "updates") -> Band:
+  """One metric over the seeds of a recipe.
+
+  Args:
+    runs: of one label.
+    kind: "train" or "evals".
+    name: of the metric.
+    against: "updates", "evaluations" or "seconds".
+
+  Returns:
+    Curves over the epochs at which every run has a finite value; they may be empty.
+  """
+  tables = []
+  for run in runs:
+    values = {row["epoch"]: (_position(run, row, against), number(row, name))
+              for row in getattr(run, kind) if "epoch" in row}  # fmt: skip
+    tables.append({epoch: pair for epoch, pair in values.items() if np.all(np.isfinite(pair))})
+  epochs = sorted(set.intersection(*map(set, tables)))
+  pairs = np.array([[table[e] for e in epochs] for table in tables]).reshape(len(runs), -1, 2)
+  x, y = pairs[..., 0], pairs[..., 1]
+  return Band(x.mean(axis=0), y.mean(axis=0), y.min(axis=0), y.max(axis=0))
+
+
+def _position(run, row, against):
+  if against == "updates":
+    return float(row["epoch"] * run.config.train.updates_per_epoch)
+  return number(row, {"evaluations": "total/evaluations", "seconds": "time/total"}[against])
+
+
+def per_step(runs: Sequence[Run], name: str) -> tuple[np.ndarray, np.ndarray]:
+  """A metric that has one number a step, `name/0`, `name/1`, ..., averaged over runs.
+
+  Returns:
+    (epochs [E], values [steps, E]) at the epochs that all runs have; both empty when it was not
+    measured (a credit method without completions).
+  """
+  tables = []
+  for run in runs:
+    table = {}
+    for row in run.train:
+      numbers = {k: number(row, f"{name}/{k}") for k in range(_count_steps(row, name))}
+      if numbers and "epoch" in row:
+        table[row["epoch"]] = list(numbers.values())
+    tables.append(table)
+  steps = min((len(v) for t in tables for v in t.values()), default=0)
+  epochs = sorted(set.intersection(*map(set, tables)))
+  if not steps or not epochs:
+    return np.zeros(0), np.zeros((0, 0))
+  values = np.array([[table[e][:steps] for e in epochs] for table in tables])
+  return np.array(epochs), values.mean(axis=0).T
+
+
+def _count_steps(row, name):
+  count = 0
+  while f"{name}/{count}" in row:
+    count += 1
+  return count
+
+
+def load_rollouts(run: Run) -> list[Rollout]:
+  """The kept rollouts of a run by epoch; a file that is still being written is left out."""
+  rollouts = []
+  for path in sorted((run.folder / "rollouts").glob("epoch_*.npz")):
+    try:
+      with path.open("rb") as file, np.load(file) as data:
+        arrays = [data[name] for name in Rollout._fields[1:]]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+      continue
+    rollouts.append(Rollout(int(path.stem.removeprefix("epoch_")), *arrays))
+  return rollouts
+
+
+def sample_grids(run: Run) -> list[tuple[int, epath.Path]]:
+  """(finished epochs, picture) of the run's first and last readable sample grids: 0, 1 or 2."""
+  found = []
+  for path in sorted((run.folder / "images").glob("eval_*.png")):
+    try:
+      with path.open("rb") as file, Image.open(file) as image:
+        image.load()
+    except OSError:
+      continue
+    found.append((int(path.stem.removeprefix("eval_")), path))
+  return found if len(found) < 2 else [found[0], found[-1]]
+
+
+class Outcome(NamedTuple):
+  """What the runs of one label came to, on one held-out reward; arrays [seeds].
+
+  Attributes:
+    base: score before the first update, NaN if it was not measured.
+    final: score of the last evaluation.
+    epochs: finished at that evaluation.
+    evaluations: of the model, of training alone.
+    seconds: wall-clock of the run.
+  """
+
+  base: np.ndarray
+  final: np.ndarray
+  epochs: np.ndarray
+  evaluations: np.ndarray
+  seconds: np.ndarray
+
+
+def outcome(runs: Sequence[Run], reward: str) -> Outcome:
+  """Base and final score of each run of one label; runs without an evaluation are NaN."""
+  name, columns = f"reward/{reward}/mean", []
+  for run in runs:
+    rows = [r for r in run.evals if np.isfinite(number(r, name))] or [{}]
+    first, last = rows[0], rows[-1]
+    base = number(first, name) if first.get("epoch") == 0 else np.nan
+    totals = ("epoch", "total/evaluations", "time/total")
+    columns.append([base, number(last, name), *(number(last, total) for total in totals)])
+  return Outcome(*np.array(columns).T)

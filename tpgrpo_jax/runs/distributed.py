@@ -1,0 +1,137 @@
+"""What is set up once a process: JAX's multi-controller runtime, the cache of compiled programs."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import bridge
+from tpgrpo_jax.runs import processes
+
+_OF_A_MACHINE = ("distributed.", "run.programs", "text.cache")  # may differ between processes
+PROGRAMS = "~/.cache/tpgrpo_jax/programs"
+
+
+def set_up(config: config_lib.Config) -> None:
+  """What every command does before anything is computed.
+
+  Raises:
+    RuntimeError: as `initialize`.
+    ValueError: the processes were started with different configs.
+  """
+  initialize(config.distributed)
+  share_programs(config.run.programs)
+  if jax.process_count() > 1:
+    _check_same(config)
+
+
+def _check_same(config):
+  fields = bridge.flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+  own = {k: v for k, v in fields.items() if not k.startswith(_OF_A_MACHINE)}
+  first = processes.from_first(own)
+  lines = [
+    f"  {name}: process 0 has {first.get(name)!r}, process {jax.process_index()} has {own.get(name)!r}"
+    for name in first | own
+    if first.get(name) != own.get(name)
+  ]
+  if processes.sum_over(np.asarray([bool(lines)], np.int32))[0]:
+    raise ValueError(
+      "the processes of this run were started with different configs:\n"
+      + ("\n".join(lines) or "  (the message of another process names the fields)")
+      + "\nGive all of them the same command, but for distributed.process_id."
+    )
+
+
+def initialize(config: config_lib.Distributed) -> None:
+  """Joins the other processes of this run; does nothing for a run of one process.
+
+  Must come before anything is computed. Under SLURM, Open MPI, an indexed Kubernetes job and on Cloud TPU
+  JAX finds its peers by itself. Where processes are missing after `timeout`, JAX ends this one.
+
+  Raises:
+    RuntimeError: nobody answers at the coordinator's address, or its port is taken.
+  """
+  if config.coordinator == "off" or (config.coordinator == "auto" and not _in_cluster()):
+    return
+  explicit: dict[str, Any] = {}
+  if config.coordinator != "auto":
+    explicit = dict(
+      coordinator_address=config.coordinator,
+      num_processes=config.num_processes,
+      process_id=config.process_id,
+    )
+    # JAX would end the process in a check of its own C++, with a stack trace.
+    if config.process_id != 0:
+      _wait_for(config)
+    else:
+      _check_free(config)
+      others = config.num_processes - 1
+      if others:
+        print(
+          f"distributed.coordinator={config.coordinator}: waits for {others} more processes, "
+          f"{config.timeout} s at most.",
+          file=sys.stderr,
+        )
+  jax.distributed.initialize(
+    initialization_timeout=config.timeout,
+    heartbeat_timeout_seconds=config.heartbeat_timeout,
+    **explicit,
+  )
+  # JAX has taken SIGTERM, to have a checkpoint saved, and would not end. Until training takes it, there is
+  # nothing to save (runs.preemption).
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _check_free(config):
+  """JAX would crash where another program listens at process 0's own port."""
+  port = int(config.coordinator.rpartition(":")[2])
+  try:
+    socket.create_server(("", port)).close()
+  except OSError as error:
+    raise RuntimeError(
+      f"distributed.coordinator={config.coordinator!r}: its port is taken on this machine "
+      f"({error.strerror}). Name another port to all processes, or end what holds it."
+    ) from error
+
+
+def _wait_for(config):
+  """Returns when something listens at the coordinator's address."""
+  host, _, port = config.coordinator.rpartition(":")
+  deadline = time.monotonic() + config.timeout
+  while True:
+    try:
+      socket.create_connection((host, int(port)), timeout=2).close()
+      return
+    except OSError as error:
+      if time.monotonic() > deadline:
+        raise RuntimeError(
+          f"distributed.coordinator={config.coordinator!r}: no answer within "
+          f"distributed.timeout={config.timeout} s ({error}). Check the address, that its port is open, "
+          "and that process 0 was started."
+        ) from error
+      time.sleep(0.5)
+
+
+def share_programs(folder: str) -> None:
+  """Keeps compiled programs on disk for later runs, as `config.Run.programs` says."""
+  if folder == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return
+  jax.config.update("jax_compilation_cache_dir", folder or os.path.expanduser(PROGRAMS))
+
+
+def _in_cluster():
+  """Whether a scheduler that JAX knows started this process among others."""
+  from jax._src import clusters  # the public way to ask is to fail
+
+  known = clusters.ClusterEnv._cluster_types
+  found = [e.__name__ for e in known if not e.opt_in_only_method and e.is_env_present()]
+  # Every pod of Kubernetes looks like a cluster; only those of an indexed job have peers.
+  return any(name != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ for name in found)

@@ -1,0 +1,166 @@
+"""What is measured in an epoch, and where the rows go."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from typing import Any
+
+from etils import epath
+import jax.numpy as jnp
+import numpy as np
+
+from tpgrpo_jax.credit import advantages
+from tpgrpo_jax.runs import processes
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.runs import run_folder
+
+
+def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, float]:
+  """Rewards, credit and images of one epoch, as numbers by name.
+
+  Args:
+    rollout: training.rollout.Rollout.
+    credit: StepCredit of NumPy arrays.
+    advantage: [W, B].
+    group_size: K.
+  """
+  final = rollout.completion_reward[-1]
+  row = {"reward/mean": final.mean(), "reward/std": final.std()}
+  for label, reward in rollout.rewards.items():
+    row |= {f"reward/{label}/mean": reward[-1].mean(), f"reward/{label}/std": reward[-1].std()}
+  row["group/reward_std"] = final.reshape(-1, group_size).std(axis=1).mean()
+  row["group/zero_spread"] = np.mean(advantages.zero_spread(jnp.asarray(final), group_size))
+  row["advantage/std"] = advantage.std()
+  for k, share in enumerate(np.asarray(credit.is_turning_point).mean(axis=1)):
+    row[f"turning_point/{k}"] = share
+  row["turning_point/mean"] = np.asarray(credit.is_turning_point).mean()
+  for k, value in enumerate(rollout.completion_reward.mean(axis=1)):
+    row[f"completion_reward/{k}"] = value
+  for k, value in enumerate(np.diff(rollout.completion_reward, axis=0).mean(axis=1)):
+    row[f"increment/{k}"] = value
+  row |= image_statistics(rollout.statistics)
+  # Without completions R[0] ... R[W-1] do not exist: no row rather than NaN.
+  return {name: float(value) for name, value in row.items() if np.isfinite(value)}
+
+
+IMAGE_STATISTICS = ("image/mean", "image/contrast", "image/edge_density")
+
+
+def statistics_of_each(images: np.ndarray) -> np.ndarray:
+  """Mean, contrast (std over pixels) and edge density of images uint8 [N, H, W, 3]; float32 [N, 3].
+
+  In 0 ... 1. Edge density is the share of pixels whose brightness differs by over 0.1 from a right or
+  lower neighbour's.
+  """
+  gray = images.astype(np.float32).mean(axis=-1) / 255.0
+  right = np.abs(np.diff(gray, axis=2))[:, :-1]
+  down = np.abs(np.diff(gray, axis=1))[:, :, :-1]
+  edges = (np.maximum(right, down) > 0.1).mean(axis=(1, 2))
+  columns = (gray.mean(axis=(1, 2)), gray.std(axis=(1, 2)), edges)
+  return np.stack(columns, axis=1).astype(np.float32)
+
+
+def image_statistics(each: np.ndarray) -> dict[str, float]:
+  """The means over images of `statistics_of_each`, by name.
+
+  They do not depend on the reward: when they drift while the reward rises, look at the images.
+  """
+  return dict(zip(IMAGE_STATISTICS, map(float, each.mean(axis=0))))
+
+
+def check_sinks(log: config_lib.Log) -> None:
+  """Raises ValueError when a sink that is asked for cannot be opened, before anything runs."""
+  if log.wandb and importlib.util.find_spec("wandb") is None:
+    raise ValueError("log.wandb=True: wandb is missing. pip install wandb")
+
+
+class MetricsLog:
+  """Rows of metrics.jsonl in the run folder, copied to TensorBoard and Weights & Biases on request.
+
+  Of several processes the first one writes; in the others nothing happens.
+  """
+
+  def __init__(self, run_dir: str | os.PathLike[str], log: config_lib.Log, config: Any):
+    """Opens the sinks.
+
+    Raises:
+      ValueError: log.wandb without the wandb package.
+    """
+    self._path = self._board = self._wandb = None
+    if not processes.is_first():
+      return
+    self._path = epath.Path(run_dir) / "metrics.jsonl"
+    if log.tensorboard:
+      folder = str(epath.Path(run_dir) / "tensorboard")
+      self._board = _import_tensorboardx().SummaryWriter(folder)
+    if log.wandb:
+      check_sinks(log)
+      import wandb  # pyright: ignore[reportMissingImports]
+
+      folder = None if run_folder.is_remote(run_dir) else str(run_dir)
+      self._wandb = wandb.init(dir=folder, config=config, resume="allow")
+
+  def __enter__(self) -> "MetricsLog":
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self.close()
+
+  def write(self, row: dict[str, Any]) -> None:
+    """Appends one row {"epoch", "kind", name: number}."""
+    if not self._path:
+      return
+    rounded = {k: v if isinstance(v, (int, str)) else _number(v) for k, v in row.items()}
+    run_folder.append(self._path, f"{json.dumps(rounded)}\n".encode())
+    numbers = {k: v for k, v in rounded.items() if isinstance(v, float)}
+    if self._board:
+      for name, value in numbers.items():
+        self._board.add_scalar(f"{row['kind']}/{name}", value, row["epoch"])
+    if self._wandb:
+      self._wandb.log({f"{row['kind']}/{k}": v for k, v in numbers.items()}, step=row["epoch"])
+
+  def image(self, name: str, image: np.ndarray, epoch: int) -> None:
+    """Logs an image uint8 [H, W, 3] where images can be logged."""
+    if self._board:
+      self._board.add_image(name, image, epoch, dataformats="HWC")
+    if self._wandb:
+      import wandb  # pyright: ignore[reportMissingImports]
+
+      self._wandb.log({name: wandb.Image(image)}, step=epoch)
+
+  def close(self) -> None:
+    """Flushes and closes all sinks."""
+    if self._board:
+      self._board.close()
+    if self._wandb:
+      self._wandb.finish()
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The rows of a metrics.jsonl; a half-written last line is left out."""
+  rows = []
+  for line in epath.Path(path).read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def _import_tensorboardx():
+  """tensorboardX without torch, which it imports where there is one, for the name of a type alone."""
+  blocked: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
+  sys.modules.update(blocked)
+  try:
+    import tensorboardX
+  finally:
+    for name in blocked:
+      del sys.modules[name]
+  return tensorboardX
+
+
+def _number(value):
+  value = float(value)
+  return value if math.isfinite(value) else str(value)

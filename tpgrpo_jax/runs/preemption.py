@@ -1,0 +1,95 @@
+"""A run that is asked to end (SIGTERM) saves and goes; one that fails in a reward saves and stops."""
+
+from collections.abc import Callable, Iterator
+from concurrent import futures
+import contextlib
+import os
+import signal
+import sys
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from tpgrpo_jax.runs import processes
+
+OnChunk = Callable[[futures.Future | None], Any]
+"""Called between the pieces of long work, with a scoring to wait for or None; raises to end the work."""
+
+EXIT_CODE = 128 + signal.SIGTERM  # so that schedulers start the run again
+
+
+class Preempted(Exception):
+  """The run was asked to end."""
+
+
+class Notice:
+  """Whether this process was asked to end.
+
+  Attributes:
+    given: it was.
+    agreed: all processes are ending the epoch together.
+  """
+
+  def __init__(self):
+    self.given = self.agreed = False
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Notice]:
+  """Takes SIGTERM while the block lasts; call it in the main thread, after distributed.initialize."""
+  notice = Notice()
+
+  def take(*_):
+    notice.given = True
+
+  before = signal.signal(signal.SIGTERM, take)
+  try:
+    yield notice
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def leave() -> NoReturn:
+  """Ends the process with EXIT_CODE, everything being saved and closed."""
+  if jax.process_count() > 1:
+    jax.distributed.shutdown()  # the others' farewell
+  sys.stderr.flush()
+  os._exit(EXIT_CODE)  # without waiting for the thread of a reward that hangs
+
+
+def go_on(scoring: futures.Future | None) -> None:
+  """The OnChunk of work that nobody asks to end."""
+  if scoring is not None:
+    scoring.exception()  # waits; what it is shows when its result is asked for
+
+
+def agree(notice: Notice, scoring: futures.Future | None = None) -> None:
+  """The OnChunk that ends the work in all processes alike; every process calls it at the same places.
+
+  Args:
+    notice: of this process.
+    scoring: waited for, unless a process is asked to end meanwhile; it may have failed.
+
+  Raises:
+    Preempted: any process was asked to end.
+    BaseException: of the scoring, or a RuntimeError where another process has one.
+  """
+  several, waits, failure = jax.process_count() > 1, True, None
+  while waits:
+    if scoring is not None and not notice.given:
+      futures.wait([scoring], timeout=1.0 if several else 0.2)
+    waits = scoring is not None and not scoring.done()
+    failure = scoring.exception() if scoring is not None and not waits else None
+    flags = [notice.given, failure is not None, waits]
+    if several:
+      flags = processes.sum_over(np.asarray(flags, np.int32))
+    asked, failed, waits = map(bool, flags)
+    waits = waits and not (asked or failed)
+  notice.agreed = asked or failed
+  if failure is not None:
+    raise failure
+  if failed:
+    raise RuntimeError("another process failed; its message says why.")
+  if asked:
+    raise Preempted
