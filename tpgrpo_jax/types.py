@@ -54,17 +54,19 @@ class Gaussian:
 
 
 @_pytree
-class Trajectory:
-  """One batch of denoising trajectories; only the stochastic window is kept.
+class Transitions:
+  """What an update learns from: S states of each of W steps, and the M members that left each of them.
+
+  On trajectories M = 1 and S = B samples; on branches S anchors have M members each, S M = B.
 
   Attributes:
-    x: [W, B, h, w, c] states before each window step.
-    x_next: [W, B, h, w, c] states after it.
-    velocity: [W, B, h, w, c] the model's output at x.
-    log_prob: [W, B] mean over latent dims of the log-density of x_next.
+    x: [W, S, h, w, c] states before each step.
+    x_next: [W, S, M, h, w, c] states after it.
+    velocity: [W, S, h, w, c] the model's output at x, of the weights that sampled.
+    log_prob: [W, S, M] mean over latent dims of the log-density of x_next.
     sigma: [W] noise level of x.
     sigma_next: [W] noise level of x_next.
-    final: [B, h, w, c] the finished latent.
+    final: [S, h, w, c] the finished latent of the trajectory (of the anchor, on branches).
   """
 
   x: jax.Array
@@ -83,10 +85,12 @@ class StepCredit:
   Attributes:
     reward: [W, B].
     is_turning_point: [W, B] bool, the steps whose reward was replaced by an aggregated one.
+    share: [W, B] factor of the step's advantage, or None for 1 everywhere.
   """
 
   reward: jax.Array
   is_turning_point: jax.Array
+  share: jax.Array | None = None
 
 
 @_pytree
@@ -119,15 +123,23 @@ StepFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Gaussian]
 LogProbFn = Callable[[jax.Array, Gaussian], jax.Array]
 """(x_next, gaussian) -> [B], mean over latent dims."""
 
-CreditFn = Callable[[jax.Array], StepCredit]
-"""completion_reward [W+1, B] -> StepCredit."""
+CreditFn = Callable[..., StepCredit]
+"""(completion_reward [W+1, B], **extras) -> StepCredit."""
 
 
 class CreditMethod(NamedTuple):
-  """A credit function and the completions that it needs ("all" of them, or "none")."""
+  """A credit function, the completions that it needs ("all" of them, or "none"), and what else.
+
+  Attributes:
+    function: of the completion rewards, and of its extras by keyword.
+    completions: whether the states' completions are made at all.
+    extras: "key" (a PRNG key of the epoch), "alignment" ([W+1, B] cosine of the latent after k steps and
+      the finished one).
+  """
 
   function: CreditFn
   completions: Literal["all", "none"]
+  extras: tuple[str, ...] = ()
 
 
 RewardFn = Callable[

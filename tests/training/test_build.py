@@ -9,6 +9,7 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
+from tpgrpo_jax.config import fields
 from tpgrpo_jax.models import hf
 from tpgrpo_jax.training import build
 
@@ -169,7 +170,7 @@ def test_balancing_is_chosen_by_the_config(config_in, full):
   assert marks == {True: [False, True, True], False: [True, True, True]}
 
 
-@pytest.mark.parametrize("dynamics", config_lib.DYNAMICS)
+@pytest.mark.parametrize("dynamics", fields.DYNAMICS)
 @pytest.mark.parametrize("schedule", config_lib.SCHEDULES)
 def test_every_step_of_the_default_window_has_noise_and_a_finite_mean(
   config_in, full, dynamics, schedule
