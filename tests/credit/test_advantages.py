@@ -16,11 +16,18 @@ REWARDS = hnp.arrays(np.int32, (W, P * K), elements=st.integers(-32, 32)).map(
   lambda a: jnp.asarray(a / 16, jnp.float32)
 )
 NORMALIZE = {
-  name: jax.jit(f, static_argnames=("group_size", "eps"))
+  name: jax.jit(f, static_argnames=("group_size", "eps", "floor"))
   for name, f in advantages.ADVANTAGES.items()
 }
+SHIFT_FREE = [f for name, f in NORMALIZE.items() if name != "value"]  # a value's own size counts
+normalize_value = jax.jit(
+  advantages.normalize_value, static_argnames=("group_size", "eps", "floor", "bonus")
+)
 properties = settings(max_examples=25, deadline=None)
 every_kind = pytest.mark.parametrize("normalize", NORMALIZE.values(), ids=NORMALIZE)
+every_shift_free_kind = pytest.mark.parametrize(
+  "normalize", SHIFT_FREE, ids=[name for name in NORMALIZE if name != "value"]
+)
 
 
 def grouped(a):
@@ -58,7 +65,7 @@ def test_eps_is_that_of_flow_grpo():
   np.testing.assert_allclose(advantage, [-0.5, 0.5], rtol=1e-5)
 
 
-@every_kind
+@every_shift_free_kind
 @properties
 @given(reward=REWARDS, shift=st.integers(-8, 8))
 def test_group_advantage_ignores_a_shift(normalize, reward, shift):
@@ -68,7 +75,7 @@ def test_group_advantage_ignores_a_shift(normalize, reward, shift):
   )
 
 
-@every_kind
+@every_shift_free_kind
 @properties
 @given(reward=REWARDS, exponent=st.integers(-4, 4))
 def test_group_advantage_ignores_a_scale_that_eps_shares(normalize, reward, exponent):
@@ -112,7 +119,7 @@ def test_group_advantages_have_unit_spread_where_there_is_any(reward):
   np.testing.assert_allclose(spread[~flat], 1, atol=0.005)
 
 
-@pytest.mark.parametrize("name", ["group", "group_joint"])
+@pytest.mark.parametrize("name", ["group", "group_joint", "value"])
 @properties
 @given(reward=REWARDS, other=st.integers(-32, 32))
 def test_group_advantage_does_not_look_at_other_prompts(name, reward, other):
@@ -159,4 +166,114 @@ def test_a_group_that_does_not_divide_the_batch_is_refused(normalize):
 
 
 def test_the_config_names_every_normalization():
-  assert tuple(advantages.ADVANTAGES) == fields.NORMALIZATIONS
+  assert set(advantages.ADVANTAGES) == set(fields.NORMALIZATIONS)
+
+
+@every_kind
+@properties
+@given(reward=REWARDS)
+def test_no_floor_is_the_default(normalize, reward):
+  np.testing.assert_array_equal(
+    normalize(reward, group_size=K, floor=0.0), normalize(reward, group_size=K)
+  )
+
+
+@every_kind
+@properties
+@given(reward=REWARDS)
+def test_a_floor_below_every_std_changes_nothing(normalize, reward):
+  # Rewards are sixteenths: the least std of a group that has any is sqrt(3) / 64.
+  np.testing.assert_array_equal(
+    normalize(reward, group_size=K, floor=0.02), normalize(reward, group_size=K)
+  )
+
+
+@every_kind
+@properties
+@given(reward=REWARDS)
+def test_a_floor_above_every_std_divides_all_alike(normalize, reward):
+  # Powers of two: dividing by twice as much is exact.
+  smaller, larger = (normalize(reward, group_size=K, eps=0.0, floor=floor) for floor in (4.0, 8.0))
+  np.testing.assert_array_equal(smaller, larger * 2)
+
+
+def test_a_floor_keeps_noise_from_unit_variance():
+  # A step whose rewards differ by .008, and one where they differ by 1, both as std.
+  reward = jnp.array([[1 - 0.008, 1 + 0.008], [0.0, 2.0]])
+  spread = advantages.normalize_group(reward, 2, eps=0.0, floor=0.08).std(-1)
+  np.testing.assert_allclose(spread, [0.1, 1.0], rtol=1e-4)  # 1 + .008 is rounded to 6e-8
+
+
+def test_value_advantage_has_its_worked_value():
+  # Mean 3, std 1, alpha 1/2: (1.5 * 2 - 3) / 1 and (1.5 * 4 - 3) / 1.
+  advantage = advantages.normalize_value(jnp.array([2.0, 4.0]), 2, eps=0.0, bonus=0.5)
+  np.testing.assert_allclose(advantage, [0.0, 3.0], atol=1e-6)
+
+
+@properties
+@given(REWARDS, st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from([0.0, 0.5]))
+def test_value_advantage_is_its_formula_group_by_group(reward, bonus, floor):
+  advantage = grouped(normalize_value(reward, group_size=K, floor=floor, bonus=bonus))
+  for k in range(W):
+    for p in range(P):
+      q = grouped(reward)[k, p].astype(float).tolist()
+      mean = sum(q) / K
+      std = (sum((v - mean) ** 2 for v in q) / K) ** 0.5
+      alpha, divisor = bonus * std, max(std, floor) + advantages.EPS
+      expected = [((1 + alpha) * v - mean) / divisor for v in q]
+      np.testing.assert_allclose(advantage[k, p], expected, rtol=1e-4, atol=1e-5)
+
+
+@properties
+@given(REWARDS)
+def test_value_advantage_without_bonus_is_the_groups(reward):
+  np.testing.assert_array_equal(
+    normalize_value(reward, group_size=K, bonus=0.0), NORMALIZE["group"](reward, group_size=K)
+  )
+
+
+def test_value_advantage_favours_groups_of_larger_values():
+  reward = jnp.array([1.0, 2.0, 3.0, 11.0, 12.0, 13.0])
+  low, high = advantages.normalize_value(reward, 3).reshape(2, 3)
+  assert np.all(high > low)
+
+
+STREAMS = hnp.arrays(np.int32, (3, W, 4), elements=st.integers(-64, 64)).map(
+  lambda a: jnp.asarray(a / 16, jnp.float32)
+)
+WEIGHTS = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), min_size=3, max_size=3)
+
+
+@properties
+@given(STREAMS, WEIGHTS)
+def test_combined_streams_are_the_weighted_sum_entry_by_entry(streams, weights):
+  combined = advantages.combine_streams(streams, weights)
+  for k in range(W):
+    for b in range(4):
+      assert float(combined[k, b]) == sum(w * float(s[k, b]) for w, s in zip(weights, streams))
+
+
+@properties
+@given(STREAMS)
+def test_one_stream_of_weight_one_is_itself(streams):
+  np.testing.assert_array_equal(advantages.combine_streams(streams[:1], [1.0]), streams[0])
+
+
+@properties
+@given(STREAMS, WEIGHTS)
+def test_streams_combine_alike_with_weights_of_either_kind(streams, weights):
+  np.testing.assert_array_equal(
+    advantages.combine_streams(streams, jnp.array(weights)),
+    advantages.combine_streams(streams, weights),
+  )
+
+
+def test_the_spread_of_no_reward_drowns_anothers():
+  small, large = jnp.array([0.0, 0.1, 0.0, 0.1]), jnp.array([0.0, 0.0, 100.0, 100.0])
+  each = jnp.stack([advantages.normalize_group(r, 4, eps=0.0) for r in (small, large)])
+  np.testing.assert_allclose(advantages.combine_streams(each, [1.0, 1.0]), [-2, 0, 0, 2], atol=1e-6)
+
+
+def test_every_stream_needs_its_weight():
+  with pytest.raises(ValueError):
+    advantages.combine_streams(jnp.zeros((3, W, 4)), [1.0, 1.0])

@@ -1,7 +1,9 @@
 """Who gets the credit: completion rewards [W+1, B] -> a reward for every step [W, B].
 
-CREDIT is the table of methods; BALANCED holds those that mark turning points with the replacements
-balanced (App. D of arXiv 2602.06422). Add your own function of the same form to use it by name.
+CREDIT is the table of methods; BALANCED holds the same with the replacements of turning points
+balanced (App. D of arXiv 2602.06422), for which they need a key. Options of a method ("vgpo": gamma,
+"coca": eps) are keywords with defaults, to be bound with functools.partial. Add your own function of
+the same form to use it by name.
 """
 
 from collections.abc import Callable
@@ -10,19 +12,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tpgrpo_jax.credit import outcome, stepwise, turning_point
+from tpgrpo_jax.credit import alignment, branch, outcome, stepwise, turning_point, value
 from tpgrpo_jax.types import CreditFn, CreditMethod, StepCredit
 
 
-def flow_grpo(completion_reward: jax.Array) -> StepCredit:
-  """The terminal reward at every step; [W+1, B] -> [W, B]. Only R[W] is read."""
-  reward = outcome.terminal(completion_reward)
-  return StepCredit(reward, jnp.zeros(reward.shape, bool))
+def without_turning_points(
+  completion_reward: jax.Array, *, pay: Callable[[jax.Array], jax.Array]
+) -> StepCredit:
+  """Pays every step by one rule.
 
-
-def increments(completion_reward: jax.Array) -> StepCredit:
-  """The increments alone, without turning points; [W+1, B] -> [W, B]."""
-  reward = stepwise.increments(completion_reward)
+  Args:
+    completion_reward: [W+1, B].
+    pay: rewards -> [W, B].
+  """
+  reward = pay(completion_reward)
   return StepCredit(reward, jnp.zeros(reward.shape, bool))
 
 
@@ -30,28 +33,30 @@ def from_turning_points(
   completion_reward: jax.Array,
   *,
   find: Callable[[jax.Array], jax.Array],
-  keep: Callable[[jax.Array, jax.Array], jax.Array],
+  keep: Callable[..., jax.Array],
   pay: Callable[[jax.Array, jax.Array], jax.Array],
+  **extras: jax.Array,
 ) -> StepCredit:
   """Finds turning points, keeps some of them, and pays the steps accordingly.
 
   Args:
     completion_reward: [W+1, B].
     find: rewards -> [W, B] bool.
-    keep: (turning points, aggregated rewards) -> [W, B] bool.
+    keep: (turning points, aggregated rewards, **extras) -> [W, B] bool.
     pay: (rewards, kept turning points) -> [W, B].
+    **extras: what `keep` needs besides.
   """
-  kept = keep(find(completion_reward), turning_point.aggregated(completion_reward))
+  kept = keep(find(completion_reward), turning_point.aggregated(completion_reward), **extras)
   return StepCredit(pay(completion_reward, kept), kept)
 
 
-def keep_all(is_turning_point: jax.Array, value: jax.Array) -> jax.Array:
+def keep_all(is_turning_point: jax.Array, aggregated: jax.Array) -> jax.Array:
   """No balancing."""
-  del value
+  del aggregated
   return is_turning_point
 
 
-def _methods(keep) -> dict[str, CreditFn]:
+def _turning(keep) -> dict[str, CreditFn]:
   bind = functools.partial(functools.partial, from_turning_points, keep=keep)
   first, consistent = turning_point.turning_points, turning_point.consistent_turning_points
   return {
@@ -61,13 +66,20 @@ def _methods(keep) -> dict[str, CreditFn]:
   }
 
 
-def _table(keep) -> dict[str, CreditMethod]:
+def _table(keep, extras: tuple[str, ...]) -> dict[str, CreditMethod]:
+  by = lambda pay: functools.partial(without_turning_points, pay=pay)
   return {
-    "flow_grpo": CreditMethod(flow_grpo, completions="none"),
-    "increments": CreditMethod(increments, completions="all"),
-    **{name: CreditMethod(f, completions="all") for name, f in _methods(keep).items()},
+    "flow_grpo": CreditMethod(by(outcome.terminal), completions="none"),
+    "increments": CreditMethod(by(stepwise.increments), completions="all"),
+    **{
+      name: CreditMethod(f, completions="all", extras=extras) for name, f in _turning(keep).items()
+    },
+    "vgpo": CreditMethod(value.vgpo, completions="all"),
+    "coca": CreditMethod(alignment.coca, completions="none", extras=("alignment",)),
+    "branch": CreditMethod(by(branch.member), completions="all"),
+    "branch_gain": CreditMethod(by(branch.gain), completions="all"),
   }
 
 
-CREDIT = _table(keep_all)
-BALANCED = _table(turning_point.balance)
+CREDIT = _table(keep_all, extras=())
+BALANCED = _table(turning_point.balance, extras=("key",))

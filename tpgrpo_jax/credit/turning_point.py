@@ -46,16 +46,17 @@ def aggregated(completion_reward: jax.Array) -> jax.Array:
   return completion_reward[-1] - completion_reward[:-1]
 
 
-def balance(is_turning_point: jax.Array, value: jax.Array) -> jax.Array:
+def balance(is_turning_point: jax.Array, value: jax.Array, key: jax.Array) -> jax.Array:
   """Keeps equally many positive and negative replacements (App. D).
 
-  Over the whole batch, the majority sign loses its smallest magnitudes. Of equal magnitudes the one
-  at the earlier step stays, then the one of the earlier sample. With one sign only, nothing is
-  dropped; a value of exactly 0 counts as neither sign and stays.
+  Over the whole batch, the majority sign loses its smallest magnitudes. Of equal magnitudes chance
+  decides (ours): with coarse rewards nearly all are equal, and any fixed order would favour a step.
+  With one sign only, nothing is dropped; a value of exactly 0 counts as neither sign and stays.
 
   Args:
     is_turning_point: [W, B] bool.
     value: [W, B], the aggregated rewards.
+    key: PRNG key, the same on all processes.
 
   Returns:
     [W, B] bool, a subset of is_turning_point.
@@ -64,8 +65,9 @@ def balance(is_turning_point: jax.Array, value: jax.Array) -> jax.Array:
   positive, negative = marked & (flat > 0), marked & (flat < 0)
   counts = jnp.sum(positive), jnp.sum(negative)
   kept = jnp.where(jnp.minimum(*counts) > 0, jnp.minimum(*counts), jnp.maximum(*counts))
-  dropped = (positive & (_rank(positive, flat) >= kept)) | (
-    negative & (_rank(negative, flat) >= kept)
+  lot = jax.random.permutation(key, len(flat))
+  dropped = (positive & (_rank(positive, flat, lot) >= kept)) | (
+    negative & (_rank(negative, flat, lot) >= kept)
   )
   return (marked & ~dropped).reshape(value.shape)
 
@@ -120,7 +122,7 @@ def _consistent_turning_points(reward):
   return turns.at[0].set(agrees[0])
 
 
-def _rank(mask, value):
-  """Place of each masked element by falling magnitude; equal ones in their own order."""
-  order = jnp.argsort(jnp.where(mask, -jnp.abs(value), jnp.inf), stable=True)
+def _rank(mask, value, lot):
+  """Place of each masked element by falling magnitude; equal ones by their lot."""
+  order = jnp.lexsort((lot, jnp.where(mask, -jnp.abs(value), jnp.inf)))
   return jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
