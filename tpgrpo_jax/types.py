@@ -93,25 +93,29 @@ class StepCredit:
   share: jax.Array | None = None
 
 
-@_pytree
-class Plan:
+class Plan(NamedTuple):
   """Which lane does what in each step of the packed completions (flow.completion); plain NumPy.
 
   Attributes:
-    first: [2, W] sigma and sigma_next of the step that each state takes with the trajectory's velocity.
-    load: [L, lanes] state that a lane loads before the step, or -1 to go on with its own.
-    store: [L, lanes] state whose completion ends with the step, or W for none.
+    state: [segments] the state that each completion begins from.
+    load: [L, lanes] segment that a lane loads before the step, or -1 to go on with its own.
+    store: [L, lanes] segment whose completion ends with the step, or their number for none.
     sigma: [L, lanes]; sigma_next: [L, lanes] the step's levels (equal where a lane is idle).
     extrapolation: [L, lanes] m of DPM-Solver++(2M): the data prediction D is replaced by
       D + m (D - D_previous); 0 is the Euler step.
+    first: [2, segments] sigma and sigma_next of the step that a trajectory's states take with the
+      velocity that is known; unused for members of branches.
+    first_extrapolation: [segments] m of that step.
   """
 
-  first: np.ndarray
+  state: np.ndarray
   load: np.ndarray
   store: np.ndarray
   sigma: np.ndarray
   sigma_next: np.ndarray
   extrapolation: np.ndarray
+  first: np.ndarray | tuple = ()
+  first_extrapolation: np.ndarray | tuple = ()
 
 
 VelocityFn = Callable[[Params, jax.Array, jax.Array, Any], jax.Array]

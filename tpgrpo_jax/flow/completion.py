@@ -1,12 +1,16 @@
-"""ODE completions of every intermediate state, packed into one scan.
+"""ODE completions of intermediate states, packed into one scan.
 
-The completion of the state after k steps needs T - start - k evaluations, of which the trajectory has
-already made the first. What remains has lengths L, L-1, ..., 1 for the states of a window: paired as
-L | L-1 + 1 | L-2 + 2 | ... they fill lanes of length L, all of them where L is odd (where it is even,
-the last lane is half idle). All completions are then ONE scan of L steps
-over a batch of lanes x B, each lane loading its next state when a segment ends. The packing is plain
-NumPy data, computed before tracing, so a drawn window does not recompile.
+The completion of the state after k steps of a trajectory needs T - start - k evaluations, of which the
+trajectory has already made the first. What remains has lengths L, L-1, ..., 1 for the states of a window:
+paired as L | L-1 + 1 | L-2 + 2 | ... they fill lanes of length L, all of them where L is odd (where it is
+even, the last lane is half idle). All completions are then ONE scan of L steps over a batch of lanes x B,
+each lane loading its next state when a segment ends. The packing is plain NumPy data, computed before
+tracing, so a drawn window does not recompile. The members of flow.branching go the same way; of their
+states no velocity is known.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,21 @@ import numpy as np
 from tpgrpo_jax import types
 from tpgrpo_jax.types import Plan
 
-SOLVERS = ("euler", "dpmpp_2m")
+SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")
+
+
+class Segment(NamedTuple):
+  """One completion that is to be packed.
+
+  Attributes:
+    state: number of the state that it begins from.
+    levels: [n + 1] noise levels from that state's own down to 0.
+    before: level of the evaluation before, whose data prediction the solver remembers; 0 for none.
+  """
+
+  state: int
+  levels: np.ndarray
+  before: float = 0.0
 
 
 def num_evaluations(*, num_steps: int, start: int, window: int, steps: int = 0) -> int:
@@ -29,14 +47,55 @@ def num_evaluations(*, num_steps: int, start: int, window: int, steps: int = 0) 
     window: W; 0 for no completions.
     steps: of a truncated completion; 0 is exact.
   """
-  return num_steps + sum(n - 1 for n in _lengths(num_steps, start, window, steps))
+  remaining = [num_steps - start - k for k in range(window)]
+  return num_steps + sum((min(steps, n) if steps else n) - 1 for n in remaining)
 
 
 def num_lane_evaluations(plan: Plan, *, lanes_per_chunk: int = 0) -> int:
-  """Model evaluations a sample that `complete` makes: all slots of all lanes, idle ones too."""
+  """Model evaluations a sample that `run` makes: all slots of all lanes, idle ones too."""
   length, lanes = plan.load.shape
   size = lanes_per_chunk or max(lanes, 1)
   return length * -(-lanes // size) * size
+
+
+def stride_grid(sigmas: np.ndarray, *, start: int, stride: int) -> np.ndarray:
+  """The levels of a strided completion of the state at sigmas[start] (G2RPO, arXiv 2510.01982).
+
+  sigmas[start], sigmas[start + 1 :: stride] without its last entry, and 0: the step to start + 1 is always
+  taken, and the image is x - sigma v at the last level that is evaluated. Stride 1 is the whole rest.
+
+  Args:
+    sigmas: [T + 1] the sampler's grid.
+    start: index of the state, below T.
+    stride: 1 or more.
+
+  Returns:
+    [n + 1], n the evaluations.
+  """
+  rest = np.asarray(sigmas)[start + 1 :: stride]
+  return np.concatenate([sigmas[start : start + 1], rest[:-1], [0.0]])
+
+
+def remaining_grids(
+  sigmas: np.ndarray, start: int, *, steps: int = 0, strides: Sequence[int] = ()
+) -> list[np.ndarray]:
+  """The grids on which the state at sigmas[start] is completed: one, or one for each stride.
+
+  A truncated completion of n steps takes n + 1 evenly chosen points of the sampler's own remaining grid.
+
+  Args:
+    sigmas: [T + 1] the sampler's grid.
+    start: index of the state.
+    steps: of a truncated completion; 0 is exact.
+    strides: of `stride_grid`; () for none.
+  """
+  if strides:
+    return [stride_grid(sigmas, start=start, stride=stride) for stride in strides]
+  remaining = len(sigmas) - 1 - start
+  count = min(steps, remaining) if steps else remaining
+  return [
+    np.asarray(sigmas)[np.round(np.linspace(start, start + remaining, count + 1)).astype(int)]
+  ]
 
 
 def plan(
@@ -45,57 +104,78 @@ def plan(
   start: int,
   window: int,
   steps: int = 0,
+  strides: Sequence[int] = (),
   solver: str = "euler",
   at_least: tuple[int, int] = (0, 0),
 ) -> Plan:
-  """Packs the completions of states start ... start + window - 1 into lanes.
-
-  A truncated completion of n steps takes n + 1 evenly chosen points of the sampler's own remaining
-  grid, so that n = T - start - k is the exact one.
+  """Packs the completions of a trajectory's states start ... start + window - 1 into lanes.
 
   Args:
     sigmas: [T + 1] the sampler's grid.
     start: first state.
     window: W, how many states.
-    steps: of a truncated completion; 0 is exact.
-    solver: "euler" or "dpmpp_2m".
+    steps: as of `remaining_grids`.
+    strides: likewise; the segments of one stride follow those of the one before.
+    solver: "euler", "dpmpp_2m" (DPM-Solver++(2M)), or "dpmpp_2m_history", whose first step remembers the
+      trajectory's evaluation before.
     at_least: pads to so many (steps, lanes), so that all plans of a run have one shape.
 
   Raises:
     ValueError: an unknown solver.
   """
-  if solver not in SOLVERS:
-    raise ValueError(f"completion.solver={solver!r}: must be one of {', '.join(SOLVERS)}.")
-  num_steps = len(sigmas) - 1
-  counts = _lengths(num_steps, start, window, steps)
-  grids = [
-    np.asarray(sigmas)[np.round(np.linspace(start + k, num_steps, n + 1)).astype(int)]
-    for k, n in enumerate(counts)
-  ]
-  size = max([at_least[0]] + [n - 1 for n in counts])
-  lanes = _pack([n - 1 for n in counts], size)
+  _check_solver(solver)
+  grids = [remaining_grids(sigmas, start + k, steps=steps, strides=strides) for k in range(window)]
+  rows = [(k, grid) for at_stride in zip(*grids) for k, grid in enumerate(at_stride)]
+  segments = [Segment(k, grid[1:], grid[0]) for k, grid in rows]
+  packed = pack(segments, solver=solver, at_least=at_least)
+  first = np.stack([[g[0] for _, g in rows], [g[1] for _, g in rows]]).astype(np.float32)
+  extrapolation = np.zeros(len(rows), np.float32)
+  if solver == "dpmpp_2m_history":
+    levels = [np.concatenate([sigmas[start + k - 1 : start + k], g[:2]]) for k, g in rows]
+    extrapolation[:] = [
+      _multistep(g)[0] if len(g) == 3 and k else 0.0 for (k, _), g in zip(rows, levels)
+    ]
+  return packed._replace(first=first, first_extrapolation=extrapolation)
+
+
+def pack(
+  segments: Sequence[Segment], *, solver: str = "euler", at_least: tuple[int, int] = (0, 0)
+) -> Plan:
+  """Packs segments into lanes; their results come in the segments' order.
+
+  Args:
+    segments: what is to be completed.
+    solver: as of `plan`.
+    at_least: likewise.
+  """
+  _check_solver(solver)
+  lengths = [len(segment.levels) - 1 for segment in segments]
+  size = max([at_least[0], *lengths])
+  lanes = _pack(lengths, size)
   shape = (size, max(at_least[1], len(lanes)))
-  load, store = np.full(shape, -1, np.int32), np.full(shape, window, np.int32)
+  load, store = np.full(shape, -1, np.int32), np.full(shape, len(segments), np.int32)
   sigma, sigma_next = np.ones(shape, np.float32), np.ones(shape, np.float32)
   extrapolation = np.zeros(shape, np.float32)
-  for lane, states in enumerate(lanes):
+  for lane, numbers in enumerate(lanes):
     row = 0
-    for k in states:
-      n = counts[k] - 1
+    for i in numbers:
+      levels, n = segments[i].levels, lengths[i]
       rows = slice(row, row + n)
-      load[row, lane], store[row + n - 1, lane] = k, k
-      sigma[rows, lane], sigma_next[rows, lane] = grids[k][1:-1], grids[k][2:]
-      if solver == "dpmpp_2m":
-        extrapolation[rows, lane] = _multistep(grids[k])
+      load[row, lane], store[row + n - 1, lane] = i, i
+      sigma[rows, lane], sigma_next[rows, lane] = levels[:-1], levels[1:]
+      if solver != "euler":
+        extrapolation[rows, lane] = _multistep(
+          np.concatenate([[segments[i].before or 1.0], levels])
+        )
       row += n
-  first = np.stack([[g[0] for g in grids], [g[1] for g in grids]]).astype(np.float32)
-  return Plan(first, load, store, sigma, sigma_next, extrapolation)
+  state = np.asarray([segment.state for segment in segments], np.int32)
+  return Plan(state, load, store, sigma, sigma_next, extrapolation)
 
 
 def complete(
   velocity_fn: types.VelocityFn,
   params: types.Params,
-  trajectory: types.Trajectory,
+  trajectory: types.Transitions,
   condition,
   plan: Plan,
   *,
@@ -112,13 +192,44 @@ def complete(
     lanes_per_chunk: lanes computed at once when memory is short; 0 is all.
 
   Returns:
-    [W, B, h, w, c] the completed latents of x[0] ... x[W-1]. The trajectory's own `final` is the
-    completion of its last state.
+    [segments, B, h, w, c] the completed latents of x[0] ... x[W-1], for each stride in turn. The
+    trajectory's own `final` is the completion of its last state.
   """
-  sigma, sigma_next = plan.first[:, :, None, None, None, None]
-  begun = trajectory.x + trajectory.velocity * (sigma_next - sigma)
-  # What a multistep solver remembers of the first step: its data prediction.
-  data = trajectory.x - trajectory.velocity * sigma
+  wide = lambda levels: jnp.asarray(levels)[:, None, None, None, None]
+  sigma, sigma_next = map(wide, plan.first)
+  # What a multistep solver remembers of a step: its data prediction.
+  predictions = trajectory.x - trajectory.velocity * wide(trajectory.sigma)
+  before = jnp.concatenate([predictions[:1], predictions[:-1]])
+  x, velocity, data = (a[plan.state] for a in (trajectory.x, trajectory.velocity, predictions))
+  correction = wide(plan.first_extrapolation) / sigma * (data - before[plan.state])
+  begun = x + (velocity - correction) * (sigma_next - sigma)
+  return run(velocity_fn, params, begun, data, condition, plan, lanes_per_chunk=lanes_per_chunk)
+
+
+def run(
+  velocity_fn: types.VelocityFn,
+  params: types.Params,
+  begun: jax.Array,
+  data: jax.Array,
+  condition,
+  plan: Plan,
+  *,
+  lanes_per_chunk: int = 0,
+) -> jax.Array:
+  """Takes every segment of the plan to its end.
+
+  Args:
+    velocity_fn: the model.
+    params: of velocity_fn.
+    begun: [segments, B, h, w, c] the latents at the segments' first levels.
+    data: [segments, B, h, w, c] the data predictions of the evaluations before, where a solver uses them.
+    condition: of velocity_fn, leading axis B (or 1).
+    plan: of these segments.
+    lanes_per_chunk: lanes computed at once when memory is short; 0 is all.
+
+  Returns:
+    [segments, B, h, w, c].
+  """
   tables = (plan.load, plan.store, plan.sigma, plan.sigma_next, plan.extrapolation)
   if not tables[0].size:
     return begun
@@ -174,19 +285,18 @@ def _reload(x, states, load, size):
   return jnp.where(taken, fresh, x)
 
 
-def _lengths(num_steps, start, window, steps):
-  """Solver steps of each state's completion."""
-  remaining = [num_steps - start - k for k in range(window)]
-  return [min(steps, n) if steps else n for n in remaining]
+def _check_solver(solver):
+  if solver not in SOLVERS:
+    raise ValueError(f"completion.solver={solver!r}: must be one of {', '.join(SOLVERS)}.")
 
 
 def _pack(lengths, size):
-  """Best-fit decreasing; exact for L, L-1, ..., 1. Returns the states of each lane."""
+  """Best-fit decreasing; exact for L, L-1, ..., 1. Returns the segments of each lane."""
   lanes: list[list[int]] = []
   room: list[int] = []
   for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
     if not lengths[k]:
-      continue  # complete after its first step
+      continue  # complete already
     fits = [i for i, r in enumerate(room) if r >= lengths[k]]
     if not fits:
       lanes.append([])

@@ -20,7 +20,9 @@ def sample_trajectory(
   sigmas: np.ndarray | jax.Array,
   start: jax.Array | int,
   window: int,
-) -> types.Trajectory:
+  copies: int = 1,
+  dtype: str = "float32",
+) -> types.Transitions:
   """Denoises x_init along `sigmas`; the steps start ... start + window - 1 are stochastic.
 
   Step k uses the key fold_in(key, k). The other steps are Euler ODE steps.
@@ -36,34 +38,72 @@ def sample_trajectory(
     sigmas: [T + 1], decreasing to 0.
     start: first stochastic step; may be traced, so that a drawn window compiles once.
     window: W, how many; static.
+    copies: of neighbours in the batch that begin with one noise and one prompt, so many: until the window
+      begins they are evaluated once.
+    dtype: that latents are kept in: every state is rounded to it before the next step and before it is
+      scored, so that what is stored is what was sampled.
 
   Returns:
-    The Trajectory of the window, and the final latent.
+    The Transitions of the window, M = 1, and the final latent.
   """
   num_steps = len(sigmas) - 1
   levels = jnp.asarray(sigmas, jnp.float32)
   index = jnp.arange(num_steps)
   is_stochastic = (index >= start) & (index < start + window)
   keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(index)
+  shared_fn = _once_for_copies(velocity_fn, copies)
 
   def step(x, inputs):
-    sigma, sigma_next, stochastic, step_key = inputs
-    velocity = velocity_fn(params, x, jnp.full(x.shape[:1], sigma), condition)
+    k, sigma, sigma_next, stochastic, step_key = inputs
+    velocity = shared_fn(k < start, params, x, jnp.full(x.shape[:1], sigma), condition)
     noisy = step_fn(x, velocity, sigma, sigma_next)
     still = steps.ode_step(x, velocity, sigma, sigma_next)
     gaussian = jax.tree.map(lambda a, b: jnp.where(stochastic, a, b), noisy, still)
-    x_next = steps.draw(step_key, gaussian)
+    x_next = rounded(steps.draw(step_key, gaussian), dtype)
     return x_next, (x, x_next, velocity)
 
-  inputs = (levels[:-1], levels[1:], is_stochastic, keys)
-  final, stacked = jax.lax.scan(step, x_init, inputs)
+  inputs = (index, levels[:-1], levels[1:], is_stochastic, keys)
+  final, stacked = jax.lax.scan(step, rounded(x_init, dtype), inputs)
   in_window = lambda a: jax.lax.dynamic_slice_in_dim(a, start, window)
   x, x_next, velocity = map(in_window, stacked)
   sigma, sigma_next = in_window(levels[:-1]), in_window(levels[1:])
-  # Scored apart from the draw, from what is stored: the very computation of the update.
+  x_next = x_next[:, :, None]
+  log_prob = score_all(step_fn, log_prob_fn, x, x_next, velocity, sigma, sigma_next)
+  return types.Transitions(x, x_next, velocity, log_prob, sigma, sigma_next, final)
+
+
+def _once_for_copies(velocity_fn, copies):
+  """velocity_fn that is told whether neighbours are still copies of each other, `copies` of them."""
+  if copies == 1:
+    return lambda are_copies, *inputs: velocity_fn(*inputs)
+
+  def shared(params, x, sigma, condition):
+    first = lambda a: a.reshape(-1, copies, *a.shape[1:])[:, 0] if len(a) == len(x) else a
+    velocity = velocity_fn(params, *jax.tree.map(first, (x, sigma, condition)))
+    return jnp.repeat(velocity, copies, axis=0)
+
+  return lambda are_copies, *inputs: jax.lax.cond(are_copies, shared, velocity_fn, *inputs)
+
+
+def rounded(x: jax.Array, dtype: str) -> jax.Array:
+  """x in float32, with the values that `dtype` can hold."""
+  # reduce_precision, since XLA may drop a cast there and back.
+  info = jnp.finfo(dtype)
+  return x if dtype == "float32" else jax.lax.reduce_precision(x, info.nexp, info.nmant)
+
+
+def score_all(
+  step_fn: types.StepFn,
+  log_prob_fn: types.LogProbFn,
+  x: jax.Array,
+  x_next: jax.Array,
+  velocity: jax.Array,
+  sigma: jax.Array,
+  sigma_next: jax.Array,
+) -> jax.Array:
+  """`score` of each of W steps, [W, S, M]: from what is stored and apart from the draw, as in the update."""
   scored = lambda inputs: score(step_fn, log_prob_fn, *inputs)
-  log_prob = jax.lax.map(scored, (x, x_next, velocity, sigma, sigma_next))
-  return types.Trajectory(x, x_next, velocity, log_prob, sigma, sigma_next, final)
+  return jax.lax.map(scored, (x, x_next, velocity, sigma, sigma_next))
 
 
 def score(
@@ -75,38 +115,53 @@ def score(
   sigma: jax.Array,
   sigma_next: jax.Array,
 ) -> jax.Array:
-  """The log_prob [B] of x_next under the step from x, for rollout and update alike.
-
-  It is a computation of its own, the branch of a conditional, and its backward pass starts again from
-  the inputs: fused with the model before it or shared with the backward pass, XLA would round it
-  differently than in the rollout, and the on-policy log-ratio would not be exactly 0.
-  (`optimization_barrier` alone is not enough: XLA drops it on CPU before the last fusion.)
+  """The log_prob [S, M] of x_next under the step from x, for rollout and update alike.
 
   Args:
     step_fn: the stochastic step.
     log_prob_fn: scores a draw of it.
-    x: [B, ...].
-    x_next: [B, ...].
-    velocity: [B, ...] at x.
-    sigma: scalar.
-    sigma_next: scalar.
+    x: [S, ...].
+    x_next: [S, M, ...] the members that left each state.
+    velocity: [S, ...] at x: one evaluation of the model, whatever M is.
+    sigma: scalar or [S].
+    sigma_next: likewise.
   """
-  barrier = jax.lax.optimization_barrier
 
   def scored(x, x_next, velocity, sigma, sigma_next):
-    return log_prob_fn(x_next, barrier(step_fn(x, velocity, sigma, sigma_next)))
+    gaussian = jax.lax.optimization_barrier(step_fn(x, velocity, sigma, sigma_next))
+    return each_member(log_prob_fn)(x_next, gaussian)
+
+  return isolated(scored)(x, x_next, velocity, sigma, sigma_next)
+
+
+def each_member(function):
+  """(x_next [S, ...], *rest) -> [S] as a function of x_next [S, M, ...] -> [S, M]."""
+  return lambda x_next, *rest: jax.vmap(lambda x: function(x, *rest), in_axes=1, out_axes=1)(x_next)
+
+
+def isolated(function):
+  """`function` of (..., sigma, sigma_next) as a computation of its own, NaN where no noise is left.
+
+  It is the branch of a conditional, and its backward pass starts again from the inputs: fused with the
+  model before it or shared with the backward pass, XLA would round it differently than in the rollout,
+  and the on-policy log-ratio would not be exactly 0. (`optimization_barrier` alone is not enough: XLA
+  drops it on CPU before the last fusion.)
+
+  Args:
+    function: of arrays, the last two being levels; returns arrays.
+  """
 
   def forward(*inputs):
-    nan = lambda x, *_: jnp.full(x.shape[:1], jnp.nan)
-    sigma, sigma_next = inputs[3:]
-    return jax.lax.cond(sigma > sigma_next, scored, nan, *inputs)
+    shapes = jax.eval_shape(function, *inputs)
+    nan = lambda *_: jax.tree.map(lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes)
+    return jax.lax.cond(jnp.all(inputs[-2] > inputs[-1]), function, nan, *inputs)
 
   island = jax.custom_vjp(forward)
   island.defvjp(
     lambda *inputs: (island(*inputs), inputs),
-    lambda inputs, cotangent: jax.vjp(forward, *barrier(inputs))[1](cotangent),
+    lambda inputs, cotangent: jax.vjp(forward, *jax.lax.optimization_barrier(inputs))[1](cotangent),
   )
-  return island(x, x_next, velocity, sigma, sigma_next)
+  return island
 
 
 def sample_ode(

@@ -94,3 +94,76 @@ def draw_window(
   low, high = window_range
   start = int(rng.integers(low, high - length + 1))
   return start, start + length
+
+
+def progressive_window(
+  epoch: int, *, window: tuple[int, int], num_steps: int, every: int
+) -> tuple[int, int]:
+  """The window of one epoch where it moves: its start grows by 1 every `every` epochs, then begins again.
+
+  MixGRPO (arXiv 2507.21802). Its code cuts the last windows short until nothing is left of them; here the
+  last one is the last that is whole.
+
+  Args:
+    epoch: from 0.
+    window: (start, end) of the first epoch, half open.
+    num_steps: T, or T - 1 where the last step has no noise: no window goes further.
+    every: epochs that a window stays.
+  """
+  places = num_steps - window[1] + 1
+  shift = epoch // every % places
+  return window[0] + shift, window[1] + shift
+
+
+def draw_steps(rng: np.random.Generator, window: tuple[int, int], count: int) -> np.ndarray:
+  """`count` of the window's steps, ascending; all of them where count is 0.
+
+  Args:
+    rng: of this epoch.
+    window: (start, end), half open.
+    count: how many.
+  """
+  steps = np.arange(*window)
+  return np.sort(rng.choice(steps, count, replace=False)) if count else steps
+
+
+def permuted_levels(
+  rng: np.random.Generator, sigmas: np.ndarray, window: tuple[int, int], count: int, batch: int
+) -> np.ndarray:
+  """For each sample, `count` of the window's levels in random order (DiffusionNFT, arXiv 2509.16117).
+
+  Args:
+    rng: of this batch.
+    sigmas: [T + 1].
+    window: (start, end), half open.
+    count: how many.
+    batch: B.
+
+  Returns:
+    [count, B] float32.
+  """
+  levels = np.asarray(sigmas, np.float32)[slice(*window)]
+  return rng.permuted(np.tile(levels, (batch, 1)), axis=1)[:, :count].T
+
+
+def stratified_levels(
+  rng: np.random.Generator, sigmas: np.ndarray, window: tuple[int, int], count: int, batch: int
+) -> np.ndarray:
+  """One level of each of `count` even parts of the window, for all samples (AWM, arXiv 2509.25050).
+
+  Args:
+    rng: of this batch.
+    sigmas: [T + 1].
+    window: (start, end), half open.
+    count: how many; at most the window's length.
+    batch: B.
+
+  Returns:
+    [count, B] float32.
+  """
+  bounds = np.floor(np.linspace(*window, count + 1)).astype(int)
+  levels = np.asarray(sigmas, np.float32)[rng.integers(bounds[:-1], bounds[1:])]
+  return np.repeat(levels[:, None], batch, axis=1)
+
+
+LEVEL_DRAWS = {"permuted": permuted_levels, "stratified": stratified_levels}

@@ -4,11 +4,13 @@ sigma is the noise level of x (1 = noise), sigma_next < sigma that of x_next, dt
 Levels are scalars, or [B] against x [B, ...]. With noise_level 0 every step is the Euler step.
 """
 
+from collections.abc import Callable
 import math
 
 import jax
 from jax import core
 import jax.numpy as jnp
+import numpy as np
 
 from tpgrpo_jax.types import Gaussian
 
@@ -34,7 +36,7 @@ def sde_step(
   sigma: jax.Array,
   sigma_next: jax.Array,
   *,
-  noise_level: float,
+  noise_level: float | jax.Array,
   sigma_max: float,
 ) -> Gaussian:
   """The SDE step of Flow-GRPO (arXiv 2505.05470, Eq. 9).
@@ -59,7 +61,12 @@ def sde_step(
 
 
 def cps_step(
-  x: jax.Array, velocity: jax.Array, sigma: jax.Array, sigma_next: jax.Array, *, noise_level: float
+  x: jax.Array,
+  velocity: jax.Array,
+  sigma: jax.Array,
+  sigma_next: jax.Array,
+  *,
+  noise_level: float | jax.Array,
 ) -> Gaussian:
   """The coefficients-preserving step of Flow-CPS (arXiv 2509.05952).
 
@@ -84,7 +91,12 @@ def cps_step(
 
 
 def dance_step(
-  x: jax.Array, velocity: jax.Array, sigma: jax.Array, sigma_next: jax.Array, *, noise_level: float
+  x: jax.Array,
+  velocity: jax.Array,
+  sigma: jax.Array,
+  sigma_next: jax.Array,
+  *,
+  noise_level: float | jax.Array,
 ) -> Gaussian:
   """The SDE step of DanceGRPO (arXiv 2505.07818).
 
@@ -103,6 +115,42 @@ def dance_step(
   score = -(x - (1 - sigma) * (x - sigma * velocity)) / sigma**2
   mean = x + velocity * dt - 0.5 * noise_level**2 * dt * score
   return Gaussian(mean, noise_level * jnp.sqrt(-dt))
+
+
+def with_levels(step_fn: Callable[..., Gaussian], sigmas: np.ndarray, noise_levels: jax.Array):
+  """`step_fn` with a noise level for each step, found by the step's sigma.
+
+  Args:
+    step_fn: with the keyword noise_level.
+    sigmas: [W] float32 noise levels of the states, as they are stored; all different.
+    noise_levels: [W].
+
+  Returns:
+    A StepFn; NaN at a sigma that is none of these.
+  """
+
+  def step(x, velocity, sigma, sigma_next):
+    found = jnp.asarray(sigma)[..., None] == sigmas
+    level = jnp.where(found.any(-1), jnp.sum(jnp.where(found, noise_levels, 0.0), -1), jnp.nan)
+    level, _ = _levels(x, level, sigma)
+    return step_fn(x, velocity, sigma, sigma_next, noise_level=level)
+
+  return step
+
+
+def sensitivity(
+  step_fn: Callable[..., Gaussian], sigma: jax.Array, sigma_next: jax.Array
+) -> jax.Array:
+  """|d mean / d v| of a step: its mean is linear in the velocity.
+
+  Args:
+    step_fn: the stochastic step.
+    sigma: scalar.
+    sigma_next: scalar.
+  """
+  one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
+  at = lambda velocity: step_fn(zero, velocity, sigma, sigma_next).mean[0, 0]
+  return jnp.abs(at(one) - at(zero))
 
 
 def draw(key: jax.Array, gaussian: Gaussian) -> jax.Array:
