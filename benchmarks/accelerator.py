@@ -36,9 +36,10 @@ from tpgrpo_jax import types
 from tpgrpo_jax.cost import flops
 from tpgrpo_jax.flow import completion, sampler
 from tpgrpo_jax.models import flux
-from tpgrpo_jax.training import build, step
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
+from tpgrpo_jax.training import step
 
 GIB = 2**30
 
@@ -146,7 +147,7 @@ def measure_evaluation(subject: Subject) -> None:
 def measure_rollout(subject: Subject) -> types.Trajectory:
   """Reports the trajectory with its completions, and returns it."""
   args, method = subject.args, subject.run.method
-  plan = build.build_plan(subject.run.config, method, 0)
+  plan = method_lib.build_plan(subject.run.config, method, 0)
   options = dict(sigmas=method.sigmas, start=0, window=method.window)
 
   def rollout(params, key, x, condition):
@@ -169,7 +170,7 @@ def measure_rollout(subject: Subject) -> types.Trajectory:
     count(rollout, *inputs),
     samples_per_second=round(rate, 4),
     images_per_second=round(rate * (method.window + 1), 4),
-    evaluations_per_sample=build.evaluations_per_sample(subject.run.config, plan),
+    evaluations_per_sample=method_lib.evaluations_per_sample(subject.run.config, plan),
   )
   return call()[0]
 

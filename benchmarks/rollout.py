@@ -34,6 +34,7 @@ from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import build, rollout
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import session as session_lib
 
 # (T, W): SD3.5-Medium's in the paper, FLUX.1-dev's, and that of the built-in recipes.
@@ -75,13 +76,13 @@ def measure_rollout(config: config_lib.Config, mesh, repeats: int, threads: int)
   batch = config.train.microbatch
   texts = [f"W{i % 1000:03d}" for i in range(batch)]
   model = build.build_model(config, mesh, texts)
-  method = build.build_method(config, model)
-  plan = build.build_plan(config, method, 0)
+  method = method_lib.build_method(config, model)
+  plan = method_lib.build_plan(config, method, 0)
   length, lanes = plan.load.shape
   num_steps, window = config.sampler.num_steps, method.window
   params = model.params(model.trainable)
   group = np.stack([np.arange(batch), np.zeros(batch)], axis=1).astype(np.int32)
-  placed = (group, build.build_condition(config, model, texts))
+  placed = (group, method_lib.build_condition(config, model, texts))
   group, condition = processes.put_batch(mesh, placed)
   key = rollout.epoch_key(0, 0)
   sample = functools.partial(
@@ -124,7 +125,7 @@ def measure_rollout(config: config_lib.Config, mesh, repeats: int, threads: int)
     repeats=repeats,
   )
   difference = np.abs(np.asarray(packed_call()) - np.stack(loops["loop"]())).max()
-  evaluations = build.evaluations_per_sample(config, plan)
+  evaluations = method_lib.evaluations_per_sample(config, plan)
   sizes = dict(
     num_steps=num_steps,
     window=window,
@@ -147,7 +148,7 @@ def bare_call(velocity, params, x, condition):
   return functools.partial(velocity, params, x, sigma, condition)
 
 
-def make_loop(method: build.Method, window: int, shared: bool):
+def make_loop(method: method_lib.Method, window: int, shared: bool):
   """Returns (params, trajectory, condition) -> W completed latents, each by a program of its own.
 
   Args:

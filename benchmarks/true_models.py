@@ -13,6 +13,7 @@ from tpgrpo_jax import models, types
 from tpgrpo_jax.forecasting import lowering
 from tpgrpo_jax.models import flux, lora, mmdit
 from tpgrpo_jax.training import build, pipeline, step
+from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
 
@@ -118,7 +119,7 @@ class Run(NamedTuple):
   """
 
   config: config_lib.Config
-  method: build.Method
+  method: method_lib.Method
   trainable: Any
   frozen: Any
 
@@ -136,7 +137,7 @@ def open_run(model: TrueModel, *, batch: int, remat: str) -> Run:
     trainable=trainable,
     pipeline=pipeline.Pipeline(model.latent, _absent, _absent, {}),
   )
-  return Run(config, build.build_method(config, built), trainable, frozen)
+  return Run(config, method_lib.build_method(config, built), trainable, frozen)
 
 
 def _absent(*_):

@@ -35,6 +35,7 @@ from tpgrpo_jax import models
 from tpgrpo_jax.models import hf, layers, lora, mmdit
 from tpgrpo_jax.training import build, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
 # 64 image tokens (16 x 16 in patches of 2), 16 text tokens, width 256: SD3's shape, made small.
@@ -91,7 +92,7 @@ def measure_step(batch: int, repeats: int, threads: int) -> None:
   mesh = mesh_lib.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     model = build.build_model(config, mesh, ())
-    method = build.build_method(config, model)
+    method = method_lib.build_method(config, model)
     pieces = make_batch(config, model, method, mesh, chunks)
     window = method.window
     train_step = step.make_train_step(config, method)
@@ -140,7 +141,7 @@ def make_batch(config, model, method, mesh, chunks: int) -> step.Batch:
   batch = config.train.microbatch
   sample = rollout.make_rollout_fn(config, model, method)
   params = model.params(model.trainable)
-  condition = build.build_condition(config, model, [f"W{i % 1000:03d}" for i in range(batch)])
+  condition = method_lib.build_condition(config, model, [f"W{i % 1000:03d}" for i in range(batch)])
   condition = jax.device_put(condition, mesh_lib.batch_sharding(mesh))
   group = np.stack([np.arange(batch), np.zeros(batch)], axis=1).astype(np.int32)
   group = jax.device_put(group, mesh_lib.batch_sharding(mesh))

@@ -18,6 +18,7 @@ from tpgrpo_jax.data import prompts as prompts_lib
 from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import build, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 
 OUTPUT = pathlib.Path(__file__).parent / "one_epoch.png"
 NUM_STEPS, WINDOW, GROUP = 6, 5, 16
@@ -37,8 +38,8 @@ def main() -> None:
   mesh = mesh_lib.make_mesh(config.mesh)
   prompts = prompts_lib.load_prompts("words", "", "test")
   model = build.build_model(config, mesh, [prompts[i].text for i in range(CANDIDATES)])
-  method = build.build_method(config, model)
-  plan = build.build_plan(config, method, 0)
+  method = method_lib.build_method(config, model)
+  plan = method_lib.build_plan(config, method, 0)
   sample = rollout.make_rollout_fn(config, model, method)
   reward_fn = rewards.make_rewards(config.rewards, placement=mesh_lib.make_placement(mesh))
   credit_fn = step.make_credit_fn(config, method)
@@ -49,7 +50,7 @@ def main() -> None:
     """Rollout, rewards, credit and advantages of one prompt."""
     texts = [prompts[number].text] * GROUP
     noise = np.stack([np.full(GROUP, number), np.arange(GROUP)], axis=1).astype(np.int32)
-    placed = (noise, build.build_condition(config, model, texts))
+    placed = (noise, method_lib.build_condition(config, model, texts))
     placed = processes.put_batch(mesh, placed)
     trajectory, images = jax.device_get(sample(params, key, number, *placed, 0, plan))
     images = images.swapaxes(0, 1)

@@ -15,7 +15,7 @@ from tpgrpo_jax.config import bridge, fields, rules
 from tpgrpo_jax.data import prompts
 from tpgrpo_jax.flow import completion, schedule
 from tpgrpo_jax.models import mmdit
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import method as method_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
@@ -155,7 +155,7 @@ def test_value_of_the_wrong_type_is_refused_with_field_value_and_rule(field, val
   [
     (fields.MODEL_VARIANTS, models.MODELS),
     (fields.SCHEDULES, schedule.SCHEDULES),
-    (fields.DYNAMICS, build.DYNAMICS),
+    (fields.DYNAMICS, method_lib.DYNAMICS),
     (fields.SOLVERS, completion.SOLVERS),
     (fields.CREDIT_METHODS, credit.CREDIT),
     (fields.CREDIT_METHODS, credit.BALANCED),

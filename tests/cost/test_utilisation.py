@@ -12,6 +12,7 @@ from tpgrpo_jax.cost import flops, hardware, utilisation
 from tpgrpo_jax.forecasting import lowering
 from tpgrpo_jax.training import build, step
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 
 
 def test_rate_and_share_of_the_peak(monkeypatch):
@@ -42,7 +43,7 @@ def test_what_rematerialisation_repeats_is_no_work_of_the_model():
   for remat in ("none", "full"):
     config = dataclasses.replace(base, model=dataclasses.replace(base.model, remat=remat))
     plan = lowering.open_plan(config, mesh)
-    method = build.build_method(config, build.without_remat(config, plan.model))
+    method = method_lib.build_method(config, build.without_remat(config, plan.model))
     with jax.set_mesh(mesh):
       function, args, _ = lowering.update_program(plan)
       ran = flops.count(function, *args).total

@@ -12,6 +12,7 @@ from tpgrpo_jax import types
 from tpgrpo_jax.config import fields
 from tpgrpo_jax.models import hf
 from tpgrpo_jax.training import build
+from tpgrpo_jax.training import method as method_lib
 
 LORA = config_lib.Lora(rank=2, alpha=4.0, targets=("attn.to_q", "attn.to_out.0"))
 
@@ -94,19 +95,19 @@ def test_model_that_cannot_be_built_is_refused(config_in, single_mesh, fields, p
 
 
 def method_of(config, model):
-  return build.build_method(config, model)
+  return method_lib.build_method(config, model)
 
 
 def test_no_guidance_takes_the_velocity_function_itself(config_in, full):
   config = config_in("unused")
   assert method_of(config, full).velocity_fn is full.velocity_fn
-  condition = build.build_condition(config, full, ["CAT"])
+  condition = method_lib.build_condition(config, full, ["CAT"])
   assert isinstance(condition, types.Condition)
 
 
 def test_guidance_moves_away_from_the_empty_prompt(config_in, full):
   config = config_in("unused", {"sampler.guidance_scale": 3.0})
-  condition = build.build_condition(config, full, ["CAT", "DOG"])
+  condition = method_lib.build_condition(config, full, ["CAT", "DOG"])
   empty = full.pipeline.encode([""])
   assert isinstance(condition, types.GuidedCondition)
   np.testing.assert_array_equal(condition.negative.text, empty.text)
@@ -133,15 +134,15 @@ PAPER = {
 )
 def test_evaluations_per_sample_are_those_of_the_methods_price_list(config_in, full, fields, count):
   config = config_in("unused", PAPER | fields)
-  plan = build.build_plan(config, method_of(config, full), config.sampler.window[0])
-  assert build.evaluations_per_sample(config, plan) == count
+  plan = method_lib.build_plan(config, method_of(config, full), config.sampler.window[0])
+  assert method_lib.evaluations_per_sample(config, plan) == count
 
 
 def test_plans_of_all_drawn_windows_have_one_shape(config_in, full):
   config = config_in("unused", {"sampler": config_lib.Sampler(window=(0, 3), window_range=(1, 8))})
   method = method_of(config, full)
   shapes = {
-    tuple(leaf.shape for leaf in jax.tree.leaves(build.build_plan(config, method, start)))
+    tuple(leaf.shape for leaf in jax.tree.leaves(method_lib.build_plan(config, method, start)))
     for start in range(1, 6)
   }
   assert len(shapes) == 1
@@ -149,7 +150,7 @@ def test_plans_of_all_drawn_windows_have_one_shape(config_in, full):
 
 def test_method_without_completions_has_no_plan(config_in, full):
   config = config_in("unused", {"credit.method": "flow_grpo"})
-  assert build.build_plan(config, method_of(config, full), 0) is None
+  assert method_lib.build_plan(config, method_of(config, full), 0) is None
 
 
 def test_users_own_credit_function_gets_all_completions(config_in, full):

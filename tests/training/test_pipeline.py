@@ -17,6 +17,7 @@ from tpgrpo_jax.models import prompt_cache, prompt_embedding
 from tpgrpo_jax.runs import metrics
 from tpgrpo_jax.training import build, evaluation, loop
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 
 FAMILIES = ("sd3", "flux")
 TWO_LEVELS = 2 / 255  # of an 8-bit image
@@ -47,9 +48,9 @@ def work(tmp_path_factory, folders):
 def paint(config, mesh, texts, latents):
   """Images [N, H, W, 3] in [0, 1] from initial latents, by the functions that training uses."""
   model = build.build_model(config, mesh, texts)
-  sigmas = build.make_sigmas(config.sampler, model, stored.NUM_STEPS)
-  velocity_fn = build.guide(config, model.velocity_fn)
-  condition = build.build_condition(config, model, texts)
+  sigmas = method_lib.make_sigmas(config.sampler, model, stored.NUM_STEPS)
+  velocity_fn = method_lib.guide(config, model.velocity_fn)
+  condition = method_lib.build_condition(config, model, texts)
 
   @jax.jit
   def run(params, x, condition):

@@ -12,6 +12,7 @@ from tpgrpo_jax import models, types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.training import build, pipeline, rollout
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 
 PROMPTS = [types.Prompt(word, {"n": i}) for i, word in enumerate(("A", "B", "C")) for _ in range(4)]
 
@@ -63,9 +64,9 @@ def brightness(images, texts, metadata, *, rows):
 
 def run_epoch(config, mesh, *, epoch=0, reward_fn=brightness, on_chunk=lambda done, failure: None):
   """(Rollout, images of every microbatch) of one epoch on the fake model."""
-  method = build.build_method(config, MODEL)
+  method = method_lib.build_method(config, MODEL)
   start = config.sampler.window[0]
-  plan = build.build_plan(config, method, start)
+  plan = method_lib.build_plan(config, method, start)
   images = []
 
   def sample(chunk, group, condition):
@@ -111,7 +112,7 @@ def test_last_images_are_the_trajectories_own(epoch):
 def test_first_images_are_the_ode_images_of_the_windows_first_states(single_mesh):
   config = make_config(sampler={"window": (0, 3)})
   rolled, images = run_epoch(config, single_mesh)
-  method = build.build_method(config, MODEL)
+  method = method_lib.build_method(config, MODEL)
   condition = encode([p.text for p in PROMPTS])
   latents = sampler.sample_ode(
     velocity, PARAMS, jnp.asarray(joined(rolled, "x")[0]), condition, sigmas=method.sigmas

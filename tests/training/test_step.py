@@ -15,6 +15,7 @@ from tpgrpo_jax.flow import sampler, schedule, steps
 from tpgrpo_jax.objective import surrogate
 from tpgrpo_jax.training import build, rollout, state, step
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 
 CHUNKS, WINDOW, BATCH = 3, 2, 4
 SIGMAS = schedule.linear_sigmas(4)
@@ -27,7 +28,7 @@ def linear_velocity(params, x, sigma, condition):
 
 
 def make_method(**changes):
-  method = build.Method(
+  method = method_lib.Method(
     velocity_fn=linear_velocity,
     reference_velocity_fn=linear_velocity,
     step_fn=functools.partial(steps.cps_step, noise_level=0.7),
@@ -285,7 +286,7 @@ def on_policy_config(dynamics, scale, rank, kl_coef):
 def first_update_metrics(config, mesh):
   """The metrics of the first update of the shipped model on one epoch of noise."""
   model = build.build_model(config, mesh, ())
-  method = build.build_method(config, model)
+  method = method_lib.build_method(config, model)
   params = model.params(model.trainable)
   with jax.set_mesh(mesh):
     sample_fn = rollout.make_rollout_fn(config, model, method)
@@ -293,7 +294,7 @@ def first_update_metrics(config, mesh):
     for chunk in range(2):
       group = np.stack([np.repeat([0, 1], 16) + 2 * chunk, np.tile(np.arange(16), 2)], axis=1)
       texts = [("CAT3", "XY7", "HELP", "9RT")[i] for i in group[:, 0]]
-      placed = (group.astype(np.int32), build.build_condition(config, model, texts))
+      placed = (group.astype(np.int32), method_lib.build_condition(config, model, texts))
       placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
       key = rollout.epoch_key(0, 0)
       trajectory, _ = sample_fn(params, key, chunk, *placed, config.sampler.window[0], None)

@@ -15,9 +15,23 @@ REFERENCE_LORA_TARGETS = (
 MODEL_VARIANTS = ("tiny", "sd3", "flux")
 SCHEDULES = ("linear", "sd3", "flux")
 DYNAMICS = ("sde", "cps", "dance")
-SOLVERS = ("euler", "dpmpp_2m")
-CREDIT_METHODS = ("flow_grpo", "increments", "aggregation", "tp_grpo", "tp_grpo_consistent")
-NORMALIZATIONS = ("group", "group_joint", "global_std")
+SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")
+ROLLOUTS = ("trajectory", "branch", "ode")
+WINDOW_DRAWS = ("epoch", "microbatch")
+LATENT_DTYPES = ("float32", "bfloat16", "float16")
+LEVEL_DRAWS = ("permuted", "stratified")
+CREDIT_METHODS = (
+    "flow_grpo", "increments", "aggregation", "tp_grpo", "tp_grpo_consistent", "vgpo", "coca", "branch",
+    "branch_gain",
+)  # fmt: skip
+NORMALIZATIONS = ("group", "group_joint", "global_std", "value")
+ADVANTAGE_GROUPS = ("prompt", "state")
+OBJECTIVES = ("policy", "nft", "awm")
+RATIOS = ("log_prob", "normalized")
+TRUST_REGIONS = ("clip", "dppo")
+STEP_WEIGHTS = ("none", "std", "inverse_dt", "inverse_sensitivity")
+UPDATES_BY = ("samples", "steps")
+LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 REWARD_NAMES = (
     "ocr", "jpeg_compressibility", "jpeg_incompressibility",
     "clipscore", "pickscore", "hpsv2", "aesthetic",
@@ -119,13 +133,27 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """The denoising trajectory.
+  """How states come about.
 
   Attributes:
+    rollout: "trajectory", whose window is stochastic; "branch", an ODE anchor that `branches` members
+      leave by one stochastic step at each step of the window; "ode", finished images alone, for the
+      objectives of the forward process.
     num_steps: T.
-    window: (start, end), the half-open range of stochastic steps.
-    window_range: () keeps the window; (lo, hi) shifts it every epoch to a start drawn from
-      lo ... hi - length.
+    window: (start, end), the half-open range of stochastic steps. With rollout="ode": of the noise levels
+      that are trained.
+    window_range: () keeps the window; (lo, hi) shifts it to a start drawn from lo ... hi - length.
+    window_draw: how often it is drawn: each "epoch" or each "microbatch".
+    window_every: 0 keeps the window; n moves it by one step every n epochs, and from the end back to its
+      first place (MixGRPO).
+    branches: M, members of an anchor; divides train.group_size.
+    branch_steps: steps of the window that are branched, drawn anew every epoch; 0 is all of them.
+    antithetic: members come in pairs that take opposite noise.
+    noise_levels: one for each step of the window in place of noise_level; () for none.
+    calibration: microbatches of trajectories in each round of finding noise_levels, before the first epoch
+      (DenseGRPO); 0 does not. noise_level is where they start.
+    calibration_rounds: how many.
+    latents: dtype that latents are kept in; they are rounded to it before they are scored.
     schedule: noise levels: linear, sd3 (diffusers' FlowMatchEulerDiscreteScheduler with a fixed
       shift), flux (the same with a shift that grows with the image, as FLUX.1-dev).
     shift: of the sd3 schedule; the others do not use it.
@@ -136,15 +164,25 @@ class Sampler:
     width: likewise.
   """
 
+  rollout: str = "trajectory"
   num_steps: int = 10
   window: tuple[int, int] = (0, 9)
   window_range: tuple[int, ...] = ()
+  window_draw: str = "epoch"
+  window_every: int = 0
+  branches: int = 1
+  branch_steps: int = 0
+  antithetic: bool = False
   schedule: str = "linear"
   shift: float = 3.0
   dynamics: str = "cps"
   noise_level: float = 0.7
+  noise_levels: tuple[float, ...] = ()
+  calibration: int = 0
+  calibration_rounds: int = 20
   guidance_scale: float = 1.0
   same_latent: bool = False
+  latents: str = "float32"
   height: int = 0
   width: int = 0
 
@@ -155,28 +193,54 @@ class Completion:
 
   Attributes:
     steps: at most so many solver steps each; 0 is exact (the sampler's own remaining grid).
-    solver: euler, or dpmpp_2m (DPM-Solver++(2M)).
+    strides: each state is completed once for each of them, on every so many-th level of the remaining
+      grid (G2RPO); the advantages add up. () is the grid itself.
+    solver: euler, dpmpp_2m (DPM-Solver++(2M)), or dpmpp_2m_history, whose first step remembers the
+      trajectory's evaluation before.
     lanes_per_chunk: packed lanes computed at once; 0 is all of them.
   """
 
   steps: int = 0
+  strides: tuple[int, ...] = ()
   solver: str = "euler"
   lanes_per_chunk: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Credit:
-  """Which credit method, and whether positive and negative replacements are balanced (App. D)."""
+  """Which credit method.
+
+  Attributes:
+    method: a name of tpgrpo_jax.credit.CREDIT, or "package.module:function".
+    balance: whether positive and negative replacements at turning points are balanced (App. D).
+    gamma: discount of vgpo.
+  """
 
   method: str = "tp_grpo"
   balance: bool = True
+  gamma: float = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class Advantage:
-  """How step rewards become advantages: the spread that divides them, and the final clip."""
+  """How step rewards become advantages.
+
+  Attributes:
+    normalization: what centres and divides them: a name of tpgrpo_jax.credit.advantages.ADVANTAGES.
+    group: whom a member is compared with: all samples of its "prompt" at that step, or the members of its
+      "state" (rollout="branch").
+    floor: the spread that divides is at least this; 0 is none.
+    per_reward: each reward is normalised for itself, and the advantages are added with the rewards'
+      weights (MixGRPO, GDPO), instead of the rewards.
+    bonus: of "value", vgpo's c.
+    clip: final bound of their size.
+  """
 
   normalization: str = "group"
+  group: str = "prompt"
+  floor: float = 0.0
+  bonus: float = 0.1
+  per_reward: bool = False
   clip: float = 5.0
 
 
@@ -193,18 +257,58 @@ class Scoring:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """The clipped surrogate and the KL term to the adapter-free model."""
+  """What is minimised.
 
+  Attributes:
+    objective: "policy", a surrogate of the stochastic steps' ratios; "nft" or "awm", losses of the forward
+      process on finished images (rollout="ode").
+    ratio: "log_prob", "normalized" (RatioNorm), or "package.module:function".
+    trust_region: "clip" (PPO), "dppo", or "package.module:function".
+    clip_range: c of clip; the divergence that dppo allows; 0 for objectives without a ratio.
+    step_weight: factor of a step's policy loss: none, std (mean 1 over the trained steps), inverse_dt,
+      inverse_sensitivity.
+    negative_weight: factor where the advantage is negative.
+    chunks: lengths of runs of steps that share one ratio, the mean of theirs (GCPO); () is every step's own.
+    chunks_per_sample: of these, drawn anew for each sample; 0 is all.
+    kl_coef: of the KL to the adapter-free model; of mean (v - v_ref)^2 for nft and awm.
+    levels: noise levels of the window that a sample is trained at (nft, awm); 0 is all.
+    level_draw: "permuted", each sample's own (nft), or "stratified", the same for a microbatch (awm).
+    beta: of nft: how far the two implicit policies lie from the old one.
+    old_decay: (flat, rate, most): after an epoch the old policy becomes d old + (1 - d) new,
+      d = min(rate (updates - flat), most), and 0 up to `flat` updates.
+    old_coef: of mean (v - v_old)^2 (awm).
+  """
+
+  objective: str = "policy"
+  ratio: str = "log_prob"
+  trust_region: str = "clip"
   clip_range: float = 1e-5
+  step_weight: str = "none"
+  negative_weight: float = 1.0
+  chunks: tuple[int, ...] = ()
+  chunks_per_sample: int = 0
   kl_coef: float = 0.0
+  levels: int = 0
+  level_draw: str = "permuted"
+  beta: float = 1.0
+  old_decay: tuple[float, float, float] = (0.0, 0.001, 0.5)
+  old_coef: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """AdamW with a constant learning rate after a linear warm-up, and global-norm clipping."""
+  """AdamW with a learning rate that warms up linearly, and global-norm clipping.
+
+  Attributes:
+    schedule: of the rate after the warm-up: constant; linear or cosine, down to final_scale of it at the
+      run's last update.
+    final_scale: share of learning_rate that is left at the end.
+  """
 
   learning_rate: float = 3e-4
   warmup_updates: int = 0
+  schedule: str = "constant"
+  final_scale: float = 0.0
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
@@ -219,6 +323,8 @@ class Train:
   Attributes:
     microbatch: samples in one device call, of all devices together; rollout and update use the same.
     updates_per_epoch: optimizer updates, each on an equal share of the epoch's samples.
+    updates_by: what they share out: "samples", or the "steps" of the window, in order (G2RPO).
+    shuffle: samples go into the updates in random order, and not prompt by prompt.
   """
 
   epochs: int = 100
@@ -226,6 +332,8 @@ class Train:
   group_size: int = 16
   microbatch: int = 64
   updates_per_epoch: int = 2
+  updates_by: str = "samples"
+  shuffle: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,4 +473,3 @@ class PretrainConfig:
   ema: Ema = Ema(decay=0.998, every=1)
   eval: Eval = Eval(every=250, prompts=512, rewards=("ocr",))
   mesh: Mesh = Mesh()
-

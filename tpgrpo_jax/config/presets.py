@@ -1,7 +1,15 @@
-"""The settings that recipes share."""
+"""What recipes are made of: tasks x methods.
 
+A task (a function without arguments) says what is trained on what; a method is a row of METHODS, the few
+fields that it sets. `recipe(task, method)` is the config of both. A row's value may be a function of the
+task's config, where a method asks for a share of it.
+"""
+
+from collections.abc import Callable
 import dataclasses
+from typing import Any
 
+from tpgrpo_jax import registry
 from tpgrpo_jax.config.fields import (
   Checkpoint,
   Config,
@@ -18,13 +26,22 @@ from tpgrpo_jax.config.fields import (
   Vae,
 )
 
+PICKSCORE = {
+  "pickscore": {
+    "weight": 1.0,
+    "path": "yuvalkirstain/PickScore_v1",
+    "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+  }
+}
+OCR_SCENES = {"ocr": {"weight": 1.0, "detect": True, "rule": "flow_grpo", "text_score": 0.5}}
+
 
 def tiny_text() -> Config:
-  """The settings that the recipes of the built-in task share; found on two CPU cores."""
+  """The built-in task: spell a word; settings found on two CPU cores."""
   return Config(
     sampler=Sampler(num_steps=4, window=(0, 3)),
-    optimizer=Optimizer(learning_rate=1.5e-4),
-    train=Train(epochs=120, microbatch=32, updates_per_epoch=4),
+    optimizer=Optimizer(learning_rate=1.5e-4, schedule="linear"),
+    train=Train(epochs=120, microbatch=64, updates_per_epoch=2),
     ema=Ema(decay=0.95, every=1),
     eval=Eval(num_steps=4, prompts=256),
     log=Log(images_every=20),
@@ -32,13 +49,12 @@ def tiny_text() -> Config:
 
 
 def sd35m() -> Config:
-  """What the SD3.5-Medium recipes share: the settings of arXiv 2602.06422, Sec. 5.1, without its KL."""
+  """SD3.5-Medium at 512 x 512: the settings of arXiv 2602.06422, Sec. 5.1, without its KL."""
   return Config(
     model=Model("sd3", "stabilityai/stable-diffusion-3.5-medium", dtype="bfloat16", remat="full"),
     text=Text(dtype="bfloat16"),
     vae=Vae(dtype="bfloat16"),
     lora=Lora(rank=32, alpha=64.0),
-    prompts=Prompts("folder"),
     sampler=Sampler(schedule="sd3", guidance_scale=4.5, height=512, width=512),
     train=Train(epochs=1000, prompts_per_epoch=48, group_size=24, microbatch=32),
     eval=Eval(every=30, num_steps=40, batch=32),
@@ -46,9 +62,23 @@ def sd35m() -> Config:
   )
 
 
-def flux_dev() -> Config:
-  """What the FLUX.1-dev recipes share: the settings of arXiv 2602.06422, App. B."""
-  base = sd35m()
+def sd35m_ocr() -> Config:
+  """SD3.5-Medium learns to render text, judged by OCR."""
+  return dataclasses.replace(
+    sd35m(), prompts=Prompts("folder", "datasets/ocr"), rewards=dict(OCR_SCENES)
+  )
+
+
+def sd35m_pickscore() -> Config:
+  """SD3.5-Medium learns what people prefer, by PickScore."""
+  return dataclasses.replace(
+    sd35m(), prompts=Prompts("folder", "datasets/pickscore"), rewards=dict(PICKSCORE)
+  )
+
+
+def flux_pickscore() -> Config:
+  """FLUX.1-dev learns what people prefer: the settings of arXiv 2602.06422, App. B."""
+  base = sd35m_pickscore()
   return dataclasses.replace(
     base,
     model=dataclasses.replace(base.model, variant="flux", path="black-forest-labs/FLUX.1-dev"),
@@ -57,3 +87,226 @@ def flux_dev() -> Config:
     ),
     eval=dataclasses.replace(base.eval, num_steps=28),
   )
+
+
+TASKS: dict[str, Callable[[], Config]] = {
+  "tiny_text": tiny_text,
+  "sd35m_ocr": sd35m_ocr,
+  "sd35m_pickscore": sd35m_pickscore,
+  "flux_pickscore": flux_pickscore,
+}
+
+
+def _all_steps(task: Config) -> tuple[int, int]:
+  return (0, task.sampler.num_steps)
+
+
+def _noisy_steps(task: Config) -> tuple[int, int]:
+  """All steps but the last, in which cps has no noise."""
+  return (0, task.sampler.num_steps - 1)
+
+
+def _half_of_the_steps(task: Config) -> tuple[int, int]:
+  return (0, task.sampler.num_steps // 2)
+
+
+def _two_steps(task: Config) -> tuple[int, int]:
+  return (0, min(2, task.sampler.num_steps - 1))
+
+
+def _first_steps(task: Config) -> tuple[int, int]:
+  return (0, min(5, task.sampler.num_steps - 1))
+
+
+def _steps_in_a_fifth(task: Config) -> tuple[int, int]:
+  """MixGRPO's 4 of 25 steps, at least two."""
+  return (0, max(2, 4 * task.sampler.num_steps // 25))
+
+
+def _whole_group(task: Config) -> int:
+  return task.train.group_size
+
+
+def _whole_anchors(task: Config) -> int:
+  """The members of at most eight anchors: an update evaluates anchors, and few make a poor batch."""
+  train = task.train
+  anchors = train.prompts_per_epoch // train.updates_per_epoch
+  return train.group_size * max(n for n in range(1, 9) if anchors % n == 0)
+
+
+def _lanes(task: Config) -> int:
+  """One at a time where so many members fill the devices anyway; latents of pixels are small."""
+  return 0 if task.model.variant == "tiny" else 1
+
+
+def _chunks(task: Config) -> tuple[int, ...]:
+  """GCPO's fixed lengths [2, 3, 4, 7] of 16, scaled to the steps that have noise."""
+  steps = task.sampler.num_steps - 1
+  bounds = [round(steps * share / 16) for share in (0, 2, 5, 9, 16)]
+  return tuple(b - a for a, b in zip(bounds, bounds[1:]) if b > a)
+
+
+def _half_of_the_chunks(task: Config) -> int:
+  return max(1, len(_chunks(task)) // 2)
+
+
+_FORWARD = {
+  "sampler.rollout": "ode",
+  "credit.method": "flow_grpo",
+  "advantage.normalization": "global_std",
+  "loss.clip_range": 0.0,
+  "sampler.guidance_scale": 1.0,
+}
+_BRANCH = {
+  "sampler.rollout": "branch",
+  "sampler.branches": _whole_group,
+  "credit.method": "branch",
+  "advantage.group": "state",
+  "train.microbatch": _whole_anchors,
+  "completion.lanes_per_chunk": _lanes,
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+  "flow_grpo": {"credit.method": "flow_grpo"},
+  "flow_grpo_fast": {
+    "credit.method": "flow_grpo",
+    "sampler.window": _two_steps,
+    "sampler.window_range": _noisy_steps,
+    "sampler.window_draw": "microbatch",
+    "sampler.noise_level": 0.8,
+    "sampler.guidance_scale": 1.0,
+    "advantage.normalization": "global_std",
+  },
+  "mixgrpo": {
+    "credit.method": "flow_grpo",
+    "sampler.window": _steps_in_a_fifth,
+    "sampler.window_every": 25,
+    "sampler.dynamics": "sde",
+    "sampler.same_latent": True,
+    "advantage.per_reward": True,
+    "loss.clip_range": 1e-4,
+  },
+  "tp_grpo": {"credit.method": "tp_grpo"},
+  "tp_grpo_consistent": {"credit.method": "tp_grpo_consistent"},
+  "tp_grpo_fast": {
+    "credit.method": "tp_grpo",
+    "completion.steps": 2,
+    "completion.solver": "dpmpp_2m",
+  },
+  "increments": {"credit.method": "increments"},
+  "aggregation": {"credit.method": "aggregation"},
+  "densegrpo": {
+    "credit.method": "increments",
+    "sampler.dynamics": "dance",
+    "sampler.noise_level": 0.7,
+    "sampler.calibration": 1,
+    "loss.clip_range": 1e-4,
+  },
+  "stepwise": {
+    "credit.method": "increments",
+    "completion.steps": 5,
+    "advantage.normalization": "group_joint",
+  },
+  "vgpo": {
+    "credit.method": "vgpo",
+    "completion.steps": 1,
+    "sampler.window": _first_steps,
+    "advantage.normalization": "value",
+  },
+  "coca": {"credit.method": "coca"},
+  "tempflow": {**_BRANCH, "loss.step_weight": "std"},
+  "g2rpo": {
+    **_BRANCH,
+    "completion.strides": (1, 2),
+    "sampler.dynamics": "sde",
+    "sampler.window": _half_of_the_steps,
+    "train.updates_by": "steps",
+    "train.updates_per_epoch": lambda task: task.sampler.num_steps // 2,
+    "loss.clip_range": 1e-4,
+  },
+  "grpo_guard": {
+    "credit.method": "flow_grpo",
+    "sampler.dynamics": "sde",
+    "loss.ratio": "normalized",
+    "loss.step_weight": "inverse_dt",
+    "loss.clip_range": 2e-6,
+  },
+  "flow_dppo": {"credit.method": "flow_grpo", "loss.trust_region": "dppo", "loss.clip_range": 1e-5},
+  "gcpo": {
+    "credit.method": "flow_grpo",
+    "sampler.dynamics": "sde",
+    "sampler.same_latent": True,
+    "loss.chunks": _chunks,
+    "loss.chunks_per_sample": _half_of_the_chunks,
+    "loss.clip_range": 5e-5,
+  },
+  "diffusion_nft": {
+    **_FORWARD,
+    "sampler.window": _all_steps,
+    "loss.objective": "nft",
+    "loss.levels": lambda task: task.sampler.num_steps - 1,
+    "loss.kl_coef": 1e-4,
+  },
+  "awm": {
+    **_FORWARD,
+    "sampler.window": _noisy_steps,
+    "loss.objective": "awm",
+    "loss.levels": lambda task: min(6, task.sampler.num_steps - 1),
+    "loss.level_draw": "stratified",
+    "loss.kl_coef": 1e-3,
+    "loss.old_coef": 1.0,
+    "loss.old_decay": (0.0, 0.001, 0.3),
+    "train.updates_per_epoch": 1,
+  },
+}
+"""Name -> the fields that a method sets."""
+
+PAPERS = {
+  "flow_grpo": "2505.05470",
+  "flow_grpo_fast": "2505.05470",
+  "mixgrpo": "2507.21802",
+  "tp_grpo": "2602.06422",
+  "tp_grpo_consistent": "2602.06422",
+  "tp_grpo_fast": "2602.06422",
+  "increments": "2602.06422",
+  "aggregation": "2602.06422",
+  "densegrpo": "2601.20218",
+  "stepwise": "2603.28718",
+  "vgpo": "2512.12387",
+  "coca": "2505.19196",
+  "tempflow": "2508.04324",
+  "g2rpo": "2510.01982",
+  "grpo_guard": "2510.22319",
+  "flow_dppo": "",
+  "gcpo": "2510.21583",
+  "diffusion_nft": "2509.16117",
+  "awm": "2509.25050",
+}
+"""Name -> the arXiv number of its paper; empty where only code was found."""
+
+
+def recipe(task: str, method: str) -> Config:
+  """The config of a task trained by a method; its run folder is runs/<task>_<method>.
+
+  Args:
+    task: a name of TASKS.
+    method: a name of METHODS.
+
+  Raises:
+    ValueError: an unknown name, with the nearest one.
+  """
+  base = registry.lookup(TASKS, task, field="task")()
+  registry.check(method, METHODS, field="method")
+  changes = {"run.dir": f"runs/{task}_{method}", **METHODS[method]}
+  return apply(base, changes)
+
+
+def apply(config: Config, changes: dict[str, Any]) -> Config:
+  """The config with some dotted fields changed; a callable value is given the config as it was."""
+  changed = config
+  for name, value in changes.items():
+    group, _, field = name.partition(".")
+    value = value(config) if callable(value) else value
+    part = dataclasses.replace(getattr(changed, group), **{field: value})
+    changed = dataclasses.replace(changed, **{group: part})
+  return changed

@@ -3,19 +3,23 @@
 from collections.abc import Iterator
 import math
 import re
+import warnings
 
 from tpgrpo_jax import registry
-from tpgrpo_jax.config import fields
+from tpgrpo_jax.config import fields, method_rules
 
 
 def validate(config: fields.Config) -> None:
   """Raises ValueError with one line for each broken rule: field, value, rule, fix.
 
-  What depends on devices, weights or files is checked where they are opened.
+  A choice that works and is probably not meant is a warning. What depends on devices, weights or files is
+  checked where they are opened.
   """
   groups = (_run, _model, _pipeline, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
-  groups += (_distributed,)
+  groups += (_distributed, method_rules.check)
   _raise([problem for group in groups for problem in group(config)])
+  for advice in method_rules.advise(config):
+    warnings.warn(advice, stacklevel=2)
 
 
 def validate_pretrain(config: fields.PretrainConfig) -> None:
@@ -115,9 +119,19 @@ def _names(config) -> Iterator[str]:
       ("prompts.name", config.prompts.name, fields.PROMPT_SOURCES, False),
       ("sampler.schedule", config.sampler.schedule, fields.SCHEDULES, False),
       ("sampler.dynamics", config.sampler.dynamics, fields.DYNAMICS, False),
+      ("sampler.rollout", config.sampler.rollout, fields.ROLLOUTS, False),
+      ("sampler.window_draw", config.sampler.window_draw, fields.WINDOW_DRAWS, False),
+      ("sampler.latents", config.sampler.latents, fields.LATENT_DTYPES, False),
       ("completion.solver", config.completion.solver, fields.SOLVERS, False),
       ("credit.method", config.credit.method, fields.CREDIT_METHODS, True),
       ("advantage.normalization", config.advantage.normalization, fields.NORMALIZATIONS, False),
+      ("advantage.group", config.advantage.group, fields.ADVANTAGE_GROUPS, False),
+      ("loss.objective", config.loss.objective, fields.OBJECTIVES, False),
+      ("loss.ratio", config.loss.ratio, fields.RATIOS, True),
+      ("loss.trust_region", config.loss.trust_region, fields.TRUST_REGIONS, True),
+      ("loss.step_weight", config.loss.step_weight, fields.STEP_WEIGHTS, False),
+      ("loss.level_draw", config.loss.level_draw, fields.LEVEL_DRAWS, False),
+      ("train.updates_by", config.train.updates_by, fields.UPDATES_BY, False),
     )
   )
   yield from _check_names(
@@ -146,7 +160,7 @@ def _sampler(config) -> Iterator[str]:
       f"sampler.window={s.window}: the end must be <= sampler.num_steps={s.num_steps}. "
       f"Shorten the window or set num_steps to {end}."
     )
-  elif s.dynamics == "cps" and end == s.num_steps:
+  elif s.dynamics == "cps" and end == s.num_steps and s.rollout != "ode":
     yield (
       f"sampler.window={s.window}: the last step of cps has no noise, so it has no log-prob: the "
       f"end must be <= num_steps - 1 = {s.num_steps - 1}. "
@@ -243,17 +257,18 @@ def _sizes(config) -> Iterator[str]:
   samples = t.prompts_per_epoch * t.group_size
   if min(samples, t.microbatch, t.updates_per_epoch) < 1:
     return  # said above
-  if samples % t.updates_per_epoch:
+  updates = t.updates_per_epoch if t.updates_by == "samples" else 1
+  if samples % updates:
     yield (
       f"train.updates_per_epoch={t.updates_per_epoch}: must divide the prompts_per_epoch x group_size "
       f"= {samples} samples of an epoch. Set it to {math.gcd(samples, t.updates_per_epoch)}, or "
       "change the other two."
     )
-  elif samples // t.updates_per_epoch % t.microbatch:
-    share = samples // t.updates_per_epoch
+  elif samples // updates % t.microbatch:
+    share = samples // updates
     yield (
       f"train.microbatch={t.microbatch}: must divide the {share} samples of an update "
-      f"(prompts_per_epoch x group_size / updates_per_epoch = {samples} / {t.updates_per_epoch}). "
+      f"(prompts_per_epoch x group_size / updates = {samples} / {updates}). "
       f"Set microbatch to {math.gcd(share, t.microbatch)}, or change the other three."
     )
 
@@ -261,7 +276,6 @@ def _sizes(config) -> Iterator[str]:
 def _credit_scale(config) -> Iterator[str]:
   yield from _positive(
     (
-      ("loss.clip_range", config.loss.clip_range),
       ("advantage.clip", config.advantage.clip),
       ("lora.alpha", config.lora.alpha),
       ("scoring.timeout", config.scoring.timeout),
@@ -290,6 +304,11 @@ def _optimizer(config) -> Iterator[str]:
   yield from _at_least(
     (("optimizer.warmup_updates", o.warmup_updates, 0), ("ema.every", config.ema.every, 1))
   )
+  yield from _check_names(
+    [("optimizer.schedule", o.schedule, fields.LEARNING_RATE_SCHEDULES, False)]
+  )
+  if not 0 <= o.final_scale <= 1:
+    yield f"optimizer.final_scale={o.final_scale}: must be in [0, 1]; 0 ends at no rate at all."
   for field, value in (("b1", o.b1), ("b2", o.b2)):
     if not 0 <= value < 1:
       yield f"optimizer.{field}={value}: must be in [0, 1)."

@@ -138,7 +138,7 @@ def forecast(
 
 
 def _rollout(plan, **options):
-  read = plan.evaluations * lowering.bytes_read_per_pass(_weights(plan))
+  read = plan.passes * lowering.bytes_read_per_pass(_weights(plan))
   program = lowering.rollout_program(plan)
   return _compile("rollout", plan, program, runs=plan.microbatches, read=read, **options)
 
@@ -146,7 +146,7 @@ def _rollout(plan, **options):
 def _update(plan, **options):
   """A pair of microbatch and step reads all weights forward and backward, and once more for remat."""
   train = plan.config.train
-  pairs = plan.microbatches // train.updates_per_epoch * plan.method.window
+  pairs = plan.microbatches * plan.method.window // train.updates_per_epoch
   passes = pairs * (2 if plan.config.model.remat == "none" else 3)
   read = passes * lowering.bytes_read_per_pass(_weights(plan))
   program = lowering.update_program(plan)
@@ -215,7 +215,7 @@ def held_bytes(plan: lowering.Plan, phase: str) -> int:
   microbatches. Beside rollout and update: the weights of the rewards.
   """
   count = lowering.bytes_per_device
-  piece = count((lowering.trajectory(plan), lowering.condition(plan)))
+  piece = count((lowering.transitions(plan), lowering.condition(plan)))
   scorers = {
     f"reward {options['make']}": count(reward_program.program(plan, options)[1][0])
     for options in reward_program.on_devices(plan.config)[0]
@@ -242,8 +242,7 @@ def _extra(plan):
 
 def _image_bytes(plan):
   """uint8 images of one microbatch, on one device."""
-  samples = plan.config.train.microbatch // mesh_lib.batch_shards(plan.mesh)
-  return samples * plan.images_per_sample * math.prod(plan.image_shape)
+  return plan.images // mesh_lib.batch_shards(plan.mesh) * math.prod(plan.image_shape)
 
 
 def _weights(plan):

@@ -14,10 +14,10 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
-from tpgrpo_jax.flow import completion
 from tpgrpo_jax.models import flux, hf, lora, mmdit, prompt_embedding, quantize, vae
-from tpgrpo_jax.training import build, pipeline, rollout, step
+from tpgrpo_jax.training import build, losses, pipeline, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
 _VAE: dict[str, Any] = dict(
@@ -63,7 +63,7 @@ class Plan:
   config: config_lib.Config
   mesh: jax.sharding.Mesh
   model: build.Model
-  method: build.Method
+  method: method_lib.Method
   state: state_lib.TrainState
   reference: Any
 
@@ -74,14 +74,25 @@ class Plan:
     return train.prompts_per_epoch * train.group_size // train.microbatch
 
   @property
-  def completions(self) -> completion.Plan | None:
-    """How the completions are packed."""
-    return build.build_plan(self.config, self.method, self.config.sampler.window[0])
+  def place(self) -> np.ndarray:
+    """Where the noise goes in the first microbatch."""
+    return method_lib.draw_place(self.config, 0, 0).astype(np.int32)
 
   @property
-  def images_per_sample(self) -> int:
-    """The trajectory's own, and those of its completions."""
-    return 1 if self.completions is None else self.method.window + 1
+  def completions(self) -> types.Plan | None:
+    """How the completions are packed."""
+    return method_lib.build_plan(self.config, self.method, self.place)
+
+  @property
+  def states(self) -> int:
+    """S of a microbatch: its samples, or its anchors."""
+    return self.config.train.microbatch // self.method.members
+
+  @property
+  def images(self) -> int:
+    """Of one microbatch: those of its trajectories or anchors, and those of all completions."""
+    segments = 0 if self.completions is None else len(self.completions.state)
+    return self.states + segments * self.config.train.microbatch
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -92,7 +103,7 @@ class Plan:
     return height * scale, width * scale, 3
 
   @property
-  def evaluations(self) -> int:
+  def passes(self) -> int:
     """Passes through the transformer in a rollout, one after the other."""
     count, plan = self.config.sampler.num_steps, self.completions
     if plan is None:
@@ -109,8 +120,11 @@ def open_plan(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Plan:
   """
   mesh_lib.check_divides("train.microbatch", config.train.microbatch, mesh)
   model = abstract_model(config, mesh)
-  method = build.build_method(config, model)
-  state = state_lib.abstract_state(model.trainable, method.optimizer, mesh)
+  method = method_lib.build_method(config, model, shards=mesh_lib.batch_shards(mesh))
+  objective = losses.OBJECTIVES[config.loss.objective]
+  state = state_lib.abstract_state(
+    model.trainable, method.optimizer, mesh, keeps_old=objective.keeps_old
+  )
   reference = {}
   if config.loss.kl_coef:
     trained = {} if config.lora.rank else model.trainable
@@ -185,26 +199,31 @@ def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
 
 def rollout_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
   """(jitted function, args, kwargs) of one microbatch: sampler, completions and decoding are one program."""
-  batch = plan.config.train.microbatch
   sample = rollout.make_rollout_fn(plan.config, plan.model, plan.method)
   assert isinstance(sample, functools.partial)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  group = divided(plan.mesh, jax.ShapeDtypeStruct((batch, 2), jnp.int32))
+  group = divided(plan.mesh, jax.ShapeDtypeStruct((plan.states, 2), jnp.int32))
   params = plan.model.params(plan.state.trainable)
-  start = plan.config.sampler.window[0]
-  args = (params, key, 0, group, condition(plan), start, plan.completions)
+  args = (params, key, 0, group, condition(plan), plan.place, plan.completions)
   return sample.func, args, sample.keywords
 
 
 def update_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
   """(jitted function, args, kwargs) of one optimizer update."""
-  batch, window = plan.config.train.microbatch, plan.method.window
-  share = plan.microbatches // plan.config.train.updates_per_epoch
+  train, rows = plan.config.train, plan.method.window
+  share = plan.microbatches
+  if train.updates_by == "samples":
+    share //= train.updates_per_epoch
+  else:
+    rows //= train.updates_per_epoch
+  forward = plan.config.sampler.rollout == "ode"
   pieces = step.Batch(
-    [trajectory(plan)] * share,
+    [transitions(plan, 0 if forward else rows)] * share,
     [condition(plan)] * share,
-    np.zeros((share, window, batch), np.float32),  # pyright: ignore[reportArgumentType]
-    np.ones((share, batch), np.float32),  # pyright: ignore[reportArgumentType]
+    np.zeros((share, rows, train.microbatch), np.float32),
+    np.ones((share, rows, train.microbatch), np.float32),
+    np.ones((share, rows, plan.states), np.float32) if forward else None,
+    jax.eval_shape(lambda: jax.random.key(0)) if forward else None,
   )
   args = (plan.state, plan.model.frozen, plan.reference, pieces)
   return step.make_train_step(plan.config, plan.method), args, {}
@@ -212,22 +231,36 @@ def update_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
 
 def condition(plan: Plan) -> Any:
   """The shapes of a microbatch's embedded prompts."""
-  prompts = ["A"] * plan.config.train.microbatch
-  return divided(plan.mesh, build.build_condition(plan.config, plan.model, prompts))
+  prompts = ["A"] * plan.states
+  return divided(plan.mesh, method_lib.build_condition(plan.config, plan.model, prompts))
 
 
-def trajectory(plan: Plan) -> types.Trajectory:
-  """The shapes of a microbatch's trajectory, divided as the sampler leaves it: along its samples."""
-  batch, window = plan.config.train.microbatch, plan.method.window
-  latent = plan.model.pipeline.latent_shape
+def transitions(plan: Plan, rows: int | None = None) -> types.Transitions:
+  """The shapes of a microbatch's transitions, divided as the sampler leaves them: along its states.
 
-  def shape(*dims, spec) -> Any:
-    return jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(plan.mesh, spec))
+  Args:
+    plan: of the run.
+    rows: steps that they hold; None for all that the rollout keeps.
+  """
+  if rows is None:
+    rows = 0 if plan.config.sampler.rollout == "ode" else plan.method.window
+  latent, kept = plan.model.pipeline.latent_shape, jnp.dtype(plan.config.sampler.latents)
 
-  states = shape(window, batch, *latent, spec=P(None, mesh_lib.BATCH))
-  log_prob = shape(window, batch, spec=P(None, mesh_lib.BATCH))
-  level, final = shape(window, spec=P()), shape(batch, *latent, spec=P(mesh_lib.BATCH))
-  return types.Trajectory(states, states, states, log_prob, level, level, final)
+  def shape(*dims, spec, dtype=np.dtype("float32")) -> Any:
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(plan.mesh, spec))
+
+  across = P(None, mesh_lib.BATCH)
+  members = (rows, plan.states, plan.method.members)
+  level = shape(rows, spec=P())
+  return types.Transitions(
+    x=shape(rows, plan.states, *latent, spec=across, dtype=kept),
+    x_next=shape(*members, *latent, spec=across, dtype=kept),
+    velocity=shape(rows, plan.states, *latent, spec=across),
+    log_prob=shape(*members, spec=across),
+    sigma=level,
+    sigma_next=level,
+    final=shape(plan.states, *latent, spec=P(mesh_lib.BATCH)),
+  )
 
 
 def bytes_per_device(tree: Any) -> int:

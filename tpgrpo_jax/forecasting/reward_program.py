@@ -86,7 +86,7 @@ def program(plan: lowering.Plan, options: dict[str, Any]) -> tuple[Any, tuple, d
   graphdef, abstract = encoder.outline(create, dtype)
   model = encoder.Encoder(sizes, graphdef, mesh_lib.abstract(plan.mesh, abstract))
   score = towers.text_image_score(model, preprocess.clip_pixels, _SCORES[options["make"]])
-  count = plan.config.train.microbatch * plan.images_per_sample
+  count = plan.images
   arrays = (
     jax.ShapeDtypeStruct((count, *plan.image_shape), jnp.uint8),
     jax.ShapeDtypeStruct((count, sizes.text.max_position_embeddings), jnp.int32),

@@ -139,6 +139,11 @@ def make_weighted_sum(
   return begin
 
 
+def weights_of(rewards: Mapping[str, Any]) -> dict[str, float]:
+  """Label -> weight of what `make_weighted_sum` takes."""
+  return {label: _parse(label, spec)[0] for label, spec in rewards.items()}
+
+
 def _dispatch(functions, images, prompts, metadata, placement, extra):
   """{label: scores on the devices}; the last row is repeated `extra` times, so that meshes divide."""
   if not functions:

@@ -24,21 +24,23 @@ def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, floa
     rollout: training.rollout.Rollout.
     credit: StepCredit of NumPy arrays.
     advantage: [W, B].
-    group_size: K.
+    group_size: samples that are compared: K, or the members of a state.
   """
-  final = rollout.completion_reward[-1]
+  along = rollout.completion_reward[0]  # with strides: of the first
+  final = along[rollout.compared]
   row = {"reward/mean": final.mean(), "reward/std": final.std()}
   for label, reward in rollout.rewards.items():
-    row |= {f"reward/{label}/mean": reward[-1].mean(), f"reward/{label}/std": reward[-1].std()}
+    own = reward[0, rollout.compared]
+    row |= {f"reward/{label}/mean": own.mean(), f"reward/{label}/std": own.std()}
   row["group/reward_std"] = final.reshape(-1, group_size).std(axis=1).mean()
   row["group/zero_spread"] = np.mean(advantages.zero_spread(jnp.asarray(final), group_size))
   row["advantage/std"] = advantage.std()
   for k, share in enumerate(np.asarray(credit.is_turning_point).mean(axis=1)):
     row[f"turning_point/{k}"] = share
   row["turning_point/mean"] = np.asarray(credit.is_turning_point).mean()
-  for k, value in enumerate(rollout.completion_reward.mean(axis=1)):
+  for k, value in enumerate(along.mean(axis=1)):
     row[f"completion_reward/{k}"] = value
-  for k, value in enumerate(np.diff(rollout.completion_reward, axis=0).mean(axis=1)):
+  for k, value in enumerate(np.diff(along, axis=0).mean(axis=1)):
     row[f"increment/{k}"] = value
   row |= image_statistics(rollout.statistics)
   # Without completions R[0] ... R[W-1] do not exist: no row rather than NaN.

@@ -1,4 +1,4 @@
-"""From a config to functions and arrays: the only place that binds them."""
+"""From a config to a model with its weights on the mesh."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -9,25 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import credit, models, registry, types
-from tpgrpo_jax.credit import advantages
-from tpgrpo_jax.flow import completion, guidance, schedule, steps
+from tpgrpo_jax import models, registry, types
 from tpgrpo_jax.models import hf, lora, quantize
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import pipeline
-from tpgrpo_jax.training import state as state_lib
 
 log = logging.getLogger(__name__)
-
-# dynamics -> (step, log_prob); the noise level is bound by `_bind_dynamics`.
-DYNAMICS = {
-  "sde": (steps.sde_step, steps.gaussian_log_prob),
-  "cps": (steps.cps_step, steps.cps_log_prob),
-  "dance": (steps.dance_step, steps.gaussian_log_prob),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,33 +45,6 @@ class Model:
     """What sampling takes: the weights with these trainable ones, and the decoder's."""
     decoder = self.pipeline.decoder if self.pipeline else {}
     return {"frozen": self.frozen, "trainable": trainable, "decoder": decoder}
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-  """All functions of a run, bound to its config.
-
-  Attributes:
-    velocity_fn: guided when the config says so; the SAME one in rollout and update.
-    reference_velocity_fn: the adapter-free model, likewise guided.
-    step_fn: the stochastic step.
-    log_prob_fn: its score.
-    sigmas: [T + 1] grid of training.
-    window: W.
-    credit: method and the completions it needs.
-    normalize: (reward, group_size) -> advantage.
-    optimizer: of optax.
-  """
-
-  velocity_fn: types.VelocityFn
-  reference_velocity_fn: types.VelocityFn
-  step_fn: types.StepFn
-  log_prob_fn: types.LogProbFn
-  sigmas: np.ndarray
-  window: int
-  credit: types.CreditMethod
-  normalize: Any
-  optimizer: optax.GradientTransformation
 
 
 def build_model(
@@ -262,111 +224,3 @@ def _like(shape_tree, tree):
   if not isinstance(shape_tree, dict):
     return tree
   return {k: _like(v, tree[k]) for k, v in shape_tree.items()}
-
-
-def build_method(config: config_lib.Config, model: Model) -> Method:
-  """Binds sampler, credit, advantages and optimizer to the config."""
-  sampler = config.sampler
-  sigmas = make_sigmas(sampler, model, sampler.num_steps)
-  step_fn, log_prob_fn = _bind_dynamics(sampler, sigmas)
-  table = credit.BALANCED if config.credit.balance else credit.CREDIT
-  method = registry.lookup(table, config.credit.method, field="credit.method")
-  if not isinstance(method, types.CreditMethod):
-    method = types.CreditMethod(method, completions="all")  # the user's own function
-  _check_credit(config, method)
-  return Method(
-    velocity_fn=guide(config, model.velocity_fn),
-    reference_velocity_fn=guide(config, model.base_velocity_fn),
-    step_fn=step_fn,
-    log_prob_fn=log_prob_fn,
-    sigmas=sigmas,
-    window=sampler.window[1] - sampler.window[0],
-    credit=method,
-    normalize=advantages.ADVANTAGES[config.advantage.normalization],
-    optimizer=state_lib.make_optimizer(config.optimizer),
-  )
-
-
-def _check_credit(config, method):
-  """Raises ValueError unless a credit method, perhaps the user's own, returns what credit is."""
-  window = config.sampler.window[1] - config.sampler.window[0]
-  batch = config.train.prompts_per_epoch * config.train.group_size
-  field = f"credit.method={config.credit.method!r}"
-  rule = f"must return StepCredit(reward [{window}, {batch}], is_turning_point [{window}, {batch}])"
-  rewards = jax.ShapeDtypeStruct((window + 1, batch), jnp.float32)
-  if method.completions not in ("all", "none") or not callable(method.function):
-    raise ValueError(f"{field}: must be a function, or CreditMethod(function, 'all' or 'none').")
-  found = jax.eval_shape(method.function, rewards)
-  shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(found)]
-  if not isinstance(found, types.StepCredit) or shapes != [(window, batch)] * 2:
-    raise ValueError(
-      f"{field}: {rule} for completion rewards [{window + 1}, {batch}], returns {found}. See "
-      "docs/bring_your_own.md."
-    )
-
-
-def _bind_dynamics(sampler, sigmas):
-  step_fn, log_prob_fn = DYNAMICS[sampler.dynamics]
-  options = {"noise_level": sampler.noise_level}
-  if sampler.dynamics == "sde":
-    options["sigma_max"] = float(sigmas[1])
-  return functools.partial(step_fn, **options), log_prob_fn
-
-
-def make_sigmas(sampler: config_lib.Sampler, model: Model, num_steps: int) -> np.ndarray:
-  """The grid of noise levels, [num_steps + 1]."""
-  height, width, _ = model.pipeline.latent_shape
-  image_tokens = height * width // 4  # of a FLUX.1, whose patches are 2 x 2; no one else asks
-  return schedule.SCHEDULES[sampler.schedule](num_steps, sampler.shift, image_tokens)
-
-
-def is_guided(config: config_lib.Config) -> bool:
-  """Whether a step evaluates the model twice, with the prompt and without."""
-  variant = models.MODELS[config.model.variant]
-  return variant.guidance == "classifier_free" and config.sampler.guidance_scale != 1.0
-
-
-def guide(config: config_lib.Config, velocity_fn: types.VelocityFn) -> types.VelocityFn:
-  """The velocity function that takes what `build_condition` makes."""
-  if not is_guided(config):
-    return velocity_fn
-  return guidance.classifier_free(velocity_fn, config.sampler.guidance_scale)
-
-
-def build_condition(config: config_lib.Config, model: Model, prompts: list[str]) -> Any:
-  """Embeds prompts on the host: a Condition, or a GuidedCondition when guidance is on."""
-  positive = model.pipeline.encode(prompts)
-  if not is_guided(config):
-    return positive
-  return types.GuidedCondition(positive, model.pipeline.encode([""]))
-
-
-def build_plan(config: config_lib.Config, method: Method, start: int) -> completion.Plan | None:
-  """The packing of one epoch's completions; None when the credit method needs none.
-
-  With a drawn window every plan is padded to the largest shape, so that all compile to one program.
-  """
-  if method.credit.completions == "none":
-    return None
-  plan = functools.partial(
-    completion.plan,
-    method.sigmas,
-    window=method.window,
-    steps=config.completion.steps,
-    solver=config.completion.solver,
-  )
-  starts = range(start, start + 1)
-  if config.sampler.window_range:
-    low, high = config.sampler.window_range
-    starts = range(low, high - method.window + 1)
-  rows, lanes = zip(*(plan(start=s).load.shape for s in starts))
-  return plan(start=start, at_least=(max(rows), max(lanes)))
-
-
-def evaluations_per_sample(config: config_lib.Config, plan: completion.Plan | None) -> int:
-  """Model evaluations that one sample of the rollout takes, idle lanes too; guidance counts twice."""
-  count = config.sampler.num_steps
-  if plan is not None:
-    lanes_per_chunk = config.completion.lanes_per_chunk
-    count += completion.num_lane_evaluations(plan, lanes_per_chunk=lanes_per_chunk)
-  return count * (2 if is_guided(config) else 1)

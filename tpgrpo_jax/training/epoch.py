@@ -8,13 +8,15 @@ from typing import Any
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
 from tpgrpo_jax.data import groups
-from tpgrpo_jax.flow import schedule
+from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes, run_folder
-from tpgrpo_jax.training import build, rollout, step
+from tpgrpo_jax.training import method as method_lib
+from tpgrpo_jax.training import rollout, step
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -28,7 +30,7 @@ class Sampled:
     credit: StepCredit of NumPy arrays [W, B].
     advantage: [W, B].
     weight: [B], 0 for samples that are left out.
-    evaluations: of the model, a sample.
+    evaluations: of the model, a sample; the mean over the microbatches.
     began: time.perf_counter() at the start.
   """
 
@@ -36,7 +38,7 @@ class Sampled:
   credit: Any
   advantage: np.ndarray
   weight: np.ndarray
-  evaluations: int
+  evaluations: float
   began: float
 
 
@@ -56,17 +58,19 @@ def sample_epoch(
   """
   config, method = session.config, session.method
   began = time.perf_counter()
-  rng = np.random.default_rng((config.seed, epoch, 1))
-  start, _ = schedule.draw_window(rng, config.sampler.window, config.sampler.window_range)
   indices = session_lib.epoch_indices(config, epoch, len(session.train_prompts))
   indices = groups.repeat_groups(indices, config.train.group_size)
   prompts = [session.train_prompts[int(i)] for i in indices]
-  params = session.model.params(state.trainable)
-  key, plan = rollout.epoch_key(config.seed, epoch), build.build_plan(config, method, start)
+  params = session.model.params(session.sampling_weights(state))
+  key = rollout.epoch_key(config.seed, epoch)
   chunks = len(prompts) // config.train.microbatch
+  evaluations = []
 
   def sample(chunk, group, condition):
-    args = (params, key, chunk, group, condition, start, plan)
+    place = method_lib.draw_place(config, epoch, chunk)
+    plan = method_lib.build_plan(config, method, place)
+    evaluations.append(method_lib.evaluations_per_sample(config, method, plan, place))
+    args = (params, key, chunk, group, condition, place.astype(np.int32), plan)
     session.meter.count("rollout", chunks, *args)
     return session.rollout_fn(*args)
 
@@ -78,12 +82,62 @@ def sample_epoch(
       on_chunk(scoring)
 
     rolled = rollout.collect(
-      config, session.model, session.mesh, sample, session.reward_fn, prompts, report
+      config,
+      session.model,
+      method,
+      session.mesh,
+      sample,
+      session.reward_fn,
+      prompts,
+      _sample_order(config, epoch),
+      report,
     )
-  credit, advantage, weight = jax.device_get(session.credit_fn(rolled.completion_reward))
+  credit, advantage, weight = _assign_credit(session, rolled, key)
   _check_credit_is_finite(config, credit, prompts)
-  evaluations = build.evaluations_per_sample(config, plan)
-  return Sampled(rolled, credit, advantage, weight, evaluations, began)
+  return Sampled(rolled, credit, advantage, weight, float(np.mean(evaluations)), began)
+
+
+def _sample_order(config, epoch):
+  """[B] the samples as they are made: prompt by prompt, or shuffled; members of one state stay together."""
+  members = config.sampler.branches
+  count = config.train.prompts_per_epoch * config.train.group_size // members
+  first = np.arange(count)
+  if config.train.shuffle:
+    first = np.random.default_rng((config.seed, epoch, 3)).permutation(count)
+  return (first[:, None] * members + np.arange(members)).ravel()
+
+
+def _assign_credit(session, rolled, key):
+  """(StepCredit, advantage [W, B], weight [B]) of NumPy arrays."""
+  config = session.config
+  known = {
+    "key": lambda: jax.random.fold_in(key, 1),
+    "alignment": lambda: _alignment(rolled),
+  }
+  extras = {name: known[name]() for name in session.method.credit.extras}
+  if config.advantage.per_reward:
+    each = combine.weights_of(config.rewards)
+    rewards = np.concatenate([rolled.rewards[label] for label in each])
+    weights = np.repeat([*each.values()], len(rolled.completion_reward))
+  else:
+    rewards, weights = rolled.completion_reward, np.ones(len(rolled.completion_reward))
+  return jax.device_get(session.credit_fn(rewards, weights.astype(np.float32), extras))
+
+
+def _alignment(rolled):
+  """[W+1, B] cosine of the latent after k steps and the finished one, in the samples' own order."""
+  each = [processes.fetch(_cosines(t)) for t in rolled.transitions]
+  return np.concatenate(each, axis=1)[:, np.argsort(rolled.order)]
+
+
+@jax.jit
+def _cosines(transitions):
+  last = transitions.x_next[-1:, :, 0]
+  states = jnp.concatenate([transitions.x, last]).astype(jnp.float32)
+  flat = states.reshape(*states.shape[:2], -1)
+  final = transitions.final.reshape(1, len(transitions.final), -1)
+  norm = lambda a: jnp.linalg.norm(a, axis=-1)
+  return jnp.sum(flat * final, axis=-1) / (norm(flat) * norm(final))
 
 
 def update_epoch(
@@ -96,16 +150,20 @@ def update_epoch(
   """
   config, rolled = session.config, sampled.rollout
   began, rows = time.perf_counter(), []
-  for batch in step.split_updates(config, rolled, sampled.advantage, sampled.weight):
+  for batch in step.split_updates(config, rolled, sampled.advantage, sampled.weight, epoch):
     args = (state, session.model.frozen, session.reference, batch)
     session.meter.count("update", config.train.updates_per_epoch, *args)
     state, row = session.train_step(*args)
     rows.append(row)
+  state = session.move_old(state)
   rows = jax.device_get(rows)
   _check_update_is_finite(config, epoch, rows)
   ended, count = time.perf_counter(), len(rolled.prompts)
-  result = metrics.epoch_metrics(rolled, sampled.credit, sampled.advantage, config.train.group_size)
+  compared = {"prompt": config.train.group_size, "state": config.sampler.branches}
+  group_size = compared[config.advantage.group]
+  result = metrics.epoch_metrics(rolled, sampled.credit, sampled.advantage, group_size)
   result |= step.merge_metrics(rows) | {"evaluations_per_sample": float(sampled.evaluations)}
+  result |= {f"noise_level/{k}": a for k, a in enumerate(session.method.noise_levels)}
   times = rolled.seconds | {"update": ended - began, "epoch": ended - sampled.began}
   result |= {f"time/{k}": v for k, v in times.items()}
   result |= session.meter.row(times)
@@ -140,7 +198,7 @@ def save_rollout(run_dir: os.PathLike | str, number: int, sampled: Sampled) -> N
   content = io.BytesIO()
   np.savez_compressed(
     content,
-    completion_reward=rolled.completion_reward,
+    completion_reward=rolled.completion_reward[0],
     is_turning_point=np.asarray(credit.is_turning_point),
     step_reward=np.asarray(credit.reward),
     prompts=np.asarray([p.text for p in rolled.prompts]),

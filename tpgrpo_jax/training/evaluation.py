@@ -15,6 +15,7 @@ from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.runs import metrics, preemption, processes
 from tpgrpo_jax.training import build
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 
 NOISE_SEED = 20260206  # of the fixed noise: the same images to compare in every run
 
@@ -42,8 +43,8 @@ def make_sample_fn(
 
   Image i depends on the weights, prompt i, i and the seed alone.
   """
-  velocity_fn = build.guide(config, model.velocity_fn)
-  sigmas = build.make_sigmas(config.sampler, model, num_steps)
+  velocity_fn = method_lib.guide(config, model.velocity_fn)
+  sigmas = method_lib.make_sigmas(config.sampler, model, num_steps)
 
   @jax.jit
   def sample(params, key, group, condition):
@@ -67,7 +68,7 @@ def make_sample_fn(
       # The last batch is filled up with its own last prompt, so that one program serves all.
       texts = [prompts[min(int(i), len(prompts) - 1)].text for i in index]
       group = np.stack([index, np.zeros_like(index)], axis=1)
-      placed = (group, build.build_condition(config, model, texts))
+      placed = (group, method_lib.build_condition(config, model, texts))
       placed = processes.put_batch(mesh, placed)
       images.append(processes.fetch(sample(params, jax.random.key(seed), *placed)))
     return np.concatenate(images)[: len(prompts)]

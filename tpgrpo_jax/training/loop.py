@@ -16,8 +16,8 @@ import tqdm
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.runs import checkpoint, metrics, preemption, processes, run_folder
+from tpgrpo_jax.training import calibration, evaluation
 from tpgrpo_jax.training import epoch as epoch_lib
-from tpgrpo_jax.training import evaluation
 from tpgrpo_jax.training import session as session_lib
 
 GRID_IMAGES = 32
@@ -57,9 +57,11 @@ def _train_in_folder(session, notice):
     jax.set_mesh(session.mesh),
     checkpoint.RunCheckpoints(run_dir, **dataclasses.asdict(config.checkpoint)) as checkpoints,
   ):
+    on_chunk = functools.partial(preemption.agree, notice)
+    session = calibration.calibrated(session, on_chunk)
     state, totals = _restore_or_start(session, checkpoints)
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
-    done = totals["epoch"]
+    done = int(totals["epoch"])
     run_folder.truncate_metrics(run_dir / "metrics.jsonl", done + 1 if done else 0)
     with metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink:
       return _train(session, state, totals, checkpoints, sink, run_dir, notice)
@@ -75,7 +77,8 @@ def _restore_or_start(session, checkpoints):
   }
   if checkpoints.latest() is None:
     state = session_lib.init_state(session)
-    totals = {"epoch": 0, "evaluations": 0, "samples": 0, "seconds": 0.0}
+    spent = calibration.evaluations(session)
+    totals = {"epoch": 0, "evaluations": spent, "samples": 0, "seconds": 0.0}
   else:
     state, totals = checkpoints.restore(session_lib.abstract_state(session))
     for name, (field, identity) in files.items():
@@ -113,7 +116,7 @@ def _train(session, state, totals, checkpoints, sink, run_dir, notice):
         state, train_row = epoch_lib.update_epoch(session, state, epoch, sampled)
       if processes.is_first() and config.log.images_every and epoch % config.log.images_every == 0:
         epoch_lib.save_rollout(run_dir, epoch + 1, sampled)
-      totals["evaluations"] += sampled.evaluations * len(sampled.rollout.prompts)
+      totals["evaluations"] += round(sampled.evaluations * len(sampled.rollout.prompts))
       totals["samples"] += len(sampled.rollout.prompts)
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
       sink.write({"epoch": epoch + 1, "kind": "train", **totals_row(totals), **train_row})

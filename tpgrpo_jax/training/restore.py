@@ -12,7 +12,7 @@ import jax
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.reporting import history
 from tpgrpo_jax.runs import checkpoint
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import build, losses
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -97,7 +97,10 @@ def open_model(
     fresh = dataclasses.replace(config, lora=dataclasses.replace(config.lora, path=""))
     model = build.build_model(fresh, mesh, prompts)
     optimizer = state_lib.make_optimizer(config.optimizer)
-    abstract = state_lib.abstract_state(model.trainable, optimizer, mesh)
+    objective = losses.OBJECTIVES[config.loss.objective]
+    abstract = state_lib.abstract_state(
+      model.trainable, optimizer, mesh, keeps_old=objective.keeps_old
+    )
     state, extra = checkpoints.restore(abstract)
   for part, identity in model.identity.items():
     if extra.get(part, identity) != identity:

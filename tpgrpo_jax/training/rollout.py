@@ -1,11 +1,11 @@
-"""One epoch's samples: trajectories, completions and images, scored while the device goes on."""
+"""One epoch's samples: states, completions and images, scored while the device goes on."""
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,33 +13,42 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards, types
-from tpgrpo_jax.flow import completion, sampler
+from tpgrpo_jax.flow import branching, completion, sampler
 from tpgrpo_jax.runs import metrics, preemption, processes
 from tpgrpo_jax.training import build
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 
 KEPT = 64  # images of an epoch that stay on the host, for the report
 
-RolloutFn = Callable[..., tuple[types.Trajectory, jax.Array]]
+RolloutFn = Callable[..., tuple[types.Transitions, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-  """The scored samples of one epoch, prompt-major.
+  """The scored samples of one epoch, prompt-major, whatever the order that they were made in.
 
   Attributes:
-    trajectories: one for each microbatch, on the device.
+    transitions: one for each microbatch, on the device.
     conditions: likewise.
-    completion_reward: [W+1, B] float32 total reward; NaN where no completion was made (k < W).
-    rewards: label -> [W+1, B], the same for each reward alone.
-    images: uint8 [at most KEPT, H, W, 3], the first trajectories' own.
-    statistics: [B, 3] of the trajectories' images, as of metrics.statistics_of_each.
+    order: [B] the samples in the order of the microbatches.
+    sigmas: [T + 1] the grid.
+    compared: the rows of completion_reward whose images are compared: the last of trajectories, all members
+      of branches.
+    completion_reward: [G, W+1, B] float32 total reward, for each of the G strides; NaN where no
+      completion was made (k < W). Of branches: row 0 is the anchor's own, row k + 1 the member's.
+    rewards: label -> [G, W+1, B], the same for each reward alone.
+    images: uint8 [at most KEPT, H, W, 3], the first samples' own (the anchors', on branches).
+    statistics: [S, 3] of the images of trajectories or anchors, as of metrics.statistics_of_each.
     prompts: [B].
     seconds: phase -> time.
   """
 
-  trajectories: list[types.Trajectory]
+  transitions: list[types.Transitions]
   conditions: list[Any]
+  order: np.ndarray
+  sigmas: np.ndarray
+  compared: slice
   completion_reward: np.ndarray
   rewards: dict[str, np.ndarray]
   images: np.ndarray
@@ -48,63 +57,180 @@ class Rollout:
   seconds: dict[str, float]
 
 
-def make_rollout_fn(
-  config: config_lib.Config, model: build.Model, method: build.Method
-) -> RolloutFn:
-  """Returns a jitted function that samples one microbatch.
+class States(NamedTuple):
+  """How states come about: one row of STATES.
 
-  (params, key, chunk, group [B, 2], condition, start, plan) -> (Trajectory, images uint8
-  [B, W+1 or 1, H, W, 3]); a sample's last image is the trajectory's own. `params` as of Model.params.
+  Attributes:
+    sample: (config, method) -> function of a microbatch that returns Transitions and completions.
+    arrange: (own [B], completions [segments, B], method) -> completion_reward [G, W+1, B].
+    compared: rows of completion_reward, as of Rollout.
   """
 
-  @jax.jit
-  def rollout(params, key, chunk, group, condition, start, plan, sigmas):
-    # The noise belongs to the sample, the draws to the microbatch; both are functions of the epoch.
-    noise_key, draw_key = jax.random.split(key)
-    x_init = sampler.initial_noise(
-      noise_key, model.pipeline.latent_shape, group, same_latent=config.sampler.same_latent
-    )
-    x_init = jax.lax.with_sharding_constraint(x_init, jax.sharding.PartitionSpec(mesh_lib.BATCH))
+  sample: Callable[..., Any]
+  arrange: Callable[[np.ndarray, np.ndarray, method_lib.Method], np.ndarray]
+  compared: slice
+
+
+def _trajectory(config, method):
+  def sample(params, key, x_init, condition, place, plan, sigmas):
     trajectory = sampler.sample_trajectory(
       method.velocity_fn,
       method.step_fn,
       method.log_prob_fn,
       params,
-      jax.random.fold_in(draw_key, chunk),
+      key,
       x_init,
       condition,
       sigmas=sigmas,
-      start=start,
+      start=place[0],
       window=method.window,
+      copies=method.copies,
+      dtype=config.sampler.latents,
     )
-    latents = trajectory.final[None]
-    if plan is not None:
-      completed = completion.complete(
-        method.velocity_fn,
-        params,
-        trajectory,
-        condition,
-        plan,
-        lanes_per_chunk=config.completion.lanes_per_chunk,
-      )
-      latents = jnp.concatenate([completed, latents])
-    # Samples lead: each stays on the devices that sampled it.
-    flat = latents.swapaxes(0, 1).reshape(-1, *latents.shape[2:])
-    images = models.images_uint8(model.pipeline.decode(params["decoder"], flat))
-    return trajectory, images.reshape(*latents.shape[1::-1], *images.shape[1:])
+    if plan is None:
+      return trajectory, None
+    lanes = config.completion.lanes_per_chunk
+    args = (method.velocity_fn, params, trajectory, condition, plan)
+    return trajectory, completion.complete(*args, lanes_per_chunk=lanes)
 
+  return sample
+
+
+def _branch(config, method):
+  def sample(params, key, x_init, condition, place, plan, sigmas):
+    transitions = branching.sample_branches(
+      method.velocity_fn,
+      method.step_fn,
+      method.log_prob_fn,
+      params,
+      key,
+      x_init,
+      condition,
+      sigmas=sigmas,
+      branched=place,
+      members=method.members,
+      antithetic=config.sampler.antithetic,
+      dtype=config.sampler.latents,
+    )
+    lanes = config.completion.lanes_per_chunk
+    args = (method.velocity_fn, params, transitions, condition, plan)
+    return transitions, branching.complete(*args, lanes_per_chunk=lanes)
+
+  return sample
+
+
+def _ode(config, method):
+  del config
+
+  def sample(params, key, x_init, condition, place, plan, sigmas):
+    del key, place, plan
+    final = sampler.sample_ode(method.velocity_fn, params, x_init, condition, sigmas=sigmas)
+    none = jnp.zeros((0, *final.shape))
+    empty, scalars = none[:, :, None], jnp.zeros((0,))
+    transitions = types.Transitions(none, empty, none, empty[..., 0, 0, 0], scalars, scalars, final)
+    return transitions, None
+
+  return sample
+
+
+def _after_states(own, completions, method):
+  """Of trajectories: completions of the states, then the own images."""
+  rows = completions.reshape(-1, method.window, len(own))
+  if not rows.size:
+    rows = np.full((1, method.window, len(own)), np.nan, np.float32)
+  return np.concatenate([rows, np.broadcast_to(own, (len(rows), 1, len(own)))], axis=1)
+
+
+def _after_anchors(own, completions, method):
+  """Of branches: the anchors' own images, then the members of each step."""
+  rows = completions.reshape(-1, method.window, len(own))
+  return np.concatenate([np.broadcast_to(own, (len(rows), 1, len(own))), rows], axis=1)
+
+
+STATES = {
+  "trajectory": States(_trajectory, _after_states, slice(-1, None)),
+  "branch": States(_branch, _after_anchors, slice(1, None)),
+  "ode": States(_ode, _after_states, slice(-1, None)),
+}
+
+
+def make_rollout_fn(
+  config: config_lib.Config, model: build.Model, method: method_lib.Method
+) -> RolloutFn:
+  """Returns `sample_microbatch` of these three, jitted."""
+  sample = jax.jit(functools.partial(sample_microbatch, config, model, method))
   # An argument and not a constant: XLA would fold log(std) at compile time, with another rounding
   # than the update's.
-  return functools.partial(rollout, sigmas=np.asarray(method.sigmas, np.float32))
+  return functools.partial(sample, sigmas=np.asarray(method.sigmas, np.float32))
+
+
+def sample_microbatch(
+  config: config_lib.Config,
+  model: build.Model,
+  method: method_lib.Method,
+  params: Any,
+  key: jax.Array,
+  chunk: jax.Array | int,
+  group: jax.Array,
+  condition: Any,
+  place: jax.Array,
+  plan: types.Plan | None,
+  *,
+  sigmas: jax.Array,
+) -> tuple[types.Transitions, jax.Array]:
+  """Samples one microbatch of S states with M members.
+
+  Args:
+    config: of the run.
+    model: of the run.
+    method: of the run.
+    params: as of Model.params.
+    key: of the epoch.
+    chunk: number of the microbatch.
+    group: [S, 2] (prompt number, anchor number within the prompt's group).
+    condition: leading axis S (or 1).
+    place: as of method.draw_place.
+    plan: as of method.build_plan.
+    sigmas: [T + 1] float32.
+
+  Returns:
+    (Transitions, images uint8 [S, segments M + 1, H, W, 3]); a state's last image is its trajectory's (or
+    anchor's) own.
+  """
+  # The noise belongs to the sample, the draws to the microbatch; both are functions of the epoch.
+  noise_key, draw_key = jax.random.split(key)
+  x_init = sampler.initial_noise(
+    noise_key, model.pipeline.latent_shape, group, same_latent=config.sampler.same_latent
+  )
+  x_init = jax.lax.with_sharding_constraint(x_init, jax.sharding.PartitionSpec(mesh_lib.BATCH))
+  sample = STATES[config.sampler.rollout].sample(config, method)
+  key = jax.random.fold_in(draw_key, chunk)
+  transitions, completed = sample(params, key, x_init, condition, place, plan, sigmas)
+  states = len(transitions.final)
+  latents = transitions.final[:, None]
+  if completed is not None:
+    # States lead: each stays on the devices that sampled it.
+    members = completed.reshape(len(completed), states, -1, *completed.shape[2:]).swapaxes(0, 1)
+    members = members.reshape(states, -1, *completed.shape[2:])
+    latents = jnp.concatenate([members, latents], axis=1)
+  flat = latents.reshape(-1, *latents.shape[2:])
+  images = models.images_uint8(model.pipeline.decode(params["decoder"], flat))
+  kept = lambda x: x.astype(config.sampler.latents)  # without loss: they were rounded to it
+  transitions = dataclasses.replace(
+    transitions, x=kept(transitions.x), x_next=kept(transitions.x_next)
+  )
+  return transitions, images.reshape(*latents.shape[:2], *images.shape[1:])
 
 
 def collect(
   config: config_lib.Config,
   model: build.Model,
+  method: method_lib.Method,
   mesh: jax.sharding.Mesh,
-  rollout_fn: Callable[..., tuple[types.Trajectory, jax.Array]],
+  rollout_fn: Callable[..., tuple[types.Transitions, jax.Array]],
   reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
+  order: np.ndarray | None = None,
   on_chunk: Callable[[int, futures.Future | None], Any] = lambda done, scoring: preemption.go_on(
     scoring
   ),
@@ -114,34 +240,38 @@ def collect(
   Args:
     config: of the run.
     model: of the run.
+    method: of the run.
     mesh: of the run.
-    rollout_fn: (chunk number, group [B, 2], condition) -> (Trajectory, images).
+    rollout_fn: (chunk number, group [S, 2], condition) -> (Transitions, images).
     reward_fn: the weighted sum of the run's rewards; of several processes each scores its own samples.
     prompts: [B] prompt-major, every prompt K times.
+    order: [B] the samples as the microbatches take them; None is as they are. Members stay together.
     on_chunk: called after each microbatch is under way with the number of its samples and with the
       scoring of the one before, and after the last with 0 and its own scoring; it waits for that, and
       raises to end the epoch. By default what went wrong is raised at the end.
   """
   began = time.perf_counter()
   size, group_size = config.train.microbatch, config.train.group_size
-  index = np.arange(len(prompts))
-  group = np.stack([index // group_size, index % group_size], axis=1).astype(np.int32)
-  trajectories, conditions, pending = [], [], []
+  order = np.arange(len(prompts)) if order is None else order
+  anchor = order % group_size // config.sampler.branches
+  group = np.stack([order // group_size, anchor], axis=1).astype(np.int32)
+  transitions, conditions, pending = [], [], []
   scorer = futures.ThreadPoolExecutor(1)
   try:
     for chunk, first in enumerate(range(0, len(prompts), size)):
-      part = slice(first, first + size)
-      texts = [p.text for p in prompts[part]]
-      condition = build.build_condition(config, model, texts)
-      placed = processes.put_batch(mesh, (group[part], condition))
-      trajectory, images = rollout_fn(chunk, *placed)
-      trajectories.append(trajectory)
+      samples = order[first : first + size]
+      lead = samples[:: method.members]
+      asked = [prompts[i] for i in lead]
+      condition = method_lib.build_condition(config, model, [p.text for p in asked])
+      placed = processes.put_batch(mesh, (group[first : first + size : method.members], condition))
+      found, images = rollout_fn(chunk, *placed)
+      transitions.append(found)
       conditions.append(placed[1])
-      job = _begin_scoring(reward_fn, images, prompts[part], keep=max(0, KEPT - first))
+      job = _begin_scoring(reward_fn, images, asked, samples < KEPT)
       pending.append(scorer.submit(job))
       # Two microbatches at most are under way, so that images do not pile up on the device.
-      on_chunk(len(texts), pending[chunk - 1] if chunk else None)
-    jax.block_until_ready(trajectories)
+      on_chunk(len(samples), pending[chunk - 1] if chunk else None)
+    jax.block_until_ready(transitions)
     device_done = time.perf_counter()
     on_chunk(0, pending[-1])
     scored = [job.result() for job in pending]
@@ -149,55 +279,64 @@ def collect(
     scorer.shutdown(wait=False, cancel_futures=True)
   total, by_label, images, statistics = processes.sum_over(_concatenate(scored))
   finished = time.perf_counter()
+  states = STATES[config.sampler.rollout]
+
+  def in_order(scores):
+    own, completions = scores
+    arranged = states.arrange(own, completions, method)
+    return np.ascontiguousarray(arranged[..., np.argsort(order)], np.float32)
+
   return Rollout(
-    trajectories,
+    transitions,
     conditions,
-    _fill(total, config),
-    {label: _fill(scores, config) for label, scores in by_label.items()},
-    images,
+    order,
+    method.sigmas,
+    states.compared,
+    in_order(total),
+    {label: in_order(scores) for label, scores in by_label.items()},
+    images[np.argsort(order[order < KEPT])],
     statistics,
     list(prompts),
     {"rollout": device_done - began, "reward_wait": finished - device_done},
   )
 
 
-def _begin_scoring(reward_fn, images, prompts, keep):
+def _begin_scoring(reward_fn, images, prompts, kept):
   """Dispatches what runs on the devices; the returned function does the rest, in another thread.
 
-  It gives the scores [states, B] of all samples, their last images, of which it keeps some, and these
-  images' statistics; zeros for the samples of other processes.
+  It gives (own, completions) scores of all samples [B], [segments, B], their own images where `kept` [B]
+  is set, and the statistics of all own images [S, 3]; zeros for the samples of other processes.
   """
-  batch, states = images.shape[:2]
+  states, count = images.shape[:2]
+  members = len(kept) // states
   flat = images.reshape(-1, *images.shape[2:])
-  texts = [p.text for p in prompts for _ in range(states)]
-  metadata = [p.metadata for p in prompts for _ in range(states)]
-  last, own = images[:, -1], processes.own_rows(images)
-  wait = reward_fn(flat, texts, metadata, rows=np.repeat(own, states))
+  texts = [p.text for p in prompts for _ in range(count)]
+  metadata = [p.metadata for p in prompts for _ in range(count)]
+  last, mine = images[:, -1], processes.own_rows(images)
+  wait = reward_fn(flat, texts, metadata, rows=np.repeat(mine, count))
+
+  def split(flat):
+    scores = flat.reshape(states, count)
+    own = np.repeat(scores[:, -1], members)
+    return own, scores[:, :-1].reshape(states, -1, members).swapaxes(0, 1).reshape(-1, len(kept))
 
   def finish():
     total, by_label, _ = wait()
-    scores = lambda flat: flat.reshape(batch, states).T
-    found = processes.fetch_rows(last, own)
-    pictures, statistics = np.zeros(last.shape, np.uint8), np.zeros((batch, 3), np.float32)
-    pictures[own], statistics[own] = found, metrics.statistics_of_each(found)
-    by_label = {label: scores(values) for label, values in by_label.items()}
-    return scores(total), by_label, pictures[:keep], statistics
+    found = processes.fetch_rows(last, mine)
+    pictures, statistics = np.zeros(last.shape, np.uint8), np.zeros((states, 3), np.float32)
+    pictures[mine], statistics[mine] = found, metrics.statistics_of_each(found)
+    pictures = np.repeat(pictures, members, axis=0)[kept]
+    return split(total), {k: split(values) for k, values in by_label.items()}, pictures, statistics
 
   return finish
 
 
 def _concatenate(scored):
-  """The microbatches side by side: total [states, B], label -> [states, B], images, statistics."""
+  """The microbatches side by side: (own, completions), label -> the same, images, statistics."""
   total, by_label, images, statistics = zip(*scored)
-  scores = {k: np.concatenate([part[k] for part in by_label], axis=1) for k in by_label[0]}
-  pictures, each = np.concatenate(images), np.concatenate(statistics)
-  return np.concatenate(total, axis=1), scores, pictures, each
-
-
-def _fill(reward, config):
-  """[W+1, B]; the rows of completions that were not asked for are NaN."""
-  missing = config.sampler.window[1] - config.sampler.window[0] + 1 - len(reward)
-  return np.concatenate([np.full((missing, reward.shape[1]), np.nan, np.float32), reward])
+  join = lambda parts: tuple(np.concatenate(each, axis=-1) for each in zip(*parts))
+  scores = {k: join([part[k] for part in by_label]) for k in by_label[0]}
+  return join(total), scores, np.concatenate(images), np.concatenate(statistics)
 
 
 def epoch_key(seed: int, epoch: int) -> jax.Array:

@@ -12,8 +12,9 @@ from tpgrpo_jax import rewards
 from tpgrpo_jax.cost import utilisation
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.data import prompts as prompts_lib
-from tpgrpo_jax.training import build, evaluation, rollout, step
+from tpgrpo_jax.training import build, evaluation, losses, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
 
@@ -34,12 +35,13 @@ class Session:
     reward_fn: weighted sum.
     evaluate: params -> Evaluation.
     meter: of the operations of rollout and update.
+    objective: what the state holds and which weights sample.
   """
 
   config: config_lib.Config
   mesh: jax.sharding.Mesh
   model: build.Model
-  method: build.Method
+  method: method_lib.Method
   reference: Any
   train_prompts: Any
   rollout_fn: Any
@@ -48,6 +50,17 @@ class Session:
   reward_fn: Any
   evaluate: Any
   meter: utilisation.Meter
+  objective: losses.Objective
+
+  def sampling_weights(self, state: state_lib.TrainState) -> Any:
+    """The trainable weights that sample an epoch."""
+    return state.old if self.objective.samples_with_old else state.trainable
+
+  def move_old(self, state: state_lib.TrainState) -> state_lib.TrainState:
+    """The state after an epoch; it is used up where there is an old policy."""
+    if not self.objective.keeps_old:
+      return state
+    return _move_old(state, self.config.loss.old_decay)
 
 
 def open_session(config: config_lib.Config) -> Session:
@@ -66,27 +79,49 @@ def open_session(config: config_lib.Config) -> Session:
   asked = [*held_out, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
   reward_fn.check(asked)  # pyright: ignore[reportFunctionMemberAccess]
   model = build.build_model(config, mesh, [prompt.text for prompt in asked])
-  method = build.build_method(config, model)
-  rollout_fn = rollout.make_rollout_fn(config, model, method)
-  train_step = counted = step.make_train_step(config, method)
-  if (plain := build.without_remat(config, model)) is not model:
-    counted = step.make_train_step(config, build.build_method(config, plain))
   return Session(
     config=config,
     mesh=mesh,
     model=model,
-    method=method,
     reference=_reference(config, model),
     train_prompts=train_prompts,
-    rollout_fn=rollout_fn,
-    credit_fn=step.make_credit_fn(config, method),
-    train_step=train_step,
     reward_fn=reward_fn,
     evaluate=evaluation.make_evaluate(
       config, model, mesh, build_eval_rewards(config, mesh, reward_fn), held_out
     ),
+    objective=losses.OBJECTIVES[config.loss.objective],
+    **_bind(config, model, mesh),
+  )
+
+
+def _bind(config, model, mesh, noise_levels=()) -> dict[str, Any]:
+  """The functions of the method, as fields of a Session."""
+  build_method = functools.partial(
+    method_lib.build_method, config, shards=mesh_lib.batch_shards(mesh), noise_levels=noise_levels
+  )
+  method = build_method(model)
+  rollout_fn = rollout.make_rollout_fn(config, model, method)
+  train_step = counted = step.make_train_step(config, method)
+  if (plain := build.without_remat(config, model)) is not model:
+    counted = step.make_train_step(config, build_method(plain))
+  return dict(
+    method=method,
+    rollout_fn=rollout_fn,
+    credit_fn=step.make_credit_fn(config, method),
+    train_step=train_step,
     meter=utilisation.Meter({"rollout": rollout_fn, "update": counted}),
   )
+
+
+def with_noise_levels(session: Session, noise_levels: tuple[float, ...]) -> Session:
+  """The session with these levels, one for each step of the window, in place of the config's."""
+  bound = _bind(session.config, session.model, session.mesh, noise_levels)
+  return dataclasses.replace(session, **bound)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
+def _move_old(state, decay):
+  return state_lib.move_old(state, decay)
 
 
 def epoch_indices(config: config_lib.Config, epoch: int, dataset_size: int) -> np.ndarray:
@@ -137,11 +172,20 @@ def _reference(config, model):
 
 def abstract_state(session: Session) -> state_lib.TrainState:
   """What a checkpoint of the run is restored into."""
-  return state_lib.abstract_state(session.model.trainable, session.method.optimizer, session.mesh)
+  return state_lib.abstract_state(
+    session.model.trainable,
+    session.method.optimizer,
+    session.mesh,
+    keeps_old=session.objective.keeps_old,
+  )
 
 
 def init_state(session: Session) -> state_lib.TrainState:
   """The state before the first update, on the mesh."""
-  create = functools.partial(state_lib.init_state, optimizer=session.method.optimizer)
+  create = functools.partial(
+    state_lib.init_state,
+    optimizer=session.method.optimizer,
+    keeps_old=session.objective.keeps_old,
+  )
   layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(session))
   return jax.jit(create, out_shardings=layout)(session.model.trainable)

@@ -21,37 +21,71 @@ class TrainState:
     ema: their exponential moving average.
     opt_state: of optax.
     update: int32 scalar, optimizer updates done.
+    old: weights of the old policy, where the objective has one; else {}.
   """
 
   trainable: Any
   ema: Any
   opt_state: Any
   update: jax.Array
+  old: Any = dataclasses.field(default_factory=dict)
 
 
-def make_optimizer(config: config_lib.Optimizer) -> optax.GradientTransformation:
-  """AdamW behind global-norm clipping; the learning rate warms up linearly, then stays."""
-  rate = config.learning_rate
+def make_optimizer(
+  config: config_lib.Optimizer, *, total_updates: int = 0
+) -> optax.GradientTransformation:
+  """AdamW behind global-norm clipping.
+
+  Args:
+    config: rate, warm-up, schedule and the rest.
+    total_updates: of the run, at the last of which linear and cosine schedules reach final_scale.
+  """
+  rate = SCHEDULES[config.schedule](config, max(total_updates - config.warmup_updates, 1))
   if config.warmup_updates:
     # Update n of the warm-up, counted from 1, has n / warmup_updates of the rate: none is lost.
-    rate = optax.linear_schedule(rate / config.warmup_updates, rate, config.warmup_updates - 1)
+    full = config.learning_rate
+    warmup = optax.linear_schedule(
+      full / config.warmup_updates, full, max(config.warmup_updates - 1, 1)
+    )
+    after: Any = rate if callable(rate) else optax.constant_schedule(rate)
+    rate = optax.join_schedules([warmup, after], [config.warmup_updates])
   return optax.chain(
     optax.clip_by_global_norm(config.max_grad_norm),
     optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
   )
 
 
-def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
+# name -> (config, updates after the warm-up) -> what optax takes as a learning rate.
+SCHEDULES = {
+  "constant": lambda config, updates: config.learning_rate,
+  "linear": lambda config, updates: optax.linear_schedule(
+    config.learning_rate, config.final_scale * config.learning_rate, updates
+  ),
+  "cosine": lambda config, updates: optax.cosine_decay_schedule(
+    config.learning_rate, updates, config.final_scale
+  ),
+}
+
+
+def init_state(
+  trainable: Any, optimizer: optax.GradientTransformation, *, keeps_old: bool = False
+) -> TrainState:
   """The state before the first update; pure, so jax.eval_shape serves it."""
   copy = lambda: jax.tree.map(jnp.copy, trainable)  # each is donated, and a buffer only once
-  return TrainState(copy(), copy(), optimizer.init(trainable), jnp.zeros((), jnp.int32))
+  old = copy() if keeps_old else {}
+  return TrainState(copy(), copy(), optimizer.init(trainable), jnp.zeros((), jnp.int32), old)
 
 
 def abstract_state(
-  trainable: Any, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+  trainable: Any,
+  optimizer: optax.GradientTransformation,
+  mesh: jax.sharding.Mesh,
+  *,
+  keeps_old: bool = False,
 ) -> TrainState:
   """The state's shapes and layout, what a checkpoint is restored into; nothing is allocated."""
-  return mesh_lib.abstract(mesh, jax.eval_shape(lambda t: init_state(t, optimizer), trainable))
+  create = lambda t: init_state(t, optimizer, keeps_old=keeps_old)
+  return mesh_lib.abstract(mesh, jax.eval_shape(create, trainable))
 
 
 def apply_gradients(
@@ -63,4 +97,22 @@ def apply_gradients(
   update = state.update + 1
   step_size = jnp.where(update % ema.every == 0, 1.0 - ema.decay, 0.0)
   average = optax.incremental_update(trainable, state.ema, step_size)
-  return TrainState(trainable, average, opt_state, update)
+  return dataclasses.replace(
+    state, trainable=trainable, ema=average, opt_state=opt_state, update=update
+  )
+
+
+def move_old(state: TrainState, decay: tuple[float, float, float]) -> TrainState:
+  """old <- d old + (1 - d) new after an epoch; d = min(rate (updates - flat), most), 0 up to `flat`.
+
+  DiffusionNFT (arXiv 2509.16117): (0, .001, .5), or (75, .0075, .999); AWM (arXiv 2509.25050): (0, .001, .3).
+
+  Args:
+    state: after the epoch's updates.
+    decay: (flat, rate, most).
+  """
+  flat, rate, most = decay
+  d = jnp.clip(rate * (state.update - flat), 0.0, most)
+  return dataclasses.replace(
+    state, old=jax.tree.map(lambda o, n: d * o + (1 - d) * n, state.old, state.trainable)
+  )

@@ -1,173 +1,290 @@
-"""The update: credit to advantages, then one optimizer step over microbatches of (sample, step) pairs."""
+"""The update: credit to advantages, then one optimizer step over microbatches of (state, step) pairs."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
-from tpgrpo_jax.flow import sampler
+from tpgrpo_jax.credit import advantages
+from tpgrpo_jax.flow import schedule, steps
 from tpgrpo_jax.objective import surrogate
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import losses
+from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """What one optimizer update learns from: C microbatches of B samples with W steps each.
+  """What one optimizer update learns from: C microbatches of B samples, W rows each.
 
   Attributes:
-    trajectories: C of them.
-    conditions: C of them.
+    transitions: C of them, S M = B.
+    conditions: C of them, leading axis S (or 1).
     advantage: [C, W, B].
-    weight: [C, B], 0 for samples that are left out.
+    weight: [C, W, B], 0 where a sample is left out.
+    levels: [C, W, S] noise levels, where the objective is one of the forward process; else None.
+    key: of the update.
   """
 
-  trajectories: list[types.Trajectory]
+  transitions: list[types.Transitions]
   conditions: list[Any]
-  advantage: jax.Array
-  weight: jax.Array
+  advantage: Any
+  weight: Any
+  levels: Any = None
+  key: Any = None
 
 
-def make_credit_fn(config: config_lib.Config, method: build.Method):
-  """Returns jitted completion_reward [W+1, B] -> (StepCredit, advantage [W, B], weight [B])."""
-  group_size = config.train.group_size
+def make_credit_fn(config: config_lib.Config, method: method_lib.Method):
+  """Returns jitted (rewards [N, W+1, B], weights [N], extras) -> (StepCredit, advantage [W, B], weight [B]).
+
+  N streams are credited and normalised each for itself, and their advantages added with their weights; the
+  StepCredit is the first stream's.
+  """
 
   @jax.jit
-  def assign(completion_reward):
-    credit = method.credit.function(completion_reward)
-    advantage = method.normalize(credit.reward, group_size)
+  def assign(rewards, weights, extras):
+    credits = [method.credit.function(r, **_of_stream(extras, n)) for n, r in enumerate(rewards)]
+    shared = lambda credit, a: a if credit.share is None else a * credit.share
+    each = [shared(credit, method.normalize(credit.reward)) for credit in credits]
+    advantage = advantages.combine_streams(jnp.stack(each), weights)
     clipped = jnp.clip(advantage, -config.advantage.clip, config.advantage.clip)
     weight = jnp.any(advantage != 0, axis=0).astype(jnp.float32)
-    return credit, clipped, weight
+    return credits[0], clipped, weight
 
   return assign
 
 
-def make_train_step(config: config_lib.Config, method: build.Method):
+def _of_stream(extras, number):
+  """The extras of one stream: a key is used once."""
+  return {k: jax.random.fold_in(v, number) if k == "key" else v for k, v in extras.items()}
+
+
+def make_train_step(config: config_lib.Config, method: method_lib.Method):
   """Returns jitted (state, frozen, reference, Batch) -> (state, metrics).
 
-  The gradient of the mean loss over all (sample, step) pairs with weight 1 is accumulated in float32
-  over a scan whose every iteration evaluates the velocity at one step of one microbatch: the batch
-  shape and layout of the rollout, so that the first update's log-ratio is exactly 0.
+  The gradient of the weighted mean loss over all (sample, step) pairs is accumulated in float32 over a
+  scan whose every iteration evaluates the velocity once, at one step of one microbatch: the batch shape
+  and layout of the rollout, so that the first update's log-ratio is exactly 0. The members of a state
+  share that evaluation. A batch whose weights are all 0 leaves the weights as they are.
   """
+  pair_loss = losses.OBJECTIVES[config.loss.objective].make_loss(config, method)
 
   def train_step(state, frozen, reference, batch: Batch):
-    pairs, conditions = _pairs(batch)
-    weight_sum = jnp.maximum(jnp.sum(batch.weight) * batch.advantage.shape[1], 1.0)
+    pairs, conditions = _pairs(config, method, batch)
+    weight_sum = jnp.sum(batch.weight)
+    params = {"frozen": frozen, "trainable": state.trainable}
+    if config.loss.chunks:
+      pairs["chunk_log_ratio"] = _chunk_log_ratios(config, method, params, pairs, conditions)
+
+    def share_of_mean(trainable, pair):
+      condition = jax.tree.map(lambda c: c[pair["chunk"]], conditions)
+      at = params | {"trainable": trainable}
+      loss, metrics = pair_loss(at, reference, state.old, pair, condition)
+      mean = lambda values: jnp.sum(pair["weight"] * values) / jnp.maximum(weight_sum, 1.0)
+      total = mean(loss)
+      return total, {"loss": total} | {k: _REDUCE.get(k, mean)(v) for k, v in metrics.items()}
+
+    gradient = jax.grad(share_of_mean, has_aux=True)
 
     def accumulate(carry, pair):
       grads, sums = carry
-      condition = jax.tree.map(lambda c: c[pair["chunk"]], conditions)
-      grad_fn = jax.value_and_grad(_pair_loss, has_aux=True)
-      (_, metrics), new = grad_fn(
-        state.trainable, config, method, frozen, reference, pair, condition, weight_sum
-      )
+      new, metrics = gradient(state.trainable, pair)
       grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new)
       return (grads, _combine(sums, metrics)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
-    (grads, metrics), _ = jax.lax.scan(accumulate, (zeros, _no_metrics()), pairs)
+    start = _no_metrics(gradient, state.trainable, pairs)
+    (grads, metrics), _ = jax.lax.scan(accumulate, (zeros, start), pairs)
     squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
     metrics["grad_norm"] = jnp.sqrt(sum(squares))
-    return state_lib.apply_gradients(state, grads, method.optimizer, config.ema), metrics
+    after = state_lib.apply_gradients(state, grads, method.optimizer, config.ema)
+    learned = weight_sum > 0
+    keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(learned, a, b))
+    return dataclasses.replace(
+      after,
+      trainable=keep(after.trainable, state.trainable),
+      opt_state=keep(after.opt_state, state.opt_state),
+    ), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 
 
-def _pair_loss(trainable, config, method, frozen, reference, pair, condition, weight_sum):
-  """Weighted share of one (microbatch, step) in the mean loss, and its metrics."""
-  params = {"frozen": frozen, "trainable": trainable}
-  x, sigma, sigma_next = pair["x"], pair["sigma"], pair["sigma_next"]
-  level = jnp.full(x.shape[:1], sigma)
-  velocity = method.velocity_fn(params, x, level, condition)
-  log_prob = sampler.score(
-    method.step_fn, method.log_prob_fn, x, pair["x_next"], velocity, sigma, sigma_next
-  )
-  old, weight = pair["log_prob"], pair["weight"]
-  policy = surrogate.clipped_surrogate(
-    log_prob, old, pair["advantage"], clip_range=config.loss.clip_range
-  )
-  kl = jnp.zeros_like(policy)
-  if config.loss.kl_coef:
-    gaussian = lambda v: method.step_fn(x, v, sigma, sigma_next)
-    reference_velocity = method.reference_velocity_fn(reference, x, level, condition)
-    kl = surrogate.gaussian_kl(gaussian(velocity), gaussian(reference_velocity))
-  mean = lambda values: jnp.sum(weight * values) / weight_sum
-  log_ratio = jax.lax.stop_gradient(log_prob - old)
-  ratio = jnp.exp(log_ratio)
-  total = mean(policy + config.loss.kl_coef * kl)
-  return total, {
-    "loss": total,
-    "kl": mean(kl),
-    "ratio/mean": mean(ratio),
-    "ratio/min": jnp.min(ratio),
-    "ratio/max": jnp.max(ratio),
-    "ratio/max_abs_log": jnp.max(jnp.abs(log_ratio)),
-    "clip/above": mean(ratio > 1 + config.loss.clip_range),
-    "clip/below": mean(ratio < 1 - config.loss.clip_range),
-  }
-
-
+_REDUCE = {"ratio/min": jnp.min, "ratio/max": jnp.max, "ratio/max_abs_log": jnp.max}
+# Extremes: how two are combined on the devices, what they start from, how on the host. Others are sums.
 _EXTREMES = {
   "ratio/min": (jnp.minimum, jnp.inf, min),
   "ratio/max": (jnp.maximum, -jnp.inf, max),
   "ratio/max_abs_log": (jnp.maximum, 0.0, max),
 }
-_SUMS = ("loss", "kl", "ratio/mean", "clip/above", "clip/below")
 
 
-def _no_metrics():
-  start = {name: value for name, (_, value, _) in _EXTREMES.items()} | dict.fromkeys(_SUMS, 0.0)
-  return {name: jnp.asarray(value, jnp.float32) for name, value in start.items()}
+def _no_metrics(gradient, trainable, pairs):
+  """What the metrics of a scan start from."""
+  first = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in pairs.items()}
+  _, metrics = jax.eval_shape(gradient, trainable, first)
+  start = lambda name: _EXTREMES.get(name, (None, 0.0))[1]
+  return {name: jnp.asarray(start(name), jnp.float32) for name in metrics}
 
 
 def _combine(a, b):
   return {name: _EXTREMES.get(name, (jnp.add,))[0](a[name], b[name]) for name in a}
 
 
-def _pairs(batch):
+def _chunk_log_ratios(config, method, params, pairs, conditions):
+  """[C W, S, M] the log-ratio of each step's chunk, by a first pass without gradients."""
+  log_ratio_fn = losses.make_log_ratio(config, method)
+
+  def log_ratio(pair):
+    condition = jax.tree.map(lambda c: c[pair["chunk"]], conditions)
+    level = jnp.full(pair["x"].shape[:1], pair["sigma"])
+    return log_ratio_fn(pair, method.velocity_fn(params, pair["x"], level, condition))
+
+  found = jax.lax.map(log_ratio, pairs)
+  per_step = found.reshape(-1, method.window, *found.shape[1:]).swapaxes(0, 1)
+  chunked = surrogate.chunk_log_ratio(per_step, config.loss.chunks)
+  return chunked.swapaxes(0, 1).reshape(found.shape)
+
+
+def _pairs(config, method, batch):
   """Leading axis C W over (microbatch, step), and the conditions stacked to leading axis C."""
   stack = lambda *leaves: jnp.stack(leaves)
-  trajectory = jax.tree.map(stack, *batch.trajectories)
+  transitions = jax.tree.map(stack, *batch.transitions)
   conditions = jax.tree.map(stack, *batch.conditions)
-  chunks, window = batch.advantage.shape[:2]
-  names = ("x", "x_next", "log_prob", "sigma", "sigma_next")
-  pairs = {name: getattr(trajectory, name) for name in names}
-  pairs["advantage"] = batch.advantage
-  pairs["weight"] = jnp.broadcast_to(batch.weight[:, None], batch.advantage.shape)
-  flat = {name: a.reshape(chunks * window, *a.shape[2:]) for name, a in pairs.items()}
-  flat["chunk"] = jnp.repeat(jnp.arange(chunks), window)
+  chunks, rows = batch.advantage.shape[:2]
+  states = transitions.final.shape[1]
+  per_member = lambda a: a.reshape(chunks, rows, states, -1)
+  pairs = {"advantage": per_member(batch.advantage), "weight": per_member(batch.weight)}
+  if batch.levels is None:
+    names = ["x", "x_next", "log_prob", "sigma", "sigma_next"]
+    names += ["velocity"] * losses.reads_old_velocity(config)
+    pairs |= {name: getattr(transitions, name) for name in names}
+    pairs["step_weight"] = jax.vmap(functools.partial(_step_weights, config, method))(
+      transitions.sigma, transitions.sigma_next
+    )
+  else:
+    keys = jax.random.split(batch.key, (chunks, rows))
+    pairs |= {"sigma": batch.levels, "key": keys}
+  flat = {name: a.reshape(chunks * rows, *a.shape[2:]) for name, a in pairs.items()}
+  flat = {k: a.astype(jnp.float32) if k in ("x", "x_next") else a for k, a in flat.items()}
+  flat["chunk"] = jnp.repeat(jnp.arange(chunks), rows)
+  if batch.levels is not None:
+    flat["data"] = jnp.repeat(transitions.final, rows, axis=0)
   return flat, conditions
 
 
-def split_updates(config: config_lib.Config, rollout, advantage, weight) -> list[Batch]:
-  """Cuts an epoch into `updates_per_epoch` batches of whole microbatches, in order.
+def _step_weights(config, method, sigma, sigma_next):
+  """[W] factors of the policy losses of one microbatch's steps."""
+  zero = jnp.zeros((1, 1))
+  std = jax.vmap(lambda s, n: method.step_fn(zero, zero, s, n).std.reshape(()))(sigma, sigma_next)
+  slope = jax.vmap(functools.partial(steps.sensitivity, method.step_fn))(sigma, sigma_next)
+  return surrogate.step_weights(
+    config.loss.step_weight, std, dt=sigma_next - sigma, sensitivity=slope
+  )
+
+
+def split_updates(
+  config: config_lib.Config, rollout, advantage: np.ndarray, weight: np.ndarray, epoch: int
+) -> list[Batch]:
+  """Cuts an epoch into `updates_per_epoch` batches: of whole microbatches, or of steps, in order.
 
   Args:
     config: of the run.
     rollout: of the epoch.
     advantage: [W, B].
     weight: [B].
+    epoch: its number, from 0, for what is drawn.
   """
-  chunks = len(rollout.trajectories)
-  share = chunks // config.train.updates_per_epoch
-  advantage = advantage.reshape(len(advantage), chunks, -1).swapaxes(0, 1)
-  weight = weight.reshape(chunks, -1)
-  return [
-      Batch(rollout.trajectories[i : i + share], rollout.conditions[i : i + share],
-            advantage[i : i + share], weight[i : i + share])
-      for i in range(0, chunks, share)
-  ]  # fmt: skip
+  rng = np.random.default_rng((config.seed, epoch, 2))
+  chunks, updates = len(rollout.transitions), config.train.updates_per_epoch
+  weights = _row_weights(config.loss, rng, *advantage.shape) * weight
+  # As the microbatches hold them.
+  cut = lambda a: a[:, rollout.order].reshape(len(a), chunks, -1).swapaxes(0, 1)
+  advantage, weights = cut(advantage), cut(weights).astype(np.float32)
+  levels = _draw_levels(config, rollout, rng, chunks)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), epoch), 1)
+  batches = []
+  for number, (part, rows) in enumerate(_shares(config, chunks, advantage.shape[1])):
+    transitions = rollout.transitions[part]
+    if rows != slice(None):
+      transitions = [_take_steps(t, rows) for t in transitions]
+    batches.append(
+      Batch(
+        transitions,
+        rollout.conditions[part],
+        advantage[part, rows],
+        weights[part, rows],
+        None if levels is None else levels[part],
+        None if levels is None else jax.random.fold_in(key, number),
+      )
+    )
+  assert len(batches) == updates
+  return batches
+
+
+def _by_samples(updates, chunks, rows):
+  del rows
+  share = chunks // updates
+  return [(slice(i, i + share), slice(None)) for i in range(0, chunks, share)]
+
+
+def _by_steps(updates, chunks, rows):
+  del chunks
+  share = rows // updates
+  return [(slice(None), slice(i, i + share)) for i in range(0, rows, share)]
+
+
+_SHARES = {"samples": _by_samples, "steps": _by_steps}
+
+
+def _shares(config, chunks, rows):
+  """(microbatches, steps) of each update."""
+  return _SHARES[config.train.updates_by](config.train.updates_per_epoch, chunks, rows)
+
+
+def _take_steps(transitions, rows):
+  """The Transitions of some of the steps."""
+  names = ("x", "x_next", "velocity", "log_prob", "sigma", "sigma_next")
+  return dataclasses.replace(transitions, **{n: getattr(transitions, n)[rows] for n in names})
+
+
+def _row_weights(asked, rng, rows, batch):
+  """[W, B]: 1, or with chunks what makes every chunk count the same, and 0 for those that are not drawn."""
+  if not asked.chunks:
+    return np.ones((rows, batch))
+  weights = np.repeat(surrogate.chunk_weights(asked.chunks)[:, None], batch, axis=1)
+  if asked.chunks_per_sample:
+    number = np.tile(np.arange(len(asked.chunks)), (batch, 1))
+    taken = rng.permuted(number, axis=1) < asked.chunks_per_sample  # [B, chunks]
+    weights *= np.repeat(taken, asked.chunks, axis=1).T
+  return weights
+
+
+def _draw_levels(config, rollout, rng, chunks):
+  """[C, W, S] of the forward process, or None."""
+  if config.sampler.rollout != "ode":
+    return None
+  start, end = config.sampler.window
+  draw = schedule.LEVEL_DRAWS[config.loss.level_draw]
+  count, batch = config.loss.levels or end - start, config.train.microbatch
+  return np.stack(
+    [draw(rng, rollout.sigmas, (start, end), count, batch) for _ in range(chunks)]
+  ).astype(np.float32)
 
 
 def merge_metrics(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
   """One row of an epoch from those of its updates; sums become means, extremes stay extremes."""
-  merged = {k: sum(float(r[k]) for r in rows) / len(rows) for k in (*_SUMS, "grad_norm")}
-  merged |= {k: float(_EXTREMES[k][2](r[k] for r in rows)) for k in _EXTREMES}
-  # The first update is on-policy: anything but 0 here says that rollout and update disagree.
-  merged["ratio/first_update_max_abs_log"] = float(rows[0]["ratio/max_abs_log"])
+  mean = lambda values: sum(values) / len(rows)
+  merged = {
+    name: float(_EXTREMES.get(name, (None, None, mean))[2]([float(row[name]) for row in rows]))
+    for name in rows[0]
+  }
+  if "ratio/max_abs_log" in merged:
+    # The first update is on-policy: anything but 0 here says that rollout and update disagree.
+    merged["ratio/first_update_max_abs_log"] = float(rows[0]["ratio/max_abs_log"])
   return merged

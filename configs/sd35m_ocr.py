@@ -1,0 +1,14 @@
+"""SD3.5-Medium: visual text rendering.
+
+Command: python -m tpgrpo_jax.train --config configs/sd35m_ocr.py[:METHOD]
+Needs accelerators, and the prompts of Flow-GRPO (dataset/ocr of its repository) in datasets/ocr:
+docs/fine_tune_sd35.md. No result of ours yet.
+"""
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import presets
+
+
+def get_config(method="tp_grpo"):
+  """Returns the recipe of a method."""
+  return config_lib.to_config_dict(presets.recipe("sd35m_ocr", method))

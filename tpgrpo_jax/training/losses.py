@@ -1,0 +1,212 @@
+"""The objective of a run, bound: the loss of one (microbatch, step) pair, and what it reports.
+
+A pair loss is (params, reference, old, pair, condition) -> (loss [S, M], metrics). `pair` is a dict of one
+step's arrays: see `step.Batch`. Its loss still waits for the samples' weights and for the sum.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import registry
+from tpgrpo_jax.flow import sampler
+from tpgrpo_jax.objective import forward_process, ratio, surrogate
+from tpgrpo_jax.training import method as method_lib
+
+PairLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Objective(NamedTuple):
+  """One row of OBJECTIVES.
+
+  Attributes:
+    make_loss: (config, method) -> PairLoss.
+    keeps_old: whether the state holds an old policy.
+    samples_with_old: whether that one samples.
+  """
+
+  make_loss: Callable[[config_lib.Config, method_lib.Method], PairLoss]
+  keeps_old: bool
+  samples_with_old: bool
+
+
+def reads_old_velocity(config: config_lib.Config) -> bool:
+  """Whether the update needs the velocities of the rollout."""
+  region = _trust_region(config)
+  return config.loss.ratio not in _STORED or region.needs_divergence
+
+
+def _trust_region(config):
+  region = registry.lookup(
+    surrogate.TRUST_REGIONS, config.loss.trust_region, field="loss.trust_region"
+  )
+  if not isinstance(region, surrogate.TrustRegion):
+    region = surrogate.TrustRegion(region, needs_divergence=True)  # the user's own function
+  return region
+
+
+def _stored(method: method_lib.Method, config: config_lib.Config):
+  """Log-ratios from the log-probs that the rollout stored."""
+  del config
+
+  def log_ratio(pair, velocity):
+    at = (pair["x"], pair["x_next"], velocity, pair["sigma"], pair["sigma_next"])
+    log_prob = sampler.score(method.step_fn, method.log_prob_fn, *at)
+    return ratio.log_prob(log_prob, pair["log_prob"])
+
+  return log_ratio
+
+
+_STORED = {"log_prob": _stored}
+
+
+def _from_means(method: method_lib.Method, config: config_lib.Config):
+  """Log-ratios from the Gaussians of now and of the rollout."""
+  compare = registry.lookup(ratio.RATIOS, config.loss.ratio, field="loss.ratio")
+
+  def compared(x, x_next, velocity, old_velocity, sigma, sigma_next):
+    gaussians = [method.step_fn(x, v, sigma, sigma_next) for v in (velocity, old_velocity)]
+    return sampler.each_member(compare)(x_next, *jax.lax.optimization_barrier(gaussians))
+
+  def log_ratio(pair, velocity):
+    at = (pair["x"], pair["x_next"], velocity, pair["velocity"], pair["sigma"], pair["sigma_next"])
+    return sampler.isolated(compared)(*at)
+
+  return log_ratio
+
+
+def _kl(method: method_lib.Method, pair: dict[str, jax.Array], velocity, other) -> jax.Array:
+  """[S] between the steps of two velocities at the pair's states."""
+  gaussian = lambda v: method.step_fn(pair["x"], v, pair["sigma"], pair["sigma_next"])
+  return surrogate.gaussian_kl(gaussian(velocity), gaussian(other))
+
+
+def make_log_ratio(config: config_lib.Config, method: method_lib.Method):
+  """Returns (pair, velocity) -> log-ratio [S, M], exactly 0 on policy."""
+  return _STORED.get(config.loss.ratio, _from_means)(method, config)
+
+
+def make_policy_loss(config: config_lib.Config, method: method_lib.Method) -> PairLoss:
+  """The surrogate of the ratios and the KL to the reference."""
+  asked, region = config.loss, _trust_region(config)
+  log_ratio_fn = make_log_ratio(config, method)
+
+  def pair_loss(params, reference, old, pair, condition):
+    del old
+    x, advantage = pair["x"], pair["advantage"]
+    level = jnp.full(x.shape[:1], pair["sigma"])
+    velocity = method.velocity_fn(params, x, level, condition)
+    own = log_ratio_fn(pair, velocity)
+    log_ratio = own
+    if asked.chunks:  # the value is the chunk's mean, the gradient is the step's own
+      log_ratio = pair["chunk_log_ratio"] + (own - jax.lax.stop_gradient(own))
+    divergence = jnp.zeros(())
+    if region.needs_divergence:
+      divergence = jax.lax.stop_gradient(_kl(method, pair, velocity, pair["velocity"]))[:, None]
+    terms = region.function(log_ratio, advantage, divergence, limit=asked.clip_range)
+    sign = surrogate.signed_weight(advantage, asked.negative_weight)
+    loss = pair["step_weight"] * sign * terms.loss
+    kl = jnp.zeros_like(loss)
+    if asked.kl_coef:
+      reference_velocity = method.reference_velocity_fn(reference, x, level, condition)
+      kl += _kl(method, pair, velocity, reference_velocity)[:, None]
+    return loss + asked.kl_coef * kl, {
+      "kl": kl,
+      **_ratio_metrics(jax.lax.stop_gradient(log_ratio), asked.clip_range),
+      "clip/inactive": ~jnp.broadcast_to(terms.active, loss.shape),
+    }
+
+  return pair_loss
+
+
+def _ratio_metrics(log_ratio, clip_range):
+  value = jnp.exp(log_ratio)
+  return {
+    "ratio/mean": value,
+    "ratio/min": value,
+    "ratio/max": value,
+    "ratio/max_abs_log": jnp.abs(log_ratio),
+    "clip/above": log_ratio > jnp.log1p(clip_range),
+    "clip/below": log_ratio < jnp.log1p(-clip_range),
+  }
+
+
+def _make_forward_loss(
+  config: config_lib.Config,
+  method: method_lib.Method,
+  *,
+  loss_fn: Callable[..., jax.Array],
+  reads_old: bool,
+) -> PairLoss:
+  """A loss of finished images, noised afresh, and the penalties that go with it.
+
+  Args:
+    config: of the run.
+    method: of the run.
+    loss_fn: (velocity, old_velocity, x, data, noise, sigma, advantage) -> [S].
+    reads_old: whether the loss, or the penalty on leaving it, needs the old policy's velocity.
+  """
+  asked = config.loss
+
+  def pair_loss(params, reference, old, pair, condition):
+    data, sigma = pair["data"], pair["sigma"]
+    noise = jax.random.normal(pair["key"], data.shape)
+    x = forward_process.noised(data, noise, sigma)
+    velocity = method.velocity_fn(params, x, sigma, condition)
+    old_velocity = velocity
+    if reads_old:
+      old_params = params | {"trainable": old}
+      old_velocity = method.velocity_fn(old_params, x, sigma, condition)
+    loss = loss_fn(velocity, old_velocity, x, data, noise, sigma, pair["advantage"][:, 0])
+    moved = forward_process.velocity_penalty(velocity, old_velocity)
+    kl = jnp.zeros_like(loss)
+    if asked.kl_coef:
+      reference_velocity = method.reference_velocity_fn(reference, x, sigma, condition)
+      kl = forward_process.velocity_penalty(velocity, reference_velocity)
+    total = loss + asked.kl_coef * kl + asked.old_coef * moved
+    column = lambda values: values[:, None]
+    return column(total), {"kl": column(kl), "old/distance": column(moved)}
+
+  return pair_loss
+
+
+def make_nft_loss(config: config_lib.Config, method: method_lib.Method) -> PairLoss:
+  """DiffusionNFT (arXiv 2509.16117)."""
+  limit = config.advantage.clip
+
+  def loss_fn(velocity, old_velocity, x, data, noise, sigma, advantage):
+    del noise
+    return forward_process.nft(
+      velocity,
+      old_velocity,
+      x,
+      data,
+      sigma,
+      advantage,
+      beta=config.loss.beta,
+      advantage_limit=limit,
+    )
+
+  return _make_forward_loss(config, method, loss_fn=loss_fn, reads_old=True)
+
+
+def make_awm_loss(config: config_lib.Config, method: method_lib.Method) -> PairLoss:
+  """AWM (arXiv 2509.25050)."""
+  limit = config.advantage.clip
+
+  def loss_fn(velocity, old_velocity, x, data, noise, sigma, advantage):
+    del old_velocity, x
+    return forward_process.awm(velocity, data, noise, sigma, advantage, advantage_limit=limit)
+
+  reads_old = bool(config.loss.old_coef)
+  return _make_forward_loss(config, method, loss_fn=loss_fn, reads_old=reads_old)
+
+
+OBJECTIVES = {
+  "policy": Objective(make_policy_loss, keeps_old=False, samples_with_old=False),
+  "nft": Objective(make_nft_loss, keeps_old=True, samples_with_old=True),
+  "awm": Objective(make_awm_loss, keeps_old=True, samples_with_old=False),
+}
