@@ -1,6 +1,6 @@
 """Kills runs of the built-in task at bad moments, starts them again, compares with a run left alone.
 
-python benchmarks/kill.py --kills 100
+python benchmarks/kill.py --kills 100 --method tempflow
 
 Each life of a run ends by SIGKILL: at a random moment, during compilation, while a checkpoint is being
 written, or inside the reward; one in twenty by SIGTERM, which must save and be gone within 60 s. A run
@@ -21,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
 from tpgrpo_jax import rewards
+from tpgrpo_jax.config import presets
 from tpgrpo_jax.reporting import history
 from tpgrpo_jax.runs import checkpoint, metrics
 from tpgrpo_jax.training import session as session_lib
@@ -42,12 +44,16 @@ FIELDS = {
   "eval.batch": 8,
   "eval.every": 4,
   "checkpoint.every": 1,
-  "log.tensorboard": "False",
+  "log.tensorboard": False,
   "log.images_every": 0,
-  "rewards": "{'ocr': {'weight': 1.0, 'make': 'kill:make'}}",
+  "rewards": {"ocr": {"weight": 1.0, "make": "kill:make"}},
 }
 MOMENTS = ("random", "compile", "write", "reward")
-COMPILES = ("jit(rollout)", "jit(sample)", "jit(train_step)")  # the programs that take seconds
+COMPILES = (
+  "jit(sample_microbatch)",
+  "jit(sample)",
+  "jit(train_step)",
+)  # the programs that take seconds
 
 
 def make():
@@ -66,24 +72,26 @@ def main() -> None:
   """Kills, compares and reports."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--kills", type=int, default=100)
+  parser.add_argument("--method", default="tp_grpo", choices=presets.METHODS)
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
   parser.add_argument("--folder", help="where the runs lie; by default a temporary one")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(args.folder or temporary)
-    result = kill_runs(folder, args.kills, random.Random(args.seed))
+    result = kill_runs(folder, args.method, args.kills, random.Random(args.seed))
   print(json.dumps(result))
   sys.exit(bool(result["differences"]))
 
 
-def kill_runs(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
+def kill_runs(folder: pathlib.Path, method: str, kills: int, rng: random.Random) -> dict:
   """Counts by kind of what happened."""
   began = time.monotonic()
   for name in ("whole", "again"):
     shutil.rmtree(folder / name, ignore_errors=True)
-  start(folder / "whole", folder).wait()
+  start(folder / "whole", folder, method).wait()
   wanted, compiled = contents(folder / "whole"), time.monotonic()
-  start(folder / "again", folder).wait()  # as long as a life is that finds its programs compiled
+  # As long as a life is that finds its programs compiled.
+  start(folder / "again", folder, method).wait()
   life = time.monotonic() - compiled
   if again := compare(contents(folder / "again"), wanted):
     raise RuntimeError(f"two runs that nobody killed differ: {again}")
@@ -96,12 +104,13 @@ def kill_runs(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
     while not ended:
       enough = sum(counts.values()) >= kills
       moment = "none" if enough else "term" if rng.random() < 0.05 else rng.choice(MOMENTS)
-      process = start(run, folder, moment)
+      process = start(run, folder, method, moment)
       ended = end_life(process, moment, run, folder, life, rng, counts, waits)
       print(f"run {runs}: {dict(counts)}", file=sys.stderr, flush=True)
     differences += [f"run {runs}: {line}" for line in compare(contents(run), wanted)]
   return {
     "benchmark": "kill",
+    "method": method,
     "kills": dict(counts),
     "runs": runs,
     "epochs": EPOCHS,
@@ -111,17 +120,26 @@ def kill_runs(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
   }
 
 
-def start(run: pathlib.Path, folder: pathlib.Path, moment: str = "none") -> subprocess.Popen:
+def small_fields(method: str) -> dict[str, Any]:
+  """FIELDS, and what the method makes of them where a recipe's own sizes are larger."""
+  small = presets.apply(presets.tiny_text(), {n: v for n, v in FIELDS.items() if "." in n})
+  row = presets.METHODS[method]
+  return FIELDS | {name: value(small) for name, value in row.items() if callable(value)}
+
+
+def start(
+  run: pathlib.Path, folder: pathlib.Path, method: str, moment: str = "none"
+) -> subprocess.Popen:
   """The real command; it compiles anew where it shall die of it."""
   mark = folder / "mark"
   mark.unlink(missing_ok=True)
   shutil.rmtree(folder / "compile", ignore_errors=True)
   programs = folder / ("compile" if moment == "compile" else "programs")
-  fields = FIELDS | {"run.dir": run, "run.programs": programs}
+  fields = small_fields(method) | {"run.dir": run, "run.programs": programs}
   options = [f"--config.{name}={value}" for name, value in fields.items()]
-  recipe = HERE.parent / "configs" / "tiny_text_tpgrpo.py"
+  recipe = f"{HERE.parent / 'configs' / 'tiny_text.py'}:{method}"
   return subprocess.Popen(
-    [sys.executable, "-m", "tpgrpo_jax.train", "--config", str(recipe), *options],
+    [sys.executable, "-m", "tpgrpo_jax.train", "--config", recipe, *options],
     cwd=HERE.parent,
     env=os.environ
     | {"KILL_MARK": str(mark), "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}

@@ -5,6 +5,9 @@ Prints one JSON line for each figure. Times that are compared were taken in turn
 step_over_bare      The jitted train step (C microbatches x W steps: gradients, their accumulation,
                     clipping, AdamW, EMA, metrics) over C W calls of the bare jitted
                     value_and_grad of a simple loss of the velocity, at the same microbatch.
+branches            With --branches M, and nothing else then: the train step on B samples, M members of
+                    each of B / M anchors, over that on B samples of trajectories; and what scoring
+                    all members costs alone (log-probs and their gradients, no model), over the same.
 forward_*, forward_backward_*
                     The model here over diffusers' SD3Transformer2DModel on torch, with the same
                     weights, inputs, loss and number of threads; gradients of all weights. *_plain
@@ -32,6 +35,8 @@ import timing
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models
+from tpgrpo_jax.config import presets
+from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.models import hf, layers, lora, mmdit
 from tpgrpo_jax.training import build, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -66,9 +71,13 @@ def main() -> None:
   parser.add_argument("--sd3-layers", type=int, default=4, help="blocks of the SD3-shaped model")
   parser.add_argument("--threads", type=int, default=2, help="CPU cores; 0 is all")
   parser.add_argument("--plain", action="store_true", help="also time plain jax.numpy layers")
+  parser.add_argument("--branches", type=int, default=0, help="measure branches of M members alone")
   parser.add_argument("--no-torch", action="store_true", help="leave torch and diffusers out")
   args = parser.parse_args()
   threads = timing.limit_threads(args.threads)
+  if args.branches:
+    measure_branches(args.branches, args.batch, args.repeats, threads)
+    return
   measure_step(args.batch, args.repeats, threads)
 
   torch = None if args.no_torch else import_torch(threads)
@@ -95,14 +104,7 @@ def measure_step(batch: int, repeats: int, threads: int) -> None:
     method = method_lib.build_method(config, model)
     pieces = make_batch(config, model, method, mesh, chunks)
     window = method.window
-    train_step = step.make_train_step(config, method)
-    create = functools.partial(state_lib.init_state, optimizer=method.optimizer)
-    state = [jax.jit(create)(model.trainable)]  # donated to each call, so each call replaces it
-
-    def update():
-      state[0], metrics = train_step(state[0], model.frozen, {}, pieces)
-      return state[0], metrics
-
+    update = _update_thunk(config, model, method, pieces)
     weights = np.random.default_rng(0).normal(size=(batch, *model.pipeline.latent_shape))
     weights = jnp.asarray(weights, jnp.float32)
 
@@ -114,7 +116,7 @@ def measure_step(batch: int, repeats: int, threads: int) -> None:
 
       return jax.value_and_grad(loss)(trainable)
 
-    x, condition = pieces.trajectories[0].x[0], pieces.conditions[0]
+    x, condition = pieces.transitions[0].x[0], pieces.conditions[0]
     sigma = jnp.full(batch, 0.5)
 
     def bare():
@@ -136,23 +138,101 @@ def measure_step(batch: int, repeats: int, threads: int) -> None:
   )
 
 
+def measure_branches(branches: int, batch: int, repeats: int, threads: int) -> None:
+  """Reports branches_over_trajectories and scoring_over_trajectories: T = 6, W = 5, M x batch samples.
+
+  Trajectories come in microbatches of `batch`, branches in one of `branches` x batch samples, which is
+  `batch` anchors: the model sees batches of one size in both.
+  """
+  base, samples = config_lib.Config(), branches * batch
+  plain = dataclasses.replace(
+    base,
+    sampler=dataclasses.replace(base.sampler, num_steps=6, window=(0, 5)),
+    train=dataclasses.replace(
+      base.train, microbatch=batch, group_size=branches, prompts_per_epoch=batch
+    ),
+    credit=dataclasses.replace(base.credit, method="flow_grpo"),
+  )
+  branched = presets.apply(
+    plain,
+    {
+      "sampler.rollout": "branch",
+      "sampler.branches": branches,
+      "credit.method": "branch",
+      "train.microbatch": samples,
+    },
+  )
+  mesh = mesh_lib.make_mesh(base.mesh)
+  thunks = {}
+  with jax.set_mesh(mesh):
+    model = build.build_model(plain, mesh, ())
+    for name, config, chunks in (("trajectories", plain, branches), ("branches", branched, 1)):
+      method = method_lib.build_method(config, model)
+      pieces = make_batch(config, model, method, mesh, chunks)
+      thunks[name] = _update_thunk(config, model, method, pieces)
+    thunks["scoring"] = _scoring_thunk(method, pieces.transitions[0])
+    seconds = timing.interleave(thunks, repeats=repeats)
+  for name in ("branches", "scoring"):
+    timing.report_ratio(
+      f"{name}_over_trajectories",
+      seconds,
+      of=name,
+      over="trajectories",
+      threads=threads,
+      model="tiny",
+      members=branches,
+      anchors=batch,
+      samples=samples,
+      window=method.window,
+    )
+
+
+def _update_thunk(config, model, method, pieces):
+  """One train step after the other."""
+  train_step = step.make_train_step(config, method)
+  create = functools.partial(state_lib.init_state, optimizer=method.optimizer)
+  state = [jax.jit(create)(model.trainable)]  # donated to each call, so each call replaces it
+
+  def update():
+    state[0], metrics = train_step(state[0], model.frozen, {}, pieces)
+    return state[0], metrics
+
+  return update
+
+
+def _scoring_thunk(method, transitions):
+  """Log-probs of all members at all steps, and the gradients of their sum."""
+
+  @jax.jit
+  def scored(x, x_next, velocity, sigma, sigma_next):
+    at = lambda v: sampler.score_all(
+      method.step_fn, method.log_prob_fn, x, x_next, v, sigma, sigma_next
+    ).sum()
+    return jax.value_and_grad(at)(velocity)
+
+  names = ("x", "x_next", "velocity", "sigma", "sigma_next")
+  return functools.partial(scored, *(getattr(transitions, name) for name in names))
+
+
 def make_batch(config, model, method, mesh, chunks: int) -> step.Batch:
-  """What one update learns from: real trajectories with random advantages."""
+  """What one update learns from: real samples with random advantages."""
   batch = config.train.microbatch
+  states = batch // method.members
   sample = rollout.make_rollout_fn(config, model, method)
   params = model.params(model.trainable)
-  condition = method_lib.build_condition(config, model, [f"W{i % 1000:03d}" for i in range(batch)])
+  condition = method_lib.build_condition(config, model, [f"W{i % 1000:03d}" for i in range(states)])
   condition = jax.device_put(condition, mesh_lib.batch_sharding(mesh))
-  group = np.stack([np.arange(batch), np.zeros(batch)], axis=1).astype(np.int32)
+  group = np.stack([np.arange(states), np.zeros(states)], axis=1).astype(np.int32)
   group = jax.device_put(group, mesh_lib.batch_sharding(mesh))
-  key = rollout.epoch_key(0, 0)
-  trajectories = [sample(params, key, i, group, condition, 0, None)[0] for i in range(chunks)]
+  key, place = rollout.epoch_key(0, 0), np.arange(*config.sampler.window, dtype=np.int32)
+  plan = method_lib.build_plan(config, method, place)
+  pieces = [sample(params, key, i, group, condition, place, plan)[0] for i in range(chunks)]
   advantage = np.random.default_rng(0).normal(size=(chunks, method.window, batch))
   return step.Batch(
-    trajectories,
+    pieces,
     [condition] * chunks,
     advantage.astype(np.float32),
-    np.ones((chunks, batch), np.float32),
+    np.ones((chunks, method.window, batch), np.float32),
   )
 
 

@@ -2,7 +2,7 @@
 # Runs a recipe on this machine, as one process or as several that are one program.
 #
 #   launch/local.sh                                                 the default recipe
-#   launch/local.sh configs/tiny_text_tpgrpo.py --config.seed=1     a recipe, with changed fields
+#   launch/local.sh configs/tiny_text.py --config.seed=1            a recipe, with changed fields
 #   EXTRAS=ocr,gpu PROCESSES=8 launch/local.sh configs/...          8 processes, a GPU each
 #   DEVICES=4 PROCESSES=2 launch/local.sh                           2 processes, 2 virtual CPU devices each
 #
@@ -17,7 +17,7 @@
 # fails the others are stopped, and its exit status is that of this script.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-recipe="${1:-configs/tiny_text_tpgrpo.py}"
+recipe="${1:-configs/tiny_text.py}"
 processes="${PROCESSES:-1}"
 if [[ -z "${PYTHON:-}" ]]; then
   python3 -m venv .venv

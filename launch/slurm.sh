@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs a recipe under SLURM, one process per GPU; JAX finds the processes of the job by itself.
 #
-#   sbatch launch/slurm.sh configs/sd35m_ocr_tpgrpo.py --config.run.dir=/shared/runs/ocr
+#   sbatch launch/slurm.sh configs/sd35m_ocr.py --config.run.dir=/shared/runs/ocr
 #   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --partition=gpu launch/slurm.sh configs/...
 #   sbatch --ntasks-per-node=1 launch/slurm.sh configs/...    one process per node, with all of its GPUs
 #   DRY_RUN=1 launch/slurm.sh configs/...                     prints what a job would run
@@ -33,7 +33,7 @@ run() {
   fi
 }
 
-train=("${PYTHON:-.venv/bin/python}" -m tpgrpo_jax.train --config "${1:-configs/tiny_text_tpgrpo.py}" "${@:2}")
+train=("${PYTHON:-.venv/bin/python}" -m tpgrpo_jax.train --config "${1:-configs/tiny_text.py}" "${@:2}")
 # JAX gives task i of a node the GPU i alone, unless this says otherwise.
 if [[ "${SLURM_NTASKS_PER_NODE:-8}" == 1 ]]; then
   train=(env JAX_LOCAL_DEVICE_IDS="$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:-8} - 1)))" "${train[@]}")

@@ -4,7 +4,7 @@
 #   export NAME=tpgrpo ZONE=us-east5-a ACCELERATOR=v6e-16 RUNTIME=v2-alpha-tpuv6e
 #   launch/tpu_pod.sh create                           asks for a queued resource and waits for it
 #   launch/tpu_pod.sh install                          this commit and its packages, on all hosts
-#   launch/tpu_pod.sh start configs/sd35m_ocr_tpgrpo.py --config.run.dir=gs://my-bucket/runs/ocr
+#   launch/tpu_pod.sh start configs/sd35m_ocr.py --config.run.dir=gs://my-bucket/runs/ocr
 #   launch/tpu_pod.sh logs                             follows host 0 (HOST=3: host 3)
 #   launch/tpu_pod.sh stop                             the run saves its last finished epoch and exits
 #   launch/tpu_pod.sh delete                           gives the TPU back

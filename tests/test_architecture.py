@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tpgrpo_jax.config import names, presets
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "tpgrpo_jax"
 RANKS = {
@@ -88,6 +90,91 @@ def test_heavy_packages_are_imported_where_they_are_used(file):
 @every_file
 def test_files_are_at_most_400_lines(file):
   assert len(file.read_text().splitlines()) <= 400
+
+
+def functions(file):
+  """The functions of a file, those within classes and functions too."""
+  nodes = ast.walk(ast.parse(file.read_text()))
+  return [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def lines_of_code(function, source):
+  """Lines of a function's body without its docstring, comments and blank lines."""
+  body = (
+    function.body[1:] if ast.get_docstring(function, clean=False) is not None else function.body
+  )
+  if not body:
+    return 0
+  lines = source[body[0].lineno - 1 : function.end_lineno]
+  return sum(1 for line in map(str.strip, lines) if line and not line.startswith("#"))
+
+
+def test_lines_of_code_leave_out_docstrings_comments_and_blank_lines():
+  source = [
+    "def f():",
+    '  """Text.',
+    "",
+    "  More.",
+    '  """',
+    "  # why",
+    "  a = (",
+    "    1)",
+    "",
+    "  return a",
+  ]
+  (function,) = ast.parse("\n".join(source)).body
+  assert lines_of_code(function, source) == 3
+
+
+@pytest.mark.parametrize("name", ["flow", "credit", "objective"])
+def test_functions_of_the_method_have_at_most_40_lines_of_code(name):
+  for file in (PACKAGE / name).rglob("*.py"):
+    source = file.read_text().splitlines()
+    long = {f.name: lines_of_code(f, source) for f in functions(file)}
+    assert not {name: count for name, count in long.items() if count > 40}, file
+
+
+def compared_names(tree, names):
+  """(line, name) of every comparison with one of the names, alone or in a tuple, list or set."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.match_case):
+      sides = list(ast.walk(node.pattern))
+    elif isinstance(node, ast.Compare):
+      sides = [node.left, *node.comparators]
+      if "rollout" in {side.attr for side in sides if isinstance(side, ast.Attribute)}:
+        continue  # "branch" is a way that states come about, and a credit method besides
+    else:
+      continue
+    parts = [part for side in sides for part in (side, *getattr(side, "elts", []))]
+    for part in parts:
+      part = part.value if isinstance(part, ast.MatchValue) else part
+      if isinstance(part, ast.Constant) and part.value in names:
+        yield part.lineno, part.value
+
+
+@pytest.mark.parametrize(
+  "code, found",
+  [
+    ('method == "tp_grpo"', True),
+    ('"tp_grpo" != config.credit.method', True),
+    ('method in ("coca", "tp_grpo")', True),
+    ('match method:\n  case "tp_grpo": pass', True),
+    ('table["tp_grpo"]', False),
+    ('sampler.rollout == "branch"', False),
+    ('credit.method == "branch"', True),
+  ],
+)
+def test_a_comparison_with_a_name_is_seen(code, found):
+  assert bool([*compared_names(ast.parse(code), {"tp_grpo", "branch"})]) == found
+
+
+def test_no_code_asks_for_a_method_by_name():
+  """A method is a composition: its row of METHODS sets fields, and functions are looked up in tables."""
+  methods = {*presets.METHODS, *names.CREDIT_METHODS}
+  for file in FILES:
+    if room(file) != "config":  # whose rules say which choices go together
+      found = [*compared_names(ast.parse(file.read_text()), methods)]
+      assert not found, f"{file.relative_to(PACKAGE)}: {found}"
 
 
 def test_recipes_import_only_the_config():

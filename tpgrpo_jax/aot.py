@@ -1,4 +1,4 @@
-"""What a run would take: python -m tpgrpo_jax.aot --config configs/sd35m_ocr_tpgrpo.py --topology v5e:4x4"""
+"""What a run would take: python -m tpgrpo_jax.aot --config configs/sd35m_ocr.py --topology v5e:4x4"""
 
 import json
 from typing import Any

@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -
       _check_recipe(argv)
       return flags.FLAGS(argv)
     except (ValueError, TypeError, SyntaxError, flags.Error) as error:  # of config_flags
-      _stop(error)
+      _stop(_origin(error))
 
   def quiet(argv: list[str]) -> None:
     if flags.FLAGS["verbosity"].present:
@@ -99,8 +99,20 @@ def _check_recipe(argv):
     file = value.split(":", 1)[0]  # config_flags hands what follows the colon to get_config
     if not pathlib.Path(file).is_file():
       raise ValueError(
-        f"--config={value!r}: no such file. Give a recipe, such as configs/tiny_text_tpgrpo.py."
+        f"--config={value!r}: no such file. Give a recipe, such as configs/tiny_text.py."
       )
+
+
+def _origin(error: BaseException) -> BaseException:
+  """The error that a recipe met, where config_flags has put a traceback around its message."""
+  chain = [error]
+  while (before := chain[-1].__context__) is not None:
+    chain.append(before)
+  if re.search(r"get_config\(\) takes 0 positional arguments", str(chain[-1])):
+    return ValueError(
+      "--config: this recipe knows no methods. Leave the colon and what follows out."
+    )
+  return next((each for each in reversed(chain) if _raised_here(each)), error)
 
 
 def _stop(error) -> NoReturn:

@@ -1,6 +1,6 @@
 """Scores a run or a base model: python -m tpgrpo_jax.evaluate --run RUN_DIR [--rewards ocr]
 
-The base model of a recipe: --config configs/tiny_text_tpgrpo.py [--config.model.path=...].
+The base model of a recipe: --config configs/tiny_text.py [--config.model.path=...].
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Draws runs: python -m tpgrpo_jax.report --output report RUN_DIR [RUN_DIR ...] [label=RUN_DIR ...]
 
 Runs of one label are drawn as one curve, the mean over seeds with the band from the lowest to the
-highest. The label is the run's credit.method unless it is given.
+highest. The label is the run's method unless it is given.
 """
 
 from absl import flags

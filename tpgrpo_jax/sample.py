@@ -1,6 +1,6 @@
 """Paints prompts: python -m tpgrpo_jax.sample --run RUN_DIR --output samples CAT "A4T" [--samples 4]
 
-The base model of a recipe: --config configs/tiny_text_tpgrpo.py instead of --run.
+The base model of a recipe: --config configs/tiny_text.py instead of --run.
 """
 
 import dataclasses

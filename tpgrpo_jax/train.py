@@ -1,4 +1,4 @@
-"""Trains: python -m tpgrpo_jax.train --config configs/tiny_text_tpgrpo.py [--config.train.epochs=2]"""
+"""Trains: python -m tpgrpo_jax.train --config configs/tiny_text.py [--config.train.epochs=2]"""
 
 import sys
 

@@ -11,14 +11,18 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit, models, rewards
-from tpgrpo_jax.config import bridge, fields, rules
+from tpgrpo_jax.config import bridge, names, presets, rules
+from tpgrpo_jax.credit import advantages
 from tpgrpo_jax.data import prompts
 from tpgrpo_jax.flow import completion, schedule
 from tpgrpo_jax.models import mmdit
+from tpgrpo_jax.objective import ratio, surrogate
+from tpgrpo_jax.training import losses, rollout, state, step
 from tpgrpo_jax.training import method as method_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
+TASK_RECIPES = [path for path in RECIPES if "pretrain" not in path.stem]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +77,39 @@ def test_recipe_is_valid_and_says_how_to_run_it(path):
   else:
     rules.validate(config_lib.from_config_dict(config_lib.Config, recipe.get_config()))
   assert f"--config configs/{path.name}" in recipe.__doc__
+
+
+def test_every_task_has_a_recipe_and_every_recipe_a_task():
+  assert {path.stem for path in TASK_RECIPES} == set(presets.TASKS)
+
+
+@pytest.mark.parametrize("path", TASK_RECIPES, ids=lambda path: path.stem)
+def test_recipe_of_a_method_is_that_of_the_table(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  recipe = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(recipe)
+  found = config_lib.from_config_dict(config_lib.Config, recipe.get_config("flow_dppo"))
+  assert found == presets.recipe(path.stem, "flow_dppo")
+  assert found.run.dir == f"runs/{path.stem}_flow_dppo"
+  assert recipe.get_config() == recipe.get_config("tp_grpo")
+
+
+@pytest.mark.parametrize(
+  "task, method, part",
+  [
+    ("tiny_text", "tempflw", "method='tempflw': unknown name. Did you mean 'tempflow'? Choices: "),
+    ("tiny_txt", "tempflow", "task='tiny_txt': unknown name. Did you mean 'tiny_text'? Choices: "),
+  ],
+)
+def test_unknown_task_or_method_is_refused_with_the_nearest(task, method, part):
+  with pytest.raises(ValueError) as caught:
+    presets.recipe(task, method)
+  assert part in str(caught.value)
+
+
+def test_every_method_has_a_paper_or_none_and_a_reading_has_a_method():
+  assert set(presets.PAPERS) == set(presets.METHODS)
+  assert set(presets.READINGS) <= set(presets.METHODS)
 
 
 def test_recipe_changes_fields_of_any_depth():
@@ -153,15 +190,24 @@ def test_value_of_the_wrong_type_is_refused_with_field_value_and_rule(field, val
 @pytest.mark.parametrize(
   "names, table",
   [
-    (fields.MODEL_VARIANTS, models.MODELS),
-    (fields.SCHEDULES, schedule.SCHEDULES),
-    (fields.DYNAMICS, method_lib.DYNAMICS),
-    (fields.SOLVERS, completion.SOLVERS),
-    (fields.CREDIT_METHODS, credit.CREDIT),
-    (fields.CREDIT_METHODS, credit.BALANCED),
-    (fields.REWARD_NAMES, rewards.REWARDS),
-    (fields.PROMPT_SOURCES, prompts.PROMPT_SOURCES),
-    (fields.REMAT_POLICIES, {"none", *mmdit.REMAT_POLICIES}),
+    (names.MODEL_VARIANTS, models.MODELS),
+    (names.SCHEDULES, schedule.SCHEDULES),
+    (names.DYNAMICS, method_lib.DYNAMICS),
+    (names.SOLVERS, completion.SOLVERS),
+    (names.CREDIT_METHODS, credit.CREDIT),
+    (names.CREDIT_METHODS, credit.BALANCED),
+    (names.REWARD_NAMES, rewards.REWARDS),
+    (names.PROMPT_SOURCES, prompts.PROMPT_SOURCES),
+    (names.REMAT_POLICIES, {"none", *mmdit.REMAT_POLICIES}),
+    (names.ROLLOUTS, rollout.STATES),
+    (names.NORMALIZATIONS, advantages.ADVANTAGES),
+    (names.OBJECTIVES, losses.OBJECTIVES),
+    (names.RATIOS, ratio.RATIOS),
+    (names.TRUST_REGIONS, surrogate.TRUST_REGIONS),
+    (names.STEP_WEIGHTS, surrogate.STEP_WEIGHTS),
+    (names.LEVEL_DRAWS, schedule.LEVEL_DRAWS),
+    (names.UPDATES_BY, step._SHARES),
+    (names.LEARNING_RATE_SCHEDULES, state.SCHEDULES),
   ],
 )
 def test_names_that_the_config_knows_are_those_of_the_table(names, table):
@@ -182,10 +228,26 @@ def train_command(*arguments):
 
 
 def test_typo_on_the_command_line_is_refused_with_the_nearest_field():
-  done = train_command("--config=configs/tiny_text_tpgrpo.py", "--config.train.epoch=2")
+  done = train_command("--config=configs/tiny_text.py", "--config.train.epoch=2")
   assert done.returncode != 0
   assert "epoch" in done.stderr
   assert "Did you mean 'epochs'?" in done.stderr
+
+
+def test_unknown_method_ends_the_command_in_one_line_with_the_nearest_one():
+  done = train_command("--config", "configs/tiny_text.py:tempflw", "--config.train.epochs=2")
+  assert done.returncode == 1
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith(
+    "error: method='tempflw': unknown name. Did you mean 'tempflow'? Choices: "
+  )
+
+
+def test_method_for_a_recipe_that_has_none_ends_the_command_in_one_line():
+  done = train_command("--config=configs/tiny_text_pretrain.py:tempflow")
+  assert done.returncode == 1
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith("error: --config: this recipe knows no methods.")
 
 
 def test_unknown_key_in_a_recipe_ends_the_command_with_the_nearest_one(tmp_path):
@@ -203,6 +265,6 @@ def test_unknown_key_in_a_recipe_ends_the_command_with_the_nearest_one(tmp_path)
 
 
 def test_group_of_one_ends_the_command_with_its_message():
-  done = train_command("--config=configs/tiny_text_tpgrpo.py", "--config.train.group_size=1")
+  done = train_command("--config=configs/tiny_text.py", "--config.train.group_size=1")
   assert done.returncode != 0
   assert "train.group_size=1: must be at least 2" in done.stderr

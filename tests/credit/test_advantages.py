@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpgrpo_jax.config import fields
+from tpgrpo_jax.config import names
 from tpgrpo_jax.credit import advantages
 
 W, P, K = 3, 2, 4
@@ -166,7 +166,7 @@ def test_a_group_that_does_not_divide_the_batch_is_refused(normalize):
 
 
 def test_the_config_names_every_normalization():
-  assert set(advantages.ADVANTAGES) == set(fields.NORMALIZATIONS)
+  assert set(advantages.ADVANTAGES) == set(names.NORMALIZATIONS)
 
 
 @every_kind

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import credit
-from tpgrpo_jax.config import fields
+from tpgrpo_jax.config import names
 
 W, B = 5, 6
 REWARDS = hnp.arrays(np.int32, (W + 1, B), elements=st.integers(-12, 12)).map(
@@ -160,7 +160,7 @@ def test_shares_are_one_for_every_step_or_none(method, balanced):
 
 @pytest.mark.parametrize("table", [credit.CREDIT, credit.BALANCED])
 def test_the_config_names_every_method(table):
-  assert set(table) == set(fields.CREDIT_METHODS)
+  assert set(table) == set(names.CREDIT_METHODS)
 
 
 @in_both_tables

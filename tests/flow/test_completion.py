@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax.flow import completion, sampler, schedule, steps
-from tpgrpo_jax.types import Trajectory
+from tpgrpo_jax.types import Transitions
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "dpmpp_2m.npz"
 B, SHAPE, E = 3, (2, 2, 1), 5
@@ -42,19 +42,25 @@ def naive_velocity(x, sigma):
   return velocity(PARAMS, x, np.full(len(x), sigma), CONDITION)
 
 
-def naive_euler(x, grid):
+def naive_euler(x, grid, before=None):
+  del before  # one step remembers nothing
   for sigma, sigma_next in zip(grid[:-1], grid[1:]):
     x = x + naive_velocity(x, sigma) * (sigma_next - sigma)
   return x
 
 
-def naive_dpmpp_2m(x, grid):
+def naive_dpmpp_2m_history(x, grid, before=None):
   """DPM-Solver++(2M), Algorithm 2 of arXiv 2211.01095, with alpha = 1 - sigma.
 
-  First order in the first step, where nothing is remembered, in the last, and after sigma = 1.
+  First order in the last step, after sigma = 1, and in the first step unless `before` holds the (x, sigma)
+  of the evaluation before.
   """
   log_snr = lambda sigma: math.log((1 - sigma) / sigma)
   previous = previous_h = None
+  if before is not None:
+    past, level = before
+    previous = past - level * naive_velocity(past, level)
+    previous_h = math.inf if level == 1 else log_snr(grid[0]) - log_snr(level)
   for sigma, sigma_next in zip(grid[:-1], grid[1:]):
     data = x - sigma * naive_velocity(x, sigma)
     if sigma_next == 0:
@@ -69,7 +75,16 @@ def naive_dpmpp_2m(x, grid):
   raise ValueError("the grid does not end at 0")
 
 
-NAIVE = {"euler": naive_euler, "dpmpp_2m": naive_dpmpp_2m}
+def naive_dpmpp_2m(x, grid, before=None):
+  del before  # its first step remembers nothing
+  return naive_dpmpp_2m_history(x, grid)
+
+
+NAIVE = {
+  "euler": naive_euler,
+  "dpmpp_2m": naive_dpmpp_2m,
+  "dpmpp_2m_history": naive_dpmpp_2m_history,
+}
 
 
 def naive_grid(sigmas, first, num):
@@ -79,13 +94,23 @@ def naive_grid(sigmas, first, num):
   return [float(sigmas[round(first + i * (last - first) / num)]) for i in range(num + 1)]
 
 
+def transitions_of(x, velocity, sigma):
+  """The Transitions that hold these; other fields are not read."""
+  blank = jnp.zeros(0)
+  return Transitions(x, blank, velocity, blank, jnp.asarray(sigma, jnp.float32), blank, blank)
+
+
 def states(sigmas, start, window, seed=0):
-  """Float64 states x [W, B, ...] and the Trajectory that holds them; other fields are not read."""
+  """Float64 states x [W, B, ...] and the Transitions that hold them."""
   x = np.random.default_rng(seed).normal(size=(window, B, *SHAPE))
   v = np.stack([naive_velocity(x[k], sigmas[start + k]) for k in range(window)])
-  blank = jnp.zeros(0)
-  x32, v32 = float32((x, v))
-  return x, Trajectory(x32, blank, v32, blank, blank, blank, blank)
+  return x, transitions_of(*float32((x, v)), sigmas[start : start + window])
+
+
+def naive_completions(x, sigmas, start, grids, solver):
+  """Of every state in turn, each on its grid."""
+  before = lambda k: (x[k - 1], float(sigmas[start + k - 1])) if k else None
+  return np.stack([NAIVE[solver](x[k], grid, before(k)) for k, grid in enumerate(grids)])
 
 
 def complete(trajectory, plan, **options):
@@ -101,8 +126,9 @@ def assert_packed_equals_naive(num_steps, start, window, num, solver, plan_optio
     sigmas, start=start, window=window, steps=num, solver=solver, **(plan_options or {})
   )
   packed = complete(trajectory, plan, **options)
-  naive = [NAIVE[solver](x[k], naive_grid(sigmas, start + k, num)) for k in range(window)]
-  np.testing.assert_allclose(packed, np.stack(naive), atol=1e-5)
+  grids = [naive_grid(sigmas, start + k, num) for k in range(window)]
+  naive = naive_completions(x, sigmas, start, grids, solver)
+  np.testing.assert_allclose(packed, naive, atol=1e-5)
 
 
 # (T, start, W): the whole grid, odd and even longest lanes, a window in the middle, one that ends with
@@ -233,8 +259,7 @@ def assert_equals_diffusers(golden):
   for name in ("linear", "uneven"):
     sigmas = golden[f"{name}_sigmas"]
     levels = jnp.asarray(sigmas[:-1], jnp.float32).reshape(-1, 1, 1, 1, 1)
-    blank = jnp.zeros(0)
-    trajectory = Trajectory(x, blank, golden_velocity(x, levels), blank, blank, blank, blank)
+    trajectory = transitions_of(x, golden_velocity(x, levels), sigmas[:-1])
     plan = completion.plan(sigmas, start=0, window=len(x), solver="dpmpp_2m")
     done = completion.complete(fn, (), trajectory, jnp.zeros((x.shape[1], 1)), plan)
     # Both in float32, eight steps of a flow that stretches differences a few times.
@@ -268,9 +293,8 @@ def test_solver_has_its_order_on_an_exact_flow(solver, order):
   for num_steps in (64, 128):
     sigmas = np.linspace(0.9, 0.0, num_steps + 1)
     x = jnp.ones((1, 1, 1, 1, 1))
-    blank = jnp.zeros(0)
     v = gaussian_flow((), x[0], jnp.float32([0.9]), None)[None]
-    trajectory = Trajectory(x, blank, v, blank, blank, blank, blank)
+    trajectory = transitions_of(x, v, sigmas[:1])
     plan = completion.plan(sigmas, start=0, window=1, solver=solver)
     done = completion.complete(gaussian_flow, (), trajectory, jnp.zeros((1, 1)), plan)
     exact = S / math.sqrt((0.1 * S) ** 2 + 0.9**2)
@@ -282,3 +306,68 @@ def test_solver_has_its_order_on_an_exact_flow(solver, order):
 def test_unknown_solver_is_refused():
   with pytest.raises(ValueError, match="completion.solver='heun'.*euler, dpmpp_2m"):
     completion.plan(schedule.linear_sigmas(4), start=0, window=2, solver="heun")
+
+
+# T = 16. The state that follows step k of G2RPO's anchor is number k + 1; these are the levels at which its
+# public code evaluates the model, enumerated by hand; the image is x - sigma v at the last of them.
+@pytest.mark.parametrize(
+  "k, stride, evaluated",
+  [
+    (0, 1, range(1, 16)),
+    (7, 1, range(8, 16)),
+    (0, 2, [1, 2, 4, 6, 8, 10, 12, 14]),
+    (1, 2, [2, 3, 5, 7, 9, 11, 13]),
+    (6, 2, [7, 8, 10, 12, 14]),
+    (7, 2, [8, 9, 11, 13]),
+    (0, 3, [1, 2, 5, 8, 11]),
+  ],
+)
+def test_strided_grid_is_that_of_g2rpo(k, stride, evaluated):
+  sigmas = schedule.shift_sigmas(schedule.linear_sigmas(16), 3.0)
+  grid = completion.stride_grid(sigmas, start=k + 1, stride=stride)
+  np.testing.assert_array_equal(grid, [*sigmas[list(evaluated)], 0.0])
+
+
+def test_strided_completions_take_as_many_evaluations_as_g2rpos():
+  counts = [
+    [len(completion.stride_grid(np.arange(17.0), start=k + 1, stride=g)) - 1 for k in range(8)]
+    for g in (1, 2, 3)
+  ]
+  assert counts == [
+    [15, 14, 13, 12, 11, 10, 9, 8],
+    [8, 7, 7, 6, 6, 5, 5, 4],
+    [5, 5, 5, 4, 4, 4, 3, 3],
+  ]
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_stride_of_one_is_the_whole_rest_of_the_grid(start):
+  sigmas = schedule.sd3_sigmas(8)
+  grid = completion.stride_grid(sigmas, start=start, stride=1)
+  np.testing.assert_array_equal(grid, sigmas[start:])
+
+
+@pytest.mark.parametrize("solver", completion.SOLVERS)
+@pytest.mark.parametrize("strides", [(1, 2), (3, 1, 2)])
+def test_strided_packed_completions_equal_naive_loop(strides, solver):
+  """Those of each stride follow those of the one before."""
+  num_steps, start, window = 9, 1, 5
+  sigmas = schedule.sd3_sigmas(num_steps)
+  x, trajectory = states(sigmas, start, window)
+  plan = completion.plan(sigmas, start=start, window=window, strides=strides, solver=solver)
+  packed = complete(trajectory, plan).reshape(len(strides), window, B, *SHAPE)
+  for stride, found in zip(strides, packed, strict=True):
+    # Points of the grid by number: the state's own, the next, and every so many-th, without the last.
+    rest = [list(range(start + k + 1, num_steps + 1, stride))[:-1] for k in range(window)]
+    grids = [[*sigmas[[start + k, *rest[k]]], 0.0] for k in range(window)]
+    naive = naive_completions(x, sigmas, start, grids, solver)
+    np.testing.assert_allclose(found, naive, atol=1e-5)  # as above
+
+
+def test_a_remembered_evaluation_changes_the_completions_that_have_one():
+  sigmas = schedule.sd3_sigmas(8)
+  _, trajectory = states(sigmas, 2, 4)
+  plans = [completion.plan(sigmas, start=2, window=4, solver=s) for s in completion.SOLVERS[1:]]
+  forgetful, remembering = (complete(trajectory, plan) for plan in plans)
+  changed = np.abs(forgetful - remembering).reshape(4, -1).max(1)
+  assert (changed > 1e-3).tolist() == [False, True, True, True]

@@ -94,7 +94,8 @@ def test_steps_before_the_window_are_ode_steps(start):
 @pytest.mark.parametrize("start", [0, 2, 3])
 def test_steps_after_the_window_are_ode_steps(start):
   trajectory = sample(KEY, start)
-  after = ode(trajectory.x_next[-1], first=start + W) if start + W < T else trajectory.x_next[-1]
+  last = trajectory.x_next[-1, :, 0]
+  after = ode(last, first=start + W) if start + W < T else last
   np.testing.assert_allclose(trajectory.final, after, rtol=2e-6, atol=1e-6)
 
 
@@ -104,12 +105,12 @@ def test_every_step_of_the_window_is_noisy():
     trajectory.x
     + trajectory.velocity * (trajectory.sigma_next - trajectory.sigma)[:, None, None, None, None]
   )
-  assert np.all(np.abs(trajectory.x_next - euler).max((2, 3, 4)) > 1e-3)
+  assert np.all(np.abs(trajectory.x_next[:, :, 0] - euler).max((2, 3, 4)) > 1e-3)
 
 
 def test_states_of_the_window_follow_each_other():
   trajectory = sample(KEY, 2)
-  np.testing.assert_array_equal(trajectory.x[1:], trajectory.x_next[:-1])
+  np.testing.assert_array_equal(trajectory.x[1:], trajectory.x_next[:-1, :, 0])
 
 
 def test_levels_of_the_window_are_those_of_the_grid():
@@ -159,7 +160,7 @@ def test_log_ratio_of_an_update_is_exactly_zero_on_policy(dynamics, shape):
 
   trajectory = rollout(kernel, jnp.asarray(SIGMAS, jnp.float32))
   (_, log_ratio), gradient = update(kernel, trajectory)
-  np.testing.assert_array_equal(log_ratio, np.zeros((W, shape[0])))
+  np.testing.assert_array_equal(log_ratio, np.zeros((W, shape[0], 1)))
   assert np.all(np.abs(gradient).max((1, 2)) > 0)
 
 
@@ -169,10 +170,130 @@ def test_gradient_of_the_score_is_that_of_the_log_prob(dynamics):
   step = functools.partial(step, noise_level=0.7)
   x, velocity = X_INIT, X_INIT[::-1]
   x_next, sigma, sigma_next = 0.5 * X_INIT, jnp.float32(0.6), jnp.float32(0.4)
-  scored = lambda v: sampler.score(step, log_prob, x, x_next, v, sigma, sigma_next).sum()
+  members = x_next[:, None]
+  scored = lambda v: sampler.score(step, log_prob, x, members, v, sigma, sigma_next).sum()
   direct = lambda v: log_prob(x_next, step(x, v, sigma, sigma_next)).sum()
   gradient = jax.jit(jax.grad(direct))(velocity)
   np.testing.assert_allclose(jax.jit(jax.grad(scored))(velocity), gradient, rtol=1e-5, atol=1e-6)
+
+
+LEVELS = (
+  jnp.array([0.9, 0.6, 0.5, 0.3]),
+  jnp.array([0.7, 0.4, 0.45, 0.2]),
+)  # of each of the B states
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_score_at_a_level_for_each_state_equals_one_state_at_a_time(dynamics):
+  step, log_prob = DYNAMICS[dynamics]
+  bound = functools.partial(sampler.score, functools.partial(step, noise_level=0.7), log_prob)
+  x_next = jax.random.normal(jax.random.key(3), (B, 3, *SHAPE))
+  states, pairs = (X_INIT, x_next, X_INIT[::-1]), list(zip(*LEVELS))
+  together = bound(*states, *LEVELS)
+  alone = [bound(*(a[b : b + 1] for a in states), *pairs[b]) for b in range(B)]
+  # Two programs, of log-probs up to about 40: a few ulps.
+  np.testing.assert_allclose(together, np.concatenate(alone), rtol=2e-6)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_score_of_members_equals_one_member_at_a_time(dynamics):
+  step, log_prob = DYNAMICS[dynamics]
+  bound = functools.partial(sampler.score, functools.partial(step, noise_level=0.7), log_prob)
+  x_next = jax.random.normal(jax.random.key(3), (B, 5, *SHAPE))
+  rest = (X_INIT[::-1], jnp.float32(0.6), jnp.float32(0.4))
+  alone = [bound(X_INIT, x_next[:, m : m + 1], *rest) for m in range(5)]
+  np.testing.assert_allclose(bound(X_INIT, x_next, *rest), np.concatenate(alone, 1), rtol=2e-6)
+
+
+def test_score_is_nan_where_a_level_does_not_fall():
+  step = functools.partial(steps.sde_step, noise_level=0.7, sigma_max=0.9)
+  sigma, sigma_next = LEVELS[0], LEVELS[1].at[2].set(LEVELS[0][2])
+  states = (X_INIT, X_INIT[:, None], X_INIT)
+  assert np.isnan(sampler.score(step, steps.gaussian_log_prob, *states, sigma, sigma_next)).all()
+
+
+COPIES = 2
+SHARED = jnp.repeat(X_INIT[:2], COPIES, axis=0)
+SHARED_CONDITION = jnp.repeat(CONDITION[:2], COPIES)
+
+
+@functools.partial(jax.jit, static_argnames=("copies", "model", "dtype"))
+def sample_shared(start, copies, model=velocity_fn, condition=SHARED_CONDITION, dtype="float32"):
+  step = functools.partial(steps.cps_step, noise_level=0.7)
+  return sampler.sample_trajectory(
+      model, step, steps.cps_log_prob, PARAMS, KEY, SHARED, condition,
+      sigmas=SIGMAS, start=start, window=W, copies=copies, dtype=dtype,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [0, 2, 3])
+@pytest.mark.parametrize("copies", [COPIES, B])
+def test_trajectories_do_not_depend_on_what_copies_share(start, copies):
+  condition = jnp.repeat(SHARED_CONDITION[:1], B) if copies == B else SHARED_CONDITION
+  x = jnp.repeat(SHARED[:1], B, axis=0) if copies == B else SHARED
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(copies, start):
+    step = functools.partial(steps.cps_step, noise_level=0.7)
+    return sampler.sample_trajectory(
+        velocity_fn, step, steps.cps_log_prob, PARAMS, KEY, x, condition,
+        sigmas=SIGMAS, start=start, window=W, copies=copies,
+    )  # fmt: skip
+
+  # A matrix product of fewer rows may be summed in another order: a few ulps over T steps.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
+  jax.tree.map(close, run(copies, start), run(1, start))
+
+
+@pytest.mark.parametrize("start", [0, 2, 3])
+def test_copies_are_evaluated_once_until_the_window_begins(start):
+  rows = []
+
+  def counting(params, x, sigma, condition):
+    jax.debug.callback(lambda: rows.append(len(x)))
+    return velocity_fn(params, x, sigma, condition)
+
+  jax.block_until_ready(sample_shared(jnp.int32(start), COPIES, counting))
+  jax.effects_barrier()
+  assert sorted(rows) == sorted([B // COPIES] * start + [B] * (T - start))
+
+
+def test_what_all_copies_share_of_a_condition_stays_whole():
+  one = lambda params, x, sigma, condition: velocity_fn(params, x, sigma, condition[0])
+  found = sample_shared(2, COPIES, one, condition=jnp.full((1,), 0.5))
+  wanted = sample_shared(2, COPIES, condition=jnp.full(B, 0.5))
+  np.testing.assert_allclose(found.final, wanted.final, rtol=1e-5, atol=2e-6)  # as above
+
+
+@pytest.fixture(scope="module")
+def rounded():
+  return sample_shared(2, 1, dtype="bfloat16")
+
+
+def test_rounded_latents_are_those_that_their_dtype_can_hold(rounded):
+  for latents in (rounded.x, rounded.x_next, rounded.final):
+    assert latents.dtype == jnp.float32
+    np.testing.assert_array_equal(latents, latents.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_rounded_states_follow_each_other(rounded):
+  np.testing.assert_array_equal(rounded.x[1:], rounded.x_next[:-1, :, 0])
+
+
+def test_log_prob_scores_the_rounded_states(rounded):
+  step = functools.partial(steps.cps_step, noise_level=0.7)
+  for k in range(W):
+    gaussian = step(rounded.x[k], rounded.velocity[k], rounded.sigma[k], rounded.sigma_next[k])
+    wanted = steps.cps_log_prob(rounded.x_next[k, :, 0], gaussian)
+    # Of float32; a state that were not rounded would be off by 4e-3 of its size.
+    np.testing.assert_allclose(rounded.log_prob[k, :, 0], wanted, rtol=1e-5)
+
+
+def test_velocity_of_rounded_states_is_the_models_output_there(rounded):
+  for k in range(W):
+    levels = jnp.full(B, rounded.sigma[k])
+    wanted = velocity_fn(PARAMS, rounded.x[k], levels, SHARED_CONDITION)
+    np.testing.assert_allclose(rounded.velocity[k], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)

@@ -152,3 +152,106 @@ def test_every_window_of_the_range_is_drawn_equally_often():
 def test_one_generator_draws_one_window():
   draws = [schedule.draw_window(np.random.default_rng(7), (0, 2), (0, 9)) for _ in range(2)]
   assert draws[0] == draws[1]
+
+
+def starts_of(epochs, **options):
+  windows = [schedule.progressive_window(epoch, **options) for epoch in range(epochs)]
+  assert {end - start for start, end in windows} == {4}
+  return [start for start, _ in windows]
+
+
+# MixGRPO's 4 of 25 steps, moved every 25 epochs; the caller passes T - 1 where the last step has no noise.
+@pytest.mark.parametrize("num_steps, places", [(25, 22), (24, 21)])
+def test_progressive_window_visits_every_place_in_order_then_begins_again(num_steps, places):
+  starts = starts_of(25 * places + 50, window=(0, 4), num_steps=num_steps, every=25)
+  assert starts == [*np.repeat(range(places), 25), *np.repeat([0, 1], 25)]
+  assert max(starts) + 4 == num_steps
+
+
+def test_progressive_window_begins_again_at_its_own_first_place():
+  assert starts_of(7, window=(3, 7), num_steps=9, every=1) == [3, 4, 5, 3, 4, 5, 3]
+
+
+def test_progressive_window_that_fills_the_grid_stays():
+  assert starts_of(3, window=(0, 4), num_steps=4, every=1) == [0, 0, 0]
+
+
+def test_all_steps_of_the_window_are_taken_where_none_are_drawn():
+  rng = np.random.default_rng(0)
+  before = rng.bit_generator.state
+  np.testing.assert_array_equal(schedule.draw_steps(rng, (2, 6), 0), [2, 3, 4, 5])
+  assert rng.bit_generator.state == before
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 5), st.integers(1, 8), st.data())
+def test_drawn_steps_are_distinct_ascending_and_of_the_window(start, length, data):
+  count = data.draw(st.integers(1, length))
+  rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+  drawn = schedule.draw_steps(rng, (start, start + length), count)
+  assert len(drawn) == count
+  assert np.all(np.diff(drawn) > 0)
+  assert start <= drawn[0] and drawn[-1] < start + length
+
+
+def test_every_step_of_the_window_is_drawn_equally_often():
+  rng = np.random.default_rng(0)
+  drawn = np.concatenate([schedule.draw_steps(rng, (1, 6), 2) for _ in range(2000)])
+  counts = np.bincount(drawn, minlength=6)
+  assert counts[0] == 0
+  np.testing.assert_allclose(counts[1:], 800, atol=110)  # sqrt(2000 .4 .6) = 22; 5 of those
+
+
+FOURTEEN = schedule.sd3_sigmas(14)
+
+
+def numbers_of(levels, sigmas=FOURTEEN):
+  """Which entries of the grid the levels are."""
+  found = np.asarray(levels)[..., None] == sigmas.astype(np.float32)
+  assert found.any(-1).all()
+  return found.argmax(-1)
+
+
+@pytest.mark.parametrize("count", [1, 4, 11])
+def test_permuted_levels_are_distinct_levels_of_the_window_for_each_sample(count):
+  levels = schedule.permuted_levels(np.random.default_rng(0), FOURTEEN, (1, 12), count, 64)
+  assert (levels.shape, levels.dtype) == ((count, 64), np.float32)
+  for sample in numbers_of(levels).T:
+    assert len({*sample}) == count
+    assert {*sample} <= {*range(1, 12)}
+
+
+def test_permuted_levels_are_each_samples_own_and_in_random_order():
+  levels = schedule.permuted_levels(np.random.default_rng(0), FOURTEEN, (1, 12), 11, 64)
+  assert len({*map(tuple, numbers_of(levels).T)}) == 64  # of 11! orders
+
+
+def test_permuted_levels_take_every_place_equally_often():
+  levels = schedule.permuted_levels(np.random.default_rng(0), FOURTEEN, (1, 12), 3, 11_000)
+  counts = [np.bincount(row, minlength=12)[1:] for row in numbers_of(levels)]
+  np.testing.assert_allclose(counts, 1000, atol=5 * 30)  # sqrt(1000 10 / 11) = 30.2; 5 of those
+
+
+# AWM: T = 14, the first level and the last two left out, one level of each of six parts.
+PARTS = [{1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]
+
+
+def test_stratified_levels_come_one_from_each_part_and_every_level_comes():
+  rng, seen = np.random.default_rng(0), [set() for _ in PARTS]
+  for _ in range(100):
+    levels = schedule.stratified_levels(rng, FOURTEEN, (1, 12), 6, 3)
+    assert levels.shape == (6, 3)
+    for found, row in zip(seen, numbers_of(levels), strict=True):
+      found.update(row.tolist())
+  assert seen == PARTS
+
+
+def test_stratified_levels_are_the_same_for_all_samples():
+  levels = schedule.stratified_levels(np.random.default_rng(1), FOURTEEN, (1, 12), 6, 5)
+  np.testing.assert_array_equal(levels, np.broadcast_to(levels[:, :1], levels.shape))
+
+
+@pytest.mark.parametrize("name", schedule.LEVEL_DRAWS)
+def test_as_many_levels_as_the_window_has_are_all_of_them(name):
+  levels = schedule.LEVEL_DRAWS[name](np.random.default_rng(0), FOURTEEN, (2, 9), 7, 4)
+  np.testing.assert_array_equal(np.sort(numbers_of(levels), axis=0).T, [range(2, 9)] * 4)

@@ -90,6 +90,66 @@ def test_levels_per_sample_equal_one_level_at_a_time(name):
     np.testing.assert_array_equal(jnp.ravel(together.std)[b], alone.std)
 
 
+GRID, OWN = np.float32([0.8, 0.6, 0.3]), jnp.asarray([0.9, 0.5, 0.2])
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_step_with_its_own_level_is_the_step_with_that_scalar_level(name):
+  x, velocity, _, _ = random_inputs()
+  step = steps.with_levels(NOISY[name], GRID, OWN)
+  for sigma, level in zip(GRID, OWN):
+    found = step(x, velocity, jnp.float32(sigma), jnp.float32(sigma - 0.1))
+    wanted = NOISY[name](
+      x, velocity, jnp.float32(sigma), jnp.float32(sigma - 0.1), noise_level=level
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_samples_at_several_steps_take_the_level_of_their_own(name):
+  x, velocity, _, _ = random_inputs()
+  order = np.array([2, 0, 1])
+  sigma = jnp.asarray(GRID[order])
+  together = steps.with_levels(NOISY[name], GRID, OWN)(x, velocity, sigma, sigma - 0.1)
+  for b, k in enumerate(order):
+    alone = NOISY[name](
+        x[b : b + 1], velocity[b : b + 1], sigma[b], sigma[b] - 0.1, noise_level=OWN[k]
+    )  # fmt: skip
+    np.testing.assert_array_equal(together.mean[b], alone.mean[0])
+    np.testing.assert_array_equal(jnp.ravel(together.std)[b], jnp.squeeze(alone.std))
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_step_has_no_level_off_its_steps(name):
+  x, velocity, _, _ = random_inputs()
+  step = steps.with_levels(NOISY[name], GRID, OWN)
+  off = step(x, velocity, jnp.array([0.8, 0.7, 0.3]), jnp.array([0.5, 0.5, 0.2]))
+  lost = [np.isnan(off.mean).all((1, 2, 3)), np.isnan(jnp.ravel(off.std))]
+  assert [each.tolist() for each in lost] == [[False, True, False]] * 2
+  assert np.isnan(off.mean).any((1, 2, 3)).tolist() == [False, True, False]
+
+
+def test_sensitivity_of_the_ode_step_is_the_size_of_dt():
+  found = steps.sensitivity(steps.ode_step, jnp.float32(0.6), jnp.float32(0.35))
+  np.testing.assert_allclose(found, 0.25, rtol=1e-6)
+
+
+# The coefficient of v in each mean, as its paper writes it.
+SENSITIVITIES = {
+  "sde": lambda s, n, a: (s - n) * (1 + a**2 * s / (1 - s) * (1 - s) / (2 * s)),
+  "cps": lambda s, n, a: (1 - n) * s - (n**2 - (n * np.sin(a * np.pi / 2)) ** 2) ** 0.5 * (1 - s),
+  "dance": lambda s, n, a: (s - n) * (1 + a**2 * (1 - s) / (2 * s)),
+}
+
+
+@pytest.mark.parametrize("sigma, sigma_next", [(0.8, 0.6), (0.5, 0.1), (0.3, 0.0)])
+@pytest.mark.parametrize("name", NOISY)
+def test_sensitivity_is_the_coefficient_of_the_velocity(name, sigma, sigma_next):
+  step = functools.partial(NOISY[name], noise_level=0.7)
+  found = steps.sensitivity(step, jnp.float32(sigma), jnp.float32(sigma_next))
+  np.testing.assert_allclose(found, abs(SENSITIVITIES[name](sigma, sigma_next, 0.7)), rtol=2e-6)
+
+
 @pytest.mark.parametrize("name", NOISY)
 def test_std_is_the_spread_of_the_draws(name):
   x, velocity = jnp.ones((1, 200, 200, 1)), jnp.zeros((1, 200, 200, 1))

@@ -22,7 +22,7 @@ from tpgrpo_jax.forecasting import forecast, lowering, reward_program
 from tpgrpo_jax.training import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
-RECIPE = "configs/tiny_text_tpgrpo.py"
+RECIPE = "configs/tiny_text.py"
 # Small enough to compile in seconds.
 SHORT = (
   "--config.train.microbatch=8",
@@ -120,8 +120,53 @@ def test_arguments_are_the_bytes_of_weights_and_batch():
   found = compiled.memory_analysis()
   assert found.argument_size_in_bytes == lowering.bytes_per_device((args, kwargs))
   # What the sampler gives lies as the update is told that it lies.
-  said = jax.tree.map(lambda leaf: leaf.sharding.spec, lowering.trajectory(plan))
+  said = jax.tree.map(lambda leaf: leaf.sharding.spec, lowering.transitions(plan))
   assert jax.tree.map(lambda sharding: sharding.spec, compiled.output_shardings[0]) == said
+
+
+FORMS = {
+  "trajectory": {},
+  "bfloat16": {"sampler": {"latents": "bfloat16"}},
+  "branch": {"sampler": {"rollout": "branch", "branches": 4}, "credit": {"method": "branch"}},
+  "ode": {
+    "sampler": {"rollout": "ode"},
+    "credit": {"method": "flow_grpo"},
+    "loss": {"objective": "nft", "clip_range": 0.0},
+  },
+}
+
+
+def form_of(name):
+  config = small_config()
+  for group, changes in FORMS[name].items():
+    part = dataclasses.replace(getattr(config, group), **changes)
+    config = dataclasses.replace(config, **{group: part})
+  return config
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("devices", [1, 4])
+def test_transitions_have_the_shapes_that_the_rollout_gives(name, devices):
+  config = form_of(name)
+  plan = lowering.open_plan(config, mesh_lib.make_mesh(config.mesh, jax.devices()[:devices]))
+  with jax.set_mesh(plan.mesh):
+    function, args, kwargs = lowering.rollout_program(plan)
+    real, images = jax.eval_shape(function, *args, **kwargs)
+  shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+  assert shapes(real) == shapes(lowering.transitions(plan))
+  assert images.shape[0] * images.shape[1] == plan.images
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_update_takes_what_the_rollout_gives(name):
+  config = form_of(name)
+  plan = lowering.open_plan(config, mesh_lib.make_mesh(config.mesh, jax.devices()[:4]))
+  with jax.set_mesh(plan.mesh):
+    function, args, kwargs = lowering.update_program(plan)
+    after, metrics = jax.eval_shape(function, *args, **kwargs)
+  same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)
+  assert jax.tree.all(jax.tree.map(same, after, plan.state))
+  assert metrics["loss"].shape == ()
 
 
 def test_states_and_weights_have_the_bytes_of_real_ones():

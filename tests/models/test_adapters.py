@@ -10,8 +10,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
+from tpgrpo_jax.config import model_fields
 from tpgrpo_jax.models import flux, hf, lora, mmdit
 
 RANK, ALPHA = 3, 12.0
@@ -30,7 +30,7 @@ CONFIG = mmdit.MMDiTConfig(
   dual_attention_layers=(0,),
   qk_norm="rms_norm",
 )
-EVERY_KIND = (*config_lib.REFERENCE_LORA_TARGETS, "ff.net.0.proj", "norm1.linear", "proj_out")
+EVERY_KIND = (*model_fields.REFERENCE_LORA_TARGETS, "ff.net.0.proj", "norm1.linear", "proj_out")
 TOLERANCE = 1e-4  # float32 sums in another order than torch's
 
 
@@ -366,7 +366,7 @@ def run_theirs(model, inputs):
 @pytest.mark.parity
 @pytest.mark.parametrize("through", ["pipeline", "transformer"])
 @pytest.mark.parametrize(
-  "targets", [config_lib.REFERENCE_LORA_TARGETS, (*EVERY_KIND, "pos_embed.proj")]
+  "targets", [model_fields.REFERENCE_LORA_TARGETS, (*EVERY_KIND, "pos_embed.proj")]
 )
 def test_diffusers_gives_our_output_with_our_adapters(theirs, weights, tmp_path, through, targets):
   diffusers = pytest.importorskip("diffusers")

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
+from tpgrpo_jax.config import model_fields
 from tpgrpo_jax.models import hf, lora, mmdit
 
 RANK, ALPHA = 3, 12.0
-TARGETS = config_lib.REFERENCE_LORA_TARGETS
+TARGETS = model_fields.REFERENCE_LORA_TARGETS
 SIZES = mmdit.MMDiTConfig(
   sample_size=8,
   patch_size=2,

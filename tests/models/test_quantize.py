@@ -10,6 +10,7 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
+from tpgrpo_jax.config import model_fields
 from tpgrpo_jax.models import flux, lora, mmdit, quantize
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -69,7 +70,7 @@ def abstract(name):
   def create():
     kind = flux.Flux if name == "flux" else mmdit.MMDiT
     model = kind(CONFIGS[name], remat="full", rngs=nnx.Rngs(0))
-    targets = config_lib.REFERENCE_LORA_TARGETS
+    targets = model_fields.REFERENCE_LORA_TARGETS
     lora.add_lora(model, jax.random.key(0), rank=2, alpha=4.0, init="gaussian", targets=targets)
     return model
 

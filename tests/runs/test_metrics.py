@@ -62,13 +62,17 @@ def test_colour_counts_by_its_brightness():
   assert statistics_of(image)["image/mean"] == pytest.approx(1 / 3)
 
 
-def row_of(completion_reward, is_turning_point=None, advantage=None, group_size=2):
+LAST, MEMBERS = slice(-1, None), slice(1, None)  # what is compared of trajectories, of branches
+
+
+def row_of(completion_reward, is_turning_point=None, advantage=None, group_size=2, compared=LAST):
   reward = np.asarray(completion_reward, np.float32)
   window, batch = len(reward) - 1, reward.shape[1]
   turning = np.zeros((window, batch), bool) if is_turning_point is None else is_turning_point
   rollout = types.SimpleNamespace(
-    completion_reward=reward,
-    rewards={"mine": 2 * reward},
+    completion_reward=reward[None],
+    rewards={"mine": 2 * reward[None]},
+    compared=compared,
     statistics=metrics.statistics_of_each(images_of(*[np.zeros((2, 2))] * batch)),
   )
   advantage = np.zeros((window, batch)) if advantage is None else advantage
@@ -81,6 +85,14 @@ def test_reward_is_that_of_the_finished_images():
   assert row["reward/mean"] == 2.0
   assert row["reward/std"] == pytest.approx(3.5**0.5)
   assert row["reward/mine/mean"] == 4.0
+
+
+def test_reward_of_branches_is_that_of_all_members_and_not_of_their_anchor():
+  row = row_of([[9, 9, 9, 9], [0, 1, 2, 5], [2, 2, 2, 2]], compared=MEMBERS)
+  assert row["reward/mean"] == 2.0
+  assert row["reward/mine/mean"] == 4.0
+  assert row["group/zero_spread"] == 0.5  # both groups of the second step
+  assert row["completion_reward/0"] == 9.0
 
 
 def test_spread_within_groups_and_groups_without_any():

@@ -76,6 +76,22 @@ def test_fields_that_change_no_result_may_differ(tmp_path, field, changes):
   run_folder.check_config(tmp_path, replaced(field, **changes))
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_other_length_is_refused_where_the_learning_rate_falls_towards_the_last_epoch(
+  tmp_path, schedule
+):
+  falling = replaced("optimizer", schedule=schedule)
+  save_trained(tmp_path, falling)
+  run_folder.check_config(tmp_path, falling)
+  longer = dataclasses.replace(falling, train=dataclasses.replace(falling.train, epochs=999))
+  with pytest.raises(ValueError) as error:
+    run_folder.check_config(tmp_path, longer)
+  assert (
+    f"train.epochs: the run has 100, you ask for 999; optimizer.schedule={schedule!r} falls until then"
+    in str(error.value)
+  )
+
+
 def test_damaged_config_is_named(tmp_path):
   save_trained(tmp_path, CONFIG)
   (tmp_path / "config.json").write_text('{"seed": ')

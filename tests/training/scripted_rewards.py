@@ -51,6 +51,17 @@ def make():
   return reward
 
 
+def make_contrast():
+  """Scores the spread of brightness, in steps of 1 / 1000 too."""
+
+  def reward(images, prompts, metadata):
+    del prompts, metadata
+    scores = np.round(images.std(axis=(1, 2, 3)) / 255.0, 3).astype(np.float32)
+    return scores, {}
+
+  return reward
+
+
 def nan_credit(completion_reward):
   """A credit method with a mistake: one sample's reward is not a number."""
   steps = completion_reward[1:].at[0, 1].set(jnp.nan)

@@ -9,9 +9,10 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
-from tpgrpo_jax.config import fields
+from tpgrpo_jax.config import names
 from tpgrpo_jax.models import hf
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import build, rollout
+from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
 LORA = config_lib.Lora(rank=2, alpha=4.0, targets=("attn.to_q", "attn.to_out.0"))
@@ -117,6 +118,7 @@ def test_guidance_moves_away_from_the_empty_prompt(config_in, full):
 PAPER = {
   "sampler": config_lib.Sampler(num_steps=10, window=(0, 9)),
 }
+BRANCH = config_lib.Sampler(rollout="branch", branches=4, num_steps=10, window=(0, 9))
 
 
 @pytest.mark.parametrize(
@@ -129,20 +131,113 @@ PAPER = {
     ({"sampler.guidance_scale": 4.5}, 110),
     ({"sampler.window": (5, 9)}, 10 + 4 * 3),  # 4 | 3 + 1 | 2 and two idle slots
     ({"completion.lanes_per_chunk": 2}, 10 + 9 * 6),  # five lanes, and an idle one
+    # The steps 0, 1, 2 at the beginning fit three lanes of nine, as those of every other place do.
     ({"sampler.window": (0, 3), "sampler.window_range": (0, 9)}, 10 + 9 * 3),
+    ({"sampler": BRANCH, "credit.method": "branch"}, 45 + 10 / 4),
+    ({"sampler": BRANCH, "credit.method": "branch", "completion.steps": 1}, 9 + 10 / 4),
   ],
 )
 def test_evaluations_per_sample_are_those_of_the_methods_price_list(config_in, full, fields, count):
   config = config_in("unused", PAPER | fields)
-  plan = method_lib.build_plan(config, method_of(config, full), config.sampler.window[0])
-  assert method_lib.evaluations_per_sample(config, plan) == count
+  method = method_of(config, full)
+  place = np.arange(*config.sampler.window)
+  plan = method_lib.build_plan(config, method, place)
+  assert method_lib.evaluations_per_sample(config, method, plan, place) == count
+
+
+def counted_evaluations(config, model):
+  """Evaluations of the model in a rollout's program, a sample: (those that run, what is said)."""
+  rows = []
+
+  def counting(params, x, sigma, condition):
+    jax.debug.callback(lambda: rows.append(len(x)))
+    return x * sigma.reshape(-1, 1, 1, 1)
+
+  model = dataclasses.replace(model, velocity_fn=counting)
+  method = method_of(config, model)
+  place = method_lib.draw_place(config, 0, 0).astype(np.int32)
+  plan = method_lib.build_plan(config, method, place)
+  batch, members = config.train.microbatch, method.members
+  group = jnp.zeros((batch // members, 2), jnp.int32)
+  condition = method_lib.build_condition(config, model, ["CAT"] * len(group))
+  mesh = jax.make_mesh((1, 1, 1), mesh_lib.AXES, devices=jax.devices()[:1],
+                       axis_types=(jax.sharding.AxisType.Auto,) * 3)  # fmt: skip
+  with jax.set_mesh(mesh):
+    sample = rollout.make_rollout_fn(config, model, method)
+    params = model.params(model.trainable)
+    jax.block_until_ready(sample(params, jax.random.key(0), 0, group, condition, place, plan))
+  jax.effects_barrier()
+  return sum(rows) / batch, method_lib.evaluations_per_sample(config, method, plan, place)
+
+
+LATE = config_lib.Sampler(num_steps=6, window=(3, 5), same_latent=True)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    {"completion.steps": 2},
+    {"completion.strides": (1, 2)},
+    {"completion.lanes_per_chunk": 2},
+    {"sampler.guidance_scale": 2.0},
+    {"sampler": LATE},
+    {"sampler": LATE, "credit.method": "flow_grpo"},
+    {"sampler": BRANCH, "credit.method": "branch"},
+    {"sampler": BRANCH, "credit.method": "branch", "train.microbatch": 6},
+    {
+      "sampler": dataclasses.replace(BRANCH, branch_steps=2),
+      "credit.method": "branch",
+      "completion.strides": (2, 1),
+    },
+    {
+      "sampler": config_lib.Sampler(rollout="ode", num_steps=5, window=(0, 4)),
+      "credit.method": "flow_grpo",
+    },
+  ],
+  ids=str,
+)
+def test_evaluations_per_sample_are_those_of_the_program(config_in, full, fields):
+  config = config_in("unused", {"sampler": config_lib.Sampler(num_steps=6, window=(0, 4))} | fields)
+  ran, said = counted_evaluations(config, full)
+  assert said == pytest.approx(ran, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+  "batch, shards, members",
+  [(16, 1, 4), (8, 1, 4), (8, 2, 4), (8, 4, 2), (8, 8, 1), (6, 1, 2), (6, 2, 1), (24, 8, 1)],
+)
+def test_members_of_a_batch_divide_it_and_leave_every_shard_as_many_states(
+  config_in, full, batch, shards, members
+):
+  fields = {"sampler": BRANCH, "credit.method": "branch", "train.microbatch": batch}
+  method = method_lib.build_method(config_in("unused", fields), full, shards=shards)
+  assert method.members == members
+
+
+def test_plans_of_all_drawn_steps_have_one_shape(config_in, full):
+  sampler = dataclasses.replace(BRANCH, num_steps=7, window=(0, 6), branch_steps=3)
+  config = config_in("unused", {"sampler": sampler, "credit.method": "branch"})
+  method = method_of(config, full)
+  places = [method_lib.draw_place(config, epoch, 0) for epoch in range(20)]
+  assert len({tuple(place) for place in places}) > 5
+  shapes = {
+    tuple(np.shape(leaf) for leaf in jax.tree.leaves(method_lib.build_plan(config, method, place)))
+    for place in places
+  }
+  assert len(shapes) == 1
 
 
 def test_plans_of_all_drawn_windows_have_one_shape(config_in, full):
   config = config_in("unused", {"sampler": config_lib.Sampler(window=(0, 3), window_range=(1, 8))})
   method = method_of(config, full)
   shapes = {
-    tuple(leaf.shape for leaf in jax.tree.leaves(method_lib.build_plan(config, method, start)))
+    tuple(
+      np.shape(leaf)
+      for leaf in jax.tree.leaves(
+        method_lib.build_plan(config, method, np.arange(start, start + 3))
+      )
+    )
     for start in range(1, 6)
   }
   assert len(shapes) == 1
@@ -150,7 +245,7 @@ def test_plans_of_all_drawn_windows_have_one_shape(config_in, full):
 
 def test_method_without_completions_has_no_plan(config_in, full):
   config = config_in("unused", {"credit.method": "flow_grpo"})
-  assert method_lib.build_plan(config, method_of(config, full), 0) is None
+  assert method_lib.build_plan(config, method_of(config, full), np.arange(9)) is None
 
 
 def test_users_own_credit_function_gets_all_completions(config_in, full):
@@ -167,12 +262,14 @@ def test_balancing_is_chosen_by_the_config(config_in, full):
   marks = {}
   for balance in (True, False):
     config = config_in("unused", {"credit": config_lib.Credit("tp_grpo", balance)})
-    marks[balance] = method_of(config, full).credit.function(reward).is_turning_point[0].tolist()
+    credit = method_of(config, full).credit
+    extras = {"key": jax.random.key(0)} if "key" in credit.extras else {}
+    marks[balance] = credit.function(reward, **extras).is_turning_point[0].tolist()
   assert marks == {True: [False, True, True], False: [True, True, True]}
 
 
-@pytest.mark.parametrize("dynamics", fields.DYNAMICS)
-@pytest.mark.parametrize("schedule", config_lib.SCHEDULES)
+@pytest.mark.parametrize("dynamics", names.DYNAMICS)
+@pytest.mark.parametrize("schedule", names.SCHEDULES)
 def test_every_step_of_the_default_window_has_noise_and_a_finite_mean(
   config_in, full, dynamics, schedule
 ):

@@ -346,7 +346,7 @@ def test_every_program_is_compiled_once(make_config, one_device, caplog):
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
     loop.train(config)
   lines = [record.getMessage() for record in caplog.records]
-  for program in ("rollout", "train_step", "assign", "sample"):
+  for program in ("sample_microbatch", "train_step", "assign", "sample"):
     compiled = [line for line in lines if f"Finished XLA compilation of jit({program})" in line]
     assert len(compiled) == 1, program
 

@@ -14,6 +14,7 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
+from tpgrpo_jax.config import model_fields
 from tpgrpo_jax.models import flux, hf, lora, tiny
 from tpgrpo_jax.training import build, state
 from tpgrpo_jax.training import epoch as epoch_lib
@@ -53,8 +54,24 @@ def test_slices_divide_data_first(axes, outer):
     assert slice_index == block
 
 
-def epoch_on(mesh, make_config, name):
-  """(weights before, (trainable, EMA) after, metrics row) of one epoch on the mesh."""
+# Two anchors of four members in a microbatch: fewer than the shards of these meshes.
+BRANCH = {
+  "sampler": config_lib.Sampler(
+    rollout="branch", branches=4, num_steps=4, window=(0, 3), branch_steps=2, antithetic=True
+  ),
+  "credit.method": "branch",
+  "advantage.group": "state",
+  "loss.step_weight": "std",
+}
+NFT = {
+  "sampler": config_lib.Sampler(rollout="ode", num_steps=4, window=(0, 4)),
+  "credit.method": "flow_grpo",
+  "loss": config_lib.Loss(objective="nft", clip_range=0.0, levels=2, old_decay=(0.0, 0.25, 0.5)),
+}
+
+
+def epoch_on(mesh, make_config, name, changes=None):
+  """(weights before, (trainable, EMA, old policy) after, metrics row) of one epoch on the mesh."""
   # A large eps: Adam divides by the gradient's size, and a weight whose gradient is rounding noise
   # (a key's bias, which softmax ignores) would otherwise move by the learning rate either way.
   config = make_config(
@@ -67,6 +84,7 @@ def epoch_on(mesh, make_config, name):
       "loss.clip_range": 0.5,  # no ratio near it, where rounding would decide
       "eval.every": 0,
     }
+    | (changes or {})
   )
   pathlib.Path(name).mkdir()
   session = session_lib.open_session(config)
@@ -77,7 +95,7 @@ def epoch_on(mesh, make_config, name):
     sampled = epoch_lib.sample_epoch(session, before, 0)
     after, row = epoch_lib.update_epoch(session, before, 0, sampled)
   row = {k: v for k, v in row.items() if not k.startswith("time/")}
-  return start, jax.device_get((after.trainable, after.ema)), row
+  return start, jax.device_get((after.trainable, after.ema, after.old)), row
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +106,47 @@ def single(config_in, single_mesh, tmp_path_factory):
     return epoch_on(single_mesh, lambda fields: config_in(folder, fields), str(folder / "run"))
 
 
+@pytest.fixture(scope="module")
+def single_of(config_in, single_mesh, tmp_path_factory):
+  """name -> one epoch of that method on one device."""
+
+  @functools.cache
+  def run(name):
+    folder = tmp_path_factory.mktemp(name)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(mesh_lib, "make_mesh", lambda _: single_mesh)
+      make = lambda fields: config_in(folder, fields)
+      return epoch_on(single_mesh, make, str(folder / "run"), METHODS[name])
+
+  return run
+
+
+METHODS = {"branch": BRANCH, "nft": NFT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", METHODS)
+def test_one_epoch_of_a_method_on_a_mesh_equals_that_of_a_single_device(
+  name, shape, single_of, make_config, tmp_path
+):
+  wanted = single_of(name)
+  sized = lambda fields: make_config(fields | {"mesh": config_lib.Mesh(*shape)})
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape))
+  assert_same_epoch(epoch_on(mesh, sized, str(tmp_path / "mesh"), METHODS[name]), wanted)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_one_epoch_on_a_mesh_equals_that_of_a_single_device(shape, single, make_config, tmp_path):
   sized = lambda fields: make_config(fields | {"mesh": config_lib.Mesh(*shape)})
   mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape))
-  start, weights, row = epoch_on(mesh, sized, str(tmp_path / "mesh"))
+  found = epoch_on(mesh, sized, str(tmp_path / "mesh"))
+  assert_same_epoch(found, single)
+  assert found[2]["ratio/first_update_max_abs_log"] == pytest.approx(0.0, abs=1e-6)
+
+
+def assert_same_epoch(found, single):
+  start, weights, row = found
   _, wanted, wanted_row = single
   moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), weights[0], start)
   assert max(jax.tree.leaves(moved)) > 1e-3  # far beyond the tolerance
@@ -101,7 +155,6 @@ def test_one_epoch_on_a_mesh_equals_that_of_a_single_device(shape, single, make_
   for name, value in row.items():
     # Log-ratios are differences of log-probs of size 1, so they too are absolute.
     assert value == pytest.approx(wanted_row[name], rel=1e-5, abs=1e-5), name
-  assert row["ratio/first_update_max_abs_log"] == pytest.approx(0.0, abs=1e-6)
 
 
 DUAL = dataclasses.replace(
@@ -126,7 +179,7 @@ FLUX = flux.FluxConfig(
   guidance_embeds=True,
   axes_dims_rope=(2, 2, 4),
 )
-FLUX_TARGETS = (*config_lib.REFERENCE_LORA_TARGETS, "ff.net.2", "proj_mlp", "proj_out")
+FLUX_TARGETS = (*model_fields.REFERENCE_LORA_TARGETS, "ff.net.2", "proj_mlp", "proj_out")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +235,7 @@ def gradient(mesh, family, rank):
 def mmdit_family():
   """(key -> model, what adapters are put where, latent shape, condition of eight samples)."""
   condition = tiny.encode(DUAL, ["ANT", "BEE"] * 4)
-  options = {"targets": config_lib.REFERENCE_LORA_TARGETS}
+  options = {"targets": model_fields.REFERENCE_LORA_TARGETS}
   return models.build_transformer(DUAL), options, tiny.LATENT_SHAPE, condition
 
 
@@ -204,7 +257,7 @@ def tiny_state(rank):
   def init(key):
     model = create(key)
     if rank:
-      targets = config_lib.REFERENCE_LORA_TARGETS
+      targets = model_fields.REFERENCE_LORA_TARGETS
       lora.add_lora(model, key, rank=rank, alpha=1.0, init="gaussian", targets=targets)
     _, trainable, frozen = lora.split_trainable(model, rank=rank)
     return state.init_state(trainable, optimizer), frozen

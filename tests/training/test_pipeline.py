@@ -12,6 +12,7 @@ import stored_diffusers as stored
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
+from tpgrpo_jax.config import presets, rules
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.models import prompt_cache, prompt_embedding
 from tpgrpo_jax.runs import metrics
@@ -110,6 +111,36 @@ def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   again = stored.make_config(family, folders[family], work, fields | {"train.epochs": 2})
   loop.train(again)  # goes on from its checkpoint, with the embeddings of the new prompts
   assert len(rows_of(again)) == 2
+
+
+@pytest.mark.parametrize(
+  "family, name",
+  [
+    pytest.param(
+      family, name, marks=() if (family, name) == ("sd3", "tempflow") else pytest.mark.slow
+    )
+    for family in FAMILIES
+    for name in presets.METHODS
+  ],
+)
+def test_an_epoch_of_every_method_learns_and_is_on_policy(
+  folders, work, tmp_path, one_device, family, name
+):
+  fields = {
+    "run.dir": str(tmp_path / "run"),
+    "prompts.name": "folder",
+    "prompts.path": str(work),
+    "sampler.calibration_rounds": 2,
+  }
+  base = stored.make_config(family, folders[family], work, fields)
+  config = presets.apply(base, presets.METHODS[name])
+  rules.validate(config)
+  assert method_lib.is_guided(config) == (family == "sd3" and config.sampler.guidance_scale != 1.0)
+  loop.train(config)
+  (row,) = rows_of(config)
+  is_policy = config.loss.objective == "policy"
+  assert row.get("ratio/first_update_max_abs_log") == (0.0 if is_policy else None)
+  assert row["grad_norm"] > 0 and row["advantage/std"] > 0 and row["reward/std"] > 0
 
 
 def test_quantised_base_is_on_policy_and_near_the_whole_one(

@@ -26,7 +26,6 @@ RECIPE = """
 import json
 import pathlib
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import config_dict
 
 
 def get_config():
@@ -283,7 +282,7 @@ def test_a_port_that_is_taken_is_named():
 
 def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
   script = (
-    "from tpgrpo_jax import config; from tpgrpo_jax.training import distributed\n"
+    "from tpgrpo_jax import config; from tpgrpo_jax.runs import distributed\n"
     f"d = config.Distributed('localhost:{free_port()}', 2, 1, timeout=3)\n"
     "distributed.initialize(d)"
   )

@@ -12,7 +12,6 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit
 from tpgrpo_jax.flow import sampler, schedule, steps
-from tpgrpo_jax.objective import surrogate
 from tpgrpo_jax.training import build, rollout, state, step
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
@@ -33,8 +32,11 @@ def make_method(**changes):
     reference_velocity_fn=linear_velocity,
     step_fn=functools.partial(steps.cps_step, noise_level=0.7),
     log_prob_fn=steps.cps_log_prob,
+    noise_levels=(),
     sigmas=SIGMAS,
     window=WINDOW,
+    members=1,
+    copies=1,
     credit=credit.CREDIT["increments"],
     normalize=None,
     optimizer=optax.sgd(1.0),  # so that a step is the negative gradient
@@ -50,7 +52,7 @@ WEIGHTS = {"a": jnp.asarray([0.8]), "b": jnp.asarray([-0.3])}
 
 
 def sample(seed, weights=WEIGHTS, batch=BATCH):
-  """(Trajectory, condition) of one microbatch."""
+  """(Transitions, condition) of one microbatch."""
   noise_key, condition_key, key = jax.random.split(jax.random.key(seed), 3)
   x_init = jax.random.normal(noise_key, (batch, 2, 3, 1))
   condition = jax.random.normal(condition_key, (batch, 2, 3, 1))
@@ -74,7 +76,7 @@ def sample(seed, weights=WEIGHTS, batch=BATCH):
 def batch():
   trajectories, conditions = zip(*(sample(seed) for seed in range(CHUNKS)))
   advantage = jax.random.normal(jax.random.key(7), (CHUNKS, WINDOW, BATCH))
-  weight = jnp.ones((CHUNKS, BATCH))
+  weight = jnp.ones((CHUNKS, WINDOW, BATCH))
   return step.Batch(list(trajectories), list(conditions), advantage, weight)
 
 
@@ -103,15 +105,15 @@ def test_accumulated_gradient_is_that_of_the_mean_loss_over_all_samples(batch):
   def mean_loss(weights):
     method, losses = make_method(), []
     for trajectory, condition, advantage in zip(
-      batch.trajectories, batch.conditions, batch.advantage
+      batch.transitions, batch.conditions, batch.advantage
     ):
       for k in range(WINDOW):
         x, sigma, sigma_next = trajectory.x[k], trajectory.sigma[k], trajectory.sigma_next[k]
         velocity = linear_velocity({"trainable": weights}, x, jnp.full(BATCH, sigma), condition)
         gaussian = method.step_fn(x, velocity, sigma, sigma_next)
-        log_prob = steps.cps_log_prob(trajectory.x_next[k], gaussian)
-        old = trajectory.log_prob[k]
-        losses.append(surrogate.clipped_surrogate(log_prob, old, advantage[k], clip_range=0.5))
+        log_prob = steps.cps_log_prob(trajectory.x_next[k, :, 0], gaussian)
+        ratio = jnp.exp(log_prob - trajectory.log_prob[k, :, 0])
+        losses.append(jnp.maximum(-advantage[k] * ratio, -advantage[k] * jnp.clip(ratio, 0.5, 1.5)))
     return jnp.mean(jnp.stack(losses))
 
   _, gradient, metrics = update(batch, weights=off_policy)
@@ -122,16 +124,16 @@ def test_accumulated_gradient_is_that_of_the_mean_loss_over_all_samples(batch):
 
 def test_one_large_microbatch_has_the_gradient_of_many_small_ones(batch):
   join = lambda *leaves: jnp.concatenate(leaves, axis=1)
-  first = batch.trajectories[0]
-  joined = jax.tree.map(lambda *a: join(*a) if a[0].ndim > 1 else a[0], *batch.trajectories)
+  first = batch.transitions[0]
+  joined = jax.tree.map(lambda *a: join(*a) if a[0].ndim > 1 else a[0], *batch.transitions)
   joined = dataclasses.replace(
-    joined, final=jnp.concatenate([t.final for t in batch.trajectories]), sigma=first.sigma
+    joined, final=jnp.concatenate([t.final for t in batch.transitions]), sigma=first.sigma
   )
   whole = step.Batch(
     [joined],
     [jnp.concatenate(batch.conditions)],
     jnp.concatenate(list(batch.advantage), axis=1)[None],
-    batch.weight.reshape(1, -1),
+    jnp.concatenate(list(batch.weight), axis=1)[None],
   )
   assert_close(update(whole)[1], update(batch)[1])
 
@@ -139,7 +141,7 @@ def test_one_large_microbatch_has_the_gradient_of_many_small_ones(batch):
 def test_samples_of_weight_zero_do_not_count(batch):
   kept = dataclasses.replace(
     batch,
-    trajectories=batch.trajectories[:2],
+    transitions=batch.transitions[:2],
     conditions=batch.conditions[:2],
     advantage=batch.advantage[:2],
     weight=batch.weight[:2],
@@ -159,9 +161,9 @@ def test_update_without_any_weight_changes_nothing(batch):
 def test_samples_without_advantage_at_every_step_get_weight_zero():
   config = make_config()
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, group_size=2))
-  assign = step.make_credit_fn(config, make_method(normalize=lambda reward, size: reward))
+  assign = step.make_credit_fn(config, make_method(normalize=lambda reward: reward))
   reward = jnp.asarray([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, -9.0]])
-  credited, advantage, weight = assign(reward)
+  credited, advantage, weight = assign(reward[None], jnp.ones(1), {})
   np.testing.assert_array_equal(weight, [0.0, 1.0, 1.0])
   np.testing.assert_array_equal(credited.reward[1], [0.0, 0.0, -9.0])
   assert float(advantage.min()) == -config.advantage.clip
@@ -229,6 +231,72 @@ def test_learning_rate_warms_up_linearly_then_stays():
   np.testing.assert_allclose(-np.diff(places), [0.25, 0.5, 0.5, 0.5], rtol=1e-4)
 
 
+def rates_of(schedule_name, updates, warmup):
+  """The learning rate of every update of a run."""
+  config = config_lib.Optimizer(
+    learning_rate=0.5, schedule=schedule_name, final_scale=0.2, warmup_updates=warmup,
+    weight_decay=0.0, eps=1e-30,
+  )  # fmt: skip
+  optimizer = state.make_optimizer(config, total_updates=updates)
+  current = state.init_state({"w": jnp.asarray(0.0)}, optimizer)
+  places = [0.0]
+  for _ in range(updates):
+    current = state.apply_gradients(current, {"w": jnp.asarray(1.0)}, optimizer, config_lib.Ema())
+    places.append(float(current.trainable["w"]))
+  return -np.diff(places)
+
+
+@pytest.mark.parametrize("warmup, rising", [(0, []), (2, [0.25, 0.5])])
+@pytest.mark.parametrize(
+  "name, falling",
+  [
+    ("linear", [0.5, 0.4, 0.3, 0.2, 0.1]),
+    ("cosine", optax.cosine_decay_schedule(0.5, 4, alpha=0.2)(jnp.arange(5))),
+  ],
+)
+def test_learning_rate_reaches_its_final_scale_at_the_last_update(name, falling, warmup, rising):
+  rates = rates_of(name, 5 + warmup, warmup)
+  # Adam's float32 bias corrections, as above.
+  np.testing.assert_allclose(rates, [*rising, *falling], rtol=1e-4)
+  assert rates[-1] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_update_without_any_weight_leaves_a_moving_optimizer_as_it_is(batch):
+  config = dataclasses.replace(make_config(), ema=config_lib.Ema(decay=0.5, every=1))
+  train_step = step.make_train_step(config, method := make_method(optimizer=optax.adam(0.1)))
+  reference = {"frozen": {}, "trainable": WEIGHTS}
+  moving, _ = train_step(state.init_state(WEIGHTS, method.optimizer), {}, reference, batch)
+  kept = lambda s: jax.device_get((s.trainable, s.opt_state, s.ema))
+  before = kept(moving)
+  assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(before[1][0].mu))
+  nothing = dataclasses.replace(batch, weight=jnp.zeros_like(batch.weight))
+  after, _ = train_step(moving, {}, reference, nothing)
+  jax.tree.map(np.testing.assert_array_equal, kept(after), before)
+
+
+# (flat, rate, most) of DiffusionNFT's two settings, and the d that they give by hand.
+@pytest.mark.parametrize(
+  "decay, updates, d",
+  [
+    ((0, 0.001, 0.5), 0, 0.0),
+    ((0, 0.001, 0.5), 200, 0.2),
+    ((0, 0.001, 0.5), 800, 0.5),
+    ((75, 0.0075, 0.999), 60, 0.0),
+    ((75, 0.0075, 0.999), 175, 0.75),
+    ((75, 0.0075, 0.999), 300, 0.999),
+  ],
+)
+def test_old_policy_moves_to_the_new_one_by_its_decay(decay, updates, d):
+  before = dataclasses.replace(
+    state.init_state({"w": jnp.asarray(3.0)}, optax.sgd(0.0), keeps_old=True),
+    old={"w": jnp.asarray(7.0)},
+    update=jnp.int32(updates),
+  )
+  after = state.move_old(before, decay)
+  assert float(after.old["w"]) == pytest.approx(3.0 + 4.0 * d, rel=1e-6)
+  assert float(after.trainable["w"]) == 3.0
+
+
 def test_gradient_is_clipped_to_its_largest_norm():
   config = config_lib.Optimizer(max_grad_norm=1.0, weight_decay=0.0, eps=1.0, learning_rate=1.0)
   optimizer = state.make_optimizer(config)
@@ -240,15 +308,68 @@ def test_gradient_is_clipped_to_its_largest_norm():
   assert steps_taken[0] == pytest.approx(steps_taken[1], rel=1e-6)
 
 
+def epoch_of(transitions, order):
+  """A Rollout of these microbatches; what was scored is left out."""
+  known = {
+    "transitions": transitions,
+    "conditions": [f"c{i}" for i in range(len(transitions))],
+    "order": order,
+    "sigmas": SIGMAS,
+  }
+  return rollout.Rollout(
+    **{field.name: known.get(field.name) for field in dataclasses.fields(rollout.Rollout)}
+  )
+
+
 def test_split_updates_cuts_the_epoch_in_order():
   config = make_config()
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, updates_per_epoch=2))
-  rolled = rollout.Rollout(["t0", "t1", "t2", "t3"], ["c0", "c1", "c2", "c3"], *[None] * 6)
+  rolled = epoch_of(["t0", "t1", "t2", "t3"], np.arange(8))
   advantage = np.arange(2 * 8).reshape(2, 8)  # [W, B]; sample i is column i
-  first, second = step.split_updates(config, rolled, advantage, np.arange(8))
-  assert (first.trajectories, second.conditions) == (["t0", "t1"], ["c2", "c3"])
-  np.testing.assert_array_equal(first.weight, [[0, 1], [2, 3]])
+  first, second = step.split_updates(config, rolled, advantage, np.arange(8), 0)
+  assert (first.transitions, second.conditions) == (["t0", "t1"], ["c2", "c3"])
+  np.testing.assert_array_equal(first.weight, [[[0, 1], [0, 1]], [[2, 3], [2, 3]]])
   np.testing.assert_array_equal(second.advantage, [[[4, 5], [12, 13]], [[6, 7], [14, 15]]])
+
+
+def test_split_updates_takes_samples_in_the_order_of_the_microbatches():
+  config = make_config()
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, updates_per_epoch=2))
+  order = np.array([3, 0, 2, 1])
+  batches = step.split_updates(
+    config, epoch_of(["t0", "t1"], order), 10.0 * np.arange(4)[None], np.arange(4), 0
+  )
+  np.testing.assert_array_equal([b.advantage for b in batches], [[[[30, 0]]], [[[20, 10]]]])
+  np.testing.assert_array_equal([b.weight for b in batches], [[[[3, 0]]], [[[2, 1]]]])
+
+
+def test_split_updates_by_steps_gives_every_update_its_steps_of_all_samples(batch):
+  config = make_config()
+  config = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, updates_per_epoch=WINDOW, updates_by="steps")
+  )
+  advantage = np.random.default_rng(0).normal(size=(WINDOW, CHUNKS * BATCH))
+  rolled = epoch_of(batch.transitions, np.arange(CHUNKS * BATCH))
+  parts = step.split_updates(config, rolled, advantage, np.ones(CHUNKS * BATCH), 0)
+  for k, part in enumerate(parts):
+    np.testing.assert_array_equal(np.concatenate(part.advantage, axis=1)[0], advantage[k])
+    for found, whole in zip(part.transitions, batch.transitions, strict=True):
+      for name in ("x", "x_next", "velocity", "log_prob", "sigma", "sigma_next"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name)[k : k + 1])
+  assert len(parts) == WINDOW
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_chunks_count_alike_and_so_many_are_drawn_for_each_sample(count):
+  config = make_config(chunks=(1, 3, 2), chunks_per_sample=count)
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, updates_per_epoch=1))
+  rolled = epoch_of(["t0"], np.arange(32))
+  (batch,) = step.split_updates(config, rolled, np.ones((6, 32)), np.ones(32), 0)
+  weight = batch.weight[0]  # [W, B]
+  sums = np.stack([weight[:1].sum(0), weight[1:4].sum(0), weight[4:].sum(0)])
+  assert {*np.unique(sums.round(6))} == ({2.0} if count == 0 else {0.0, 2.0})
+  np.testing.assert_array_equal((sums > 0).sum(axis=0), count or 3)
+  assert len(np.unique(sums, axis=1).T) == (1 if count == 0 else 3)  # every choice comes
 
 
 def test_merged_metrics_average_sums_and_keep_extremes():
@@ -267,19 +388,23 @@ def test_merged_metrics_average_sums_and_keep_extremes():
   assert merged["ratio/first_update_max_abs_log"] == 0.0
 
 
-def on_policy_config(dynamics, scale, rank, kl_coef):
+def on_policy_config(dynamics, scale, rank, kl_coef, branches=1, **loss):
   return config_lib.Config(
     lora=config_lib.Lora(rank=rank, alpha=8.0),
     sampler=config_lib.Sampler(
+      rollout="trajectory" if branches == 1 else "branch",
+      branches=branches,
       num_steps=4,
       window=(0, 3),
       dynamics=dynamics,
       noise_level=0.3 if dynamics == "dance" else 0.7,
       guidance_scale=scale,
     ),
-    credit=config_lib.Credit("flow_grpo"),  # completions play no part in this
+    # Completions play no part in this; those of members cannot be left out, and are made short.
+    credit=config_lib.Credit("flow_grpo" if branches == 1 else "branch"),
+    completion=config_lib.Completion(steps=1),
     train=config_lib.Train(prompts_per_epoch=4, group_size=16, microbatch=32, updates_per_epoch=1),
-    loss=config_lib.Loss(kl_coef=kl_coef),
+    loss=config_lib.Loss(kl_coef=kl_coef, **loss),
   )
 
 
@@ -287,21 +412,26 @@ def first_update_metrics(config, mesh):
   """The metrics of the first update of the shipped model on one epoch of noise."""
   model = build.build_model(config, mesh, ())
   method = method_lib.build_method(config, model)
-  params = model.params(model.trainable)
+  params, members = model.params(model.trainable), method.members
+  assert members == config.sampler.branches
   with jax.set_mesh(mesh):
     sample_fn = rollout.make_rollout_fn(config, model, method)
-    trajectories, conditions = [], []
+    transitions, conditions = [], []
+    place = method_lib.draw_place(config, 0, 0).astype(np.int32)
+    plan = method_lib.build_plan(config, method, place)
     for chunk in range(2):
-      group = np.stack([np.repeat([0, 1], 16) + 2 * chunk, np.tile(np.arange(16), 2)], axis=1)
+      anchors = 16 // members
+      numbers = [np.repeat([0, 1], anchors) + 2 * chunk, np.tile(np.arange(anchors), 2)]
+      group = np.stack(numbers, axis=1)
       texts = [("CAT3", "XY7", "HELP", "9RT")[i] for i in group[:, 0]]
       placed = (group.astype(np.int32), method_lib.build_condition(config, model, texts))
       placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
       key = rollout.epoch_key(0, 0)
-      trajectory, _ = sample_fn(params, key, chunk, *placed, config.sampler.window[0], None)
-      trajectories.append(trajectory)
+      found, _ = sample_fn(params, key, chunk, *placed, place, plan)
+      transitions.append(found)
       conditions.append(placed[1])
     advantage = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
-    batch = step.Batch(trajectories, conditions, advantage, np.ones((2, 32), np.float32))
+    batch = step.Batch(transitions, conditions, advantage, np.ones((2, 3, 32), np.float32))
     reference = {"frozen": model.frozen, "trainable": {} if config.lora.rank else model.trainable}
     before = state.init_state(model.trainable, method.optimizer)
     _, metrics = step.make_train_step(config, method)(before, model.frozen, reference, batch)
@@ -336,3 +466,36 @@ def test_first_update_log_ratio_is_exactly_zero(one_device, dynamics, scale, ran
   assert float(metrics["ratio/max_abs_log"]) == 0.0
   assert float(metrics["grad_norm"]) > 0
   assert float(metrics["kl"]) == pytest.approx(0.0, abs=1e-12)
+
+
+NORMALIZED, DPPO = {"ratio": "normalized"}, {"trust_region": "dppo"}
+
+
+@pytest.mark.parametrize(
+  "dynamics, branches, loss",
+  [
+    ("cps", 4, {}),
+    ("sde", 1, NORMALIZED | DPPO),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in [
+        ("cps", 1, NORMALIZED),
+        ("cps", 1, DPPO),
+        ("dance", 1, NORMALIZED | DPPO),
+        ("sde", 4, {}),
+        ("dance", 4, {}),
+        ("cps", 4, NORMALIZED),
+        ("cps", 16, DPPO),
+        ("sde", 4, NORMALIZED | DPPO),
+        ("sde", 1, {"chunks": (1, 2)}),
+      ]
+    ),
+  ],
+)
+def test_first_update_log_ratio_of_every_composition_is_exactly_zero(
+  one_device, dynamics, branches, loss
+):
+  config = on_policy_config(dynamics, 1.0, 0, 0.0, branches, **loss)
+  metrics = first_update_metrics(config, one_device)
+  assert float(metrics["ratio/max_abs_log"]) == 0.0
+  assert float(metrics["grad_norm"]) > 0

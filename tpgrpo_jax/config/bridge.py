@@ -39,7 +39,7 @@ def from_config_dict(cls: type[C], tree: Any) -> C:
   if not isinstance(tree, dict):
     raise ValueError(
       "--config: no recipe. Give a Python file whose get_config() returns one, such as "
-      "--config configs/tiny_text_tpgrpo.py."
+      "--config configs/tiny_text.py."
     )
   return _build(cls, tree, prefix="")
 

@@ -7,41 +7,7 @@ changes single fields; `from_config_dict` gives frozen dataclasses back. Imports
 import dataclasses
 from typing import Any
 
-REFERENCE_LORA_TARGETS = (
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-)  # fmt: skip
-
-MODEL_VARIANTS = ("tiny", "sd3", "flux")
-SCHEDULES = ("linear", "sd3", "flux")
-DYNAMICS = ("sde", "cps", "dance")
-SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")
-ROLLOUTS = ("trajectory", "branch", "ode")
-WINDOW_DRAWS = ("epoch", "microbatch")
-LATENT_DTYPES = ("float32", "bfloat16", "float16")
-LEVEL_DRAWS = ("permuted", "stratified")
-CREDIT_METHODS = (
-    "flow_grpo", "increments", "aggregation", "tp_grpo", "tp_grpo_consistent", "vgpo", "coca", "branch",
-    "branch_gain",
-)  # fmt: skip
-NORMALIZATIONS = ("group", "group_joint", "global_std", "value")
-ADVANTAGE_GROUPS = ("prompt", "state")
-OBJECTIVES = ("policy", "nft", "awm")
-RATIOS = ("log_prob", "normalized")
-TRUST_REGIONS = ("clip", "dppo")
-STEP_WEIGHTS = ("none", "std", "inverse_dt", "inverse_sensitivity")
-UPDATES_BY = ("samples", "steps")
-LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
-REWARD_NAMES = (
-    "ocr", "jpeg_compressibility", "jpeg_incompressibility",
-    "clipscore", "pickscore", "hpsv2", "aesthetic",
-)  # fmt: skip
-PROMPT_SOURCES = ("words", "folder")
-DTYPES = ("float32", "bfloat16")
-TEXT_DEVICES = ("mesh", "cpu")
-QUANTIZATIONS = ("", "int8", "nf4")
-REMAT_POLICIES = ("none", "full", "dots")
-LORA_INITS = ("gaussian", "kaiming")
+from tpgrpo_jax.config.model_fields import Lora, Model, Text, Vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,78 +15,14 @@ class Run:
   """Where a run lives; training resumes when the folder holds a checkpoint.
 
   Attributes:
+    label: what reports call it; empty for its credit.method.
     programs: folder of compiled programs that runs share, so that a resumed run compiles nothing; empty
       for ~/.cache/tpgrpo_jax/programs, "off" for none. $JAX_COMPILATION_CACHE_DIR goes first.
   """
 
   dir: str = "runs/tpgrpo"
+  label: str = ""
   programs: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """Which transformer.
-
-  Attributes:
-    variant: a name of tpgrpo_jax.models.MODELS; "tiny" ships with its weights. "sd3" is Stable
-      Diffusion 3 and 3.5, "flux" is FLUX.1.
-    path: a pipeline in diffusers' layout: a folder or a hub id "owner/name". For "tiny" a transformer
-      alone will do (config.json + safetensors); empty for the one that ships.
-    dtype: compute dtype; trainable weights are float32 always.
-    remat: what the backward pass recomputes: none, full (every block), dots (all but matmuls).
-    quantize: "int8" or "nf4" keeps the frozen kernels of the blocks in so many bits, for adapters on
-      little memory (docs/speed.md); empty does not.
-  """
-
-  variant: str = "tiny"
-  path: str = ""
-  dtype: str = "float32"
-  remat: str = "none"
-  quantize: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-  """The text encoders of a pipeline; they are loaded for new prompts only, and freed before training.
-
-  Attributes:
-    max_sequence_length: T5 tokens a prompt; 0 is the pipeline's own (SD3 256, FLUX.1 512).
-    t5: False leaves T5 out, as SD3 allows.
-    dtype: of the encoders and the embeddings.
-    device: "mesh" divides them over each process's own devices, "cpu" keeps them on the host.
-    cache: folder of embeddings that runs share; empty for ~/.cache/tpgrpo_jax/prompts.
-  """
-
-  max_sequence_length: int = 0
-  t5: bool = True
-  dtype: str = "float32"
-  device: str = "mesh"
-  cache: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Vae:
-  """The autoencoder: compute dtype, and how many images a device decodes at once."""
-
-  dtype: str = "float32"
-  images_per_chunk: int = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Lora:
-  """Low-rank adapters, as peft defines them; rank 0 trains every weight instead.
-
-  Attributes:
-    targets: module names as in diffusers; a module matches when its name ends with one of them.
-    path: adapters to start from, a .safetensors file or its folder; rank, alpha and targets must be
-      the file's own. Empty for fresh ones.
-  """
-
-  rank: int = 0
-  alpha: float = 64.0
-  init: str = "gaussian"
-  targets: tuple[str, ...] = REFERENCE_LORA_TARGETS
-  path: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

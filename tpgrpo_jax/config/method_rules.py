@@ -19,10 +19,11 @@ def check(config: fields.Config) -> Iterator[str]:
 def advise(config: fields.Config) -> Iterator[str]:
   """One line for each choice that works and is probably not meant."""
   s, train = config.sampler, config.train
-  if config.loss.objective == "nft" and s.guidance_scale != 1.0:
+  told = config.model.variant == "flux"  # an input of the model, and not a second evaluation
+  if config.loss.objective != "policy" and s.guidance_scale != 1.0 and not told:
     yield (
-      f"sampler.guidance_scale={s.guidance_scale}: DiffusionNFT samples and trains without guidance. "
-      "It goes on as you ask; 1.0 is the paper's."
+      f"sampler.guidance_scale={s.guidance_scale}: DiffusionNFT and AWM sample and train without guidance. "
+      "It goes on as you ask; 1.0 is the papers'."
     )
   together = math.gcd(s.branches, train.microbatch)
   if together < s.branches:
@@ -40,13 +41,10 @@ def _branches(config) -> Iterator[str]:
         f"sampler.branches={s.branches}: must be at least 2 with sampler.rollout='branch'; an advantage "
         f"compares the members of a state. Try {size}."
       )
-    elif size % s.branches:
-      near = sorted(
-        (m for m in range(2, size + 1) if size % m == 0), key=lambda m: abs(m - s.branches)
-      )
+    elif size > 1 and size % s.branches:
       yield (
         f"sampler.branches={s.branches}: must divide train.group_size={size}, so that a prompt has a "
-        f"whole number of anchors. Set it to {' or '.join(map(str, sorted(near[:2])))}."
+        f"whole number of anchors. Set it to {_nearest_divisors(s.branches, size)}."
       )
     length = s.window[1] - s.window[0]
     if not 0 <= s.branch_steps <= length:
@@ -55,14 +53,20 @@ def _branches(config) -> Iterator[str]:
         f"sampler.window={s.window}."
       )
     if s.antithetic and s.branches % 2:
+      fix = "" if size % 2 else f"sampler.branches to {_nearest_divisors(s.branches, size, 2)}, or "
       yield (
-        f"sampler.antithetic=True: pairs need an even sampler.branches, which is {s.branches}. Set it to "
-        f"{s.branches + 1}, or antithetic to False."
+        f"sampler.antithetic=True: pairs need an even sampler.branches, which is {s.branches}. Set "
+        f"{fix}antithetic to False."
+      )
+    if s.antithetic and config.train.microbatch % 2:
+      yield (
+        f"train.microbatch={config.train.microbatch}: must be even with sampler.antithetic=True, so that "
+        "both of a pair are sampled together. Set it to an even number, or antithetic to False."
       )
     if s.same_latent:
       yield (
         "sampler.same_latent=True: with sampler.rollout='branch' the members of an anchor share its noise "
-        "already. Set it to False, or sampler.branches to train.group_size for one anchor a prompt."
+        "already. Set it to False; sampler.branches=train.group_size makes one anchor of a prompt."
       )
     return
   for name, value, default in (
@@ -82,10 +86,23 @@ def _branches(config) -> Iterator[str]:
     )
 
 
+def _nearest_divisors(number, size, of=1):
+  """The divisors of `size`, from 2 and multiples of `of`, that lie next to `number`: "4 or 8"."""
+  fit = [m for m in range(2, size + 1) if size % m == 0 and m % of == 0]
+  below, above = [m for m in fit if m < number], [m for m in fit if m > number]
+  return " or ".join(map(str, below[-1:] + above[:1]))
+
+
 def _moving_windows(config) -> Iterator[str]:
   s = config.sampler
+  last = s.num_steps - (s.dynamics == "cps")
   if s.window_every < 0:
     yield f"sampler.window_every={s.window_every}: must be at least 0; 0 keeps the window."
+  elif s.window_every and s.window[1] >= last:
+    yield (
+      f"sampler.window_every={s.window_every}: moves a window towards the end, and "
+      f"sampler.window={s.window} ends at {last} already. Shorten the window, or set window_every to 0."
+    )
   if s.window_every and s.window_range:
     yield (
       f"sampler.window_every={s.window_every}: the window moves, and sampler.window_range="
@@ -120,10 +137,18 @@ def _noise_levels(config) -> Iterator[str]:
     )
   if not all(math.isfinite(a) and 0 < a <= most for a in s.noise_levels):
     yield f"sampler.noise_levels={s.noise_levels}: must be finite and > 0, and at most 1 for cps."
-  if s.calibration < 0 or s.calibration_rounds < 1:
+  if s.noise_levels and s.rollout == "ode":
     yield (
-      f"sampler.calibration={s.calibration}, sampler.calibration_rounds={s.calibration_rounds}: must be at "
-      "least 0 and 1."
+      f"sampler.noise_levels={s.noise_levels}: sampler.rollout='ode' has no stochastic step. Set it to ()."
+    )
+  if s.calibration < 0:
+    yield f"sampler.calibration={s.calibration}: must be at least 0; 0 does without."
+  if s.calibration_rounds < 1:
+    yield f"sampler.calibration_rounds={s.calibration_rounds}: must be at least 1."
+  if s.calibration and config.credit.method in _OUTCOME:
+    yield (
+      f"sampler.calibration={s.calibration}: counts the signs of increments, and credit.method="
+      f"{config.credit.method!r} makes no completions. Use 'increments', or set calibration to 0."
     )
   if s.calibration and s.rollout != "trajectory":
     yield (
@@ -202,9 +227,10 @@ def _objective(config) -> Iterator[str]:
         f"train.updates_by='steps' shares out. Set it to {math.gcd(rows, config.train.updates_per_epoch)}."
       )
     if config.loss.chunks or config.loss.step_weight == "std":
+      field = "chunks" if config.loss.chunks else "step_weight"
       yield (
-        "train.updates_by='steps': an update then sees some of the steps, and loss.chunks and "
-        "loss.step_weight='std' need all of them. Use 'samples'."
+        "train.updates_by='steps': an update then sees some of the steps, and "
+        f"loss.{field}={getattr(config.loss, field)!r} needs all of them. Use 'samples'."
       )
 
 
@@ -230,10 +256,12 @@ def _policy(config) -> Iterator[str]:
       f"loss.chunks_per_sample={loss.chunks_per_sample}: must be 0 (all) ... {len(loss.chunks)}, the number "
       "of loss.chunks."
     )
-  for name in ("levels", "old_coef"):
-    if getattr(loss, name) != getattr(default, name):
+  for name in ("levels", "level_draw", "beta", "old_decay", "old_coef"):
+    value = getattr(loss, name)
+    if value != getattr(default, name):
       yield (
-        f"loss.{name}={getattr(loss, name)}: is only for loss.objective='nft' and 'awm'. Leave it out."
+        f"loss.{name}={value!r}: is only for loss.objective='nft' and 'awm'. Leave it at "
+        f"{getattr(default, name)!r}."
       )
 
 
@@ -270,6 +298,8 @@ def _forward(config) -> Iterator[str]:
     )
   if not 0 < loss.beta < math.inf:
     yield f"loss.beta={loss.beta}: must be finite and > 0. The paper uses 1 and .1."
+  elif loss.objective == "awm" and loss.beta != default.beta:
+    yield f"loss.beta={loss.beta}: is of loss.objective='nft'. Leave it at {default.beta}."
   if not 0 <= loss.old_coef < math.inf:
     yield f"loss.old_coef={loss.old_coef}: must be finite and >= 0."
   flat, rate, most = loss.old_decay

@@ -150,12 +150,17 @@ def _half_of_the_chunks(task: Config) -> int:
   return max(1, len(_chunks(task)) // 2)
 
 
+def _no_guidance(task: Config) -> float:
+  """1, but for models that are told a scale and know no other way."""
+  return task.sampler.guidance_scale if task.model.variant == "flux" else 1.0
+
+
 _FORWARD = {
   "sampler.rollout": "ode",
   "credit.method": "flow_grpo",
   "advantage.normalization": "global_std",
   "loss.clip_range": 0.0,
-  "sampler.guidance_scale": 1.0,
+  "sampler.guidance_scale": _no_guidance,
 }
 _BRANCH = {
   "sampler.rollout": "branch",
@@ -174,7 +179,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sampler.window_range": _noisy_steps,
     "sampler.window_draw": "microbatch",
     "sampler.noise_level": 0.8,
-    "sampler.guidance_scale": 1.0,
+    "sampler.guidance_scale": _no_guidance,
     "advantage.normalization": "global_std",
   },
   "mixgrpo": {
@@ -214,6 +219,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "advantage.normalization": "value",
   },
   "coca": {"credit.method": "coca"},
+  "branch": _BRANCH,
   "tempflow": {**_BRANCH, "loss.step_weight": "std"},
   "g2rpo": {
     **_BRANCH,
@@ -274,6 +280,7 @@ PAPERS = {
   "stepwise": "2603.28718",
   "vgpo": "2512.12387",
   "coca": "2505.19196",
+  "branch": "2508.04324",
   "tempflow": "2508.04324",
   "g2rpo": "2510.01982",
   "grpo_guard": "2510.22319",
@@ -283,6 +290,28 @@ PAPERS = {
   "awm": "2509.25050",
 }
 """Name -> the arXiv number of its paper; empty where only code was found."""
+
+READINGS = {
+  "flow_grpo_fast": "Two steps, of the one to three that their code takes.",
+  "mixgrpo": "The last window is a whole one; their code cuts it short, and makes 4 updates an epoch.",
+  "tp_grpo": "R[0] has the sample's own noise, and balancing takes the whole epoch.",
+  "tp_grpo_consistent": "As tp_grpo.",
+  "tp_grpo_fast": "Ours: tp_grpo on completions of two steps.",
+  "increments": "Ours: tp_grpo without turning points.",
+  "aggregation": "Ours: tp_grpo without increments.",
+  "densegrpo": "Start, rounds, trajectories and tolerance of the noise levels are ours.",
+  "vgpo": "The formula, gamma .9 and bonus .1 could not be checked.",
+  "coca": "Of the latents themselves, gains alone; their code compares one-step images, with their sign.",
+  "branch": "Ours: tempflow without step weights.",
+  "tempflow": "The task's cps for their SDE; the whole group leaves one anchor, theirs has 4 anchors of 6.",
+  "g2rpo": "Half of T steps, of any T; strides of their scripts (the paper has 3 as well).",
+  "grpo_guard": "Every sample has its own quadratic term; their code averages it over the microbatch.",
+  "flow_dppo": "After Tencent-Hunyuan/UniRL, its code; no paper was found.",
+  "gcpo": "Their chunks of 2, 3, 4, 7 of 16 steps, scaled to T; drawn evenly.",
+  "diffusion_nft": "The rollout is Euler's; theirs is DPM-Solver++(2M).",
+  "awm": "The rollout is Euler's ODE; theirs is SA-Solver, in part stochastic.",
+}
+"""Name -> where a method is our reading or differs from the paper or its code, in one sentence."""
 
 
 def recipe(task: str, method: str) -> Config:
@@ -297,7 +326,7 @@ def recipe(task: str, method: str) -> Config:
   """
   base = registry.lookup(TASKS, task, field="task")()
   registry.check(method, METHODS, field="method")
-  changes = {"run.dir": f"runs/{task}_{method}", **METHODS[method]}
+  changes = {"run.dir": f"runs/{task}_{method}", "run.label": method, **METHODS[method]}
   return apply(base, changes)
 
 

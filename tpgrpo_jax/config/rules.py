@@ -6,7 +6,7 @@ import re
 import warnings
 
 from tpgrpo_jax import registry
-from tpgrpo_jax.config import fields, method_rules
+from tpgrpo_jax.config import fields, method_rules, names
 
 
 def validate(config: fields.Config) -> None:
@@ -43,10 +43,10 @@ def _check_names(rows) -> Iterator[str]:
 def _model(config) -> Iterator[str]:
   yield from _check_names(
     (
-      ("model.variant", config.model.variant, fields.MODEL_VARIANTS, False),
-      ("model.dtype", config.model.dtype, fields.DTYPES, False),
-      ("model.remat", config.model.remat, fields.REMAT_POLICIES, False),
-      ("model.quantize", config.model.quantize, fields.QUANTIZATIONS, False),
+      ("model.variant", config.model.variant, names.MODEL_VARIANTS, False),
+      ("model.dtype", config.model.dtype, names.DTYPES, False),
+      ("model.remat", config.model.remat, names.REMAT_POLICIES, False),
+      ("model.quantize", config.model.quantize, names.QUANTIZATIONS, False),
     )
   )
 
@@ -55,9 +55,9 @@ def _pipeline(config) -> Iterator[str]:
   variant, text, s = config.model.variant, config.text, config.sampler
   yield from _check_names(
     (
-      ("text.dtype", text.dtype, fields.DTYPES, False),
-      ("text.device", text.device, fields.TEXT_DEVICES, False),
-      ("vae.dtype", config.vae.dtype, fields.DTYPES, False),
+      ("text.dtype", text.dtype, names.DTYPES, False),
+      ("text.device", text.device, names.TEXT_DEVICES, False),
+      ("vae.dtype", config.vae.dtype, names.DTYPES, False),
     )
   )
   yield from _at_least(
@@ -115,27 +115,27 @@ def _run(config) -> Iterator[str]:
 def _names(config) -> Iterator[str]:
   yield from _check_names(
     (
-      ("lora.init", config.lora.init, fields.LORA_INITS, False),
-      ("prompts.name", config.prompts.name, fields.PROMPT_SOURCES, False),
-      ("sampler.schedule", config.sampler.schedule, fields.SCHEDULES, False),
-      ("sampler.dynamics", config.sampler.dynamics, fields.DYNAMICS, False),
-      ("sampler.rollout", config.sampler.rollout, fields.ROLLOUTS, False),
-      ("sampler.window_draw", config.sampler.window_draw, fields.WINDOW_DRAWS, False),
-      ("sampler.latents", config.sampler.latents, fields.LATENT_DTYPES, False),
-      ("completion.solver", config.completion.solver, fields.SOLVERS, False),
-      ("credit.method", config.credit.method, fields.CREDIT_METHODS, True),
-      ("advantage.normalization", config.advantage.normalization, fields.NORMALIZATIONS, False),
-      ("advantage.group", config.advantage.group, fields.ADVANTAGE_GROUPS, False),
-      ("loss.objective", config.loss.objective, fields.OBJECTIVES, False),
-      ("loss.ratio", config.loss.ratio, fields.RATIOS, True),
-      ("loss.trust_region", config.loss.trust_region, fields.TRUST_REGIONS, True),
-      ("loss.step_weight", config.loss.step_weight, fields.STEP_WEIGHTS, False),
-      ("loss.level_draw", config.loss.level_draw, fields.LEVEL_DRAWS, False),
-      ("train.updates_by", config.train.updates_by, fields.UPDATES_BY, False),
+      ("lora.init", config.lora.init, names.LORA_INITS, False),
+      ("prompts.name", config.prompts.name, names.PROMPT_SOURCES, False),
+      ("sampler.schedule", config.sampler.schedule, names.SCHEDULES, False),
+      ("sampler.dynamics", config.sampler.dynamics, names.DYNAMICS, False),
+      ("sampler.rollout", config.sampler.rollout, names.ROLLOUTS, False),
+      ("sampler.window_draw", config.sampler.window_draw, names.WINDOW_DRAWS, False),
+      ("sampler.latents", config.sampler.latents, names.LATENT_DTYPES, False),
+      ("completion.solver", config.completion.solver, names.SOLVERS, False),
+      ("credit.method", config.credit.method, names.CREDIT_METHODS, True),
+      ("advantage.normalization", config.advantage.normalization, names.NORMALIZATIONS, False),
+      ("advantage.group", config.advantage.group, names.ADVANTAGE_GROUPS, False),
+      ("loss.objective", config.loss.objective, names.OBJECTIVES, False),
+      ("loss.ratio", config.loss.ratio, names.RATIOS, True),
+      ("loss.trust_region", config.loss.trust_region, names.TRUST_REGIONS, True),
+      ("loss.step_weight", config.loss.step_weight, names.STEP_WEIGHTS, False),
+      ("loss.level_draw", config.loss.level_draw, names.LEVEL_DRAWS, False),
+      ("train.updates_by", config.train.updates_by, names.UPDATES_BY, False),
     )
   )
   yield from _check_names(
-    ("eval.rewards", name, fields.REWARD_NAMES, True)
+    ("eval.rewards", name, names.REWARD_NAMES, True)
     for name in config.eval.rewards
     if name not in config.rewards
   )
@@ -305,10 +305,15 @@ def _optimizer(config) -> Iterator[str]:
     (("optimizer.warmup_updates", o.warmup_updates, 0), ("ema.every", config.ema.every, 1))
   )
   yield from _check_names(
-    [("optimizer.schedule", o.schedule, fields.LEARNING_RATE_SCHEDULES, False)]
+    [("optimizer.schedule", o.schedule, names.LEARNING_RATE_SCHEDULES, False)]
   )
   if not 0 <= o.final_scale <= 1:
     yield f"optimizer.final_scale={o.final_scale}: must be in [0, 1]; 0 ends at no rate at all."
+  elif o.final_scale and o.schedule == "constant":
+    yield (
+      f"optimizer.final_scale={o.final_scale}: optimizer.schedule='constant' does not fall. Use 'linear' or "
+      "'cosine', or set it to 0."
+    )
   for field, value in (("b1", o.b1), ("b2", o.b2)):
     if not 0 <= value < 1:
       yield f"optimizer.{field}={value}: must be in [0, 1)."
@@ -343,7 +348,7 @@ def _pretrain(config) -> Iterator[str]:
   if not 0 <= t.text_dropout < 1:
     yield f"train.text_dropout={t.text_dropout}: must be in [0, 1)."
   yield from _check_names(
-    ("eval.rewards", name, fields.REWARD_NAMES, True) for name in config.eval.rewards
+    ("eval.rewards", name, names.REWARD_NAMES, True) for name in config.eval.rewards
   )
   if not config.eval.rewards:
     yield "eval.rewards=(): must name one reward or more, such as ('ocr',)."

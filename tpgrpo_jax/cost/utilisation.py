@@ -24,6 +24,10 @@ class Meter:
     if phase not in self._counted:
       self._counted[phase] = calls * flops.count(self.programs[phase], *args).total
 
+  def total(self) -> float:
+    """Operations of an epoch, as far as phases were counted."""
+    return sum(self._counted.values())
+
   def row(self, seconds: dict[str, float]) -> dict[str, float]:
     """Metrics of one epoch: time/<phase>_teraflops, a second, all devices, and time/<phase>_utilisation.
 

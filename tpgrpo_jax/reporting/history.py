@@ -99,7 +99,7 @@ def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
 
   Args:
     run_dir: the folder; training may still be writing to it.
-    label: "" is the config's credit.method.
+    label: "" is the config's run.label, or its credit.method.
 
   Raises:
     ValueError: as of `load_run_config`, or a run without a single row of metrics.
@@ -113,7 +113,7 @@ def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
       "Training writes its first row after the evaluation of the base model: wait for it."
     )
   train, evals = ([r for r in rows if r.get("kind") == kind] for kind in ("train", "eval"))
-  return Run(folder, label or config.credit.method, config, train, evals)
+  return Run(folder, label or config.run.label or config.credit.method, config, train, evals)
 
 
 def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:
@@ -124,7 +124,7 @@ def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:
       recipes differ in more than the seed.
   """
   if not arguments:
-    raise ValueError("report: needs one run folder or more. Try: report runs/tiny_text_tpgrpo")
+    raise ValueError("report: needs one run folder or more. Try: report runs/tiny_text_tp_grpo")
   groups, seen = {}, set()
   for argument in arguments:
     label, separator, folder = argument.partition("=")

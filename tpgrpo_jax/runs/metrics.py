@@ -40,7 +40,7 @@ def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, floa
   row["turning_point/mean"] = np.asarray(credit.is_turning_point).mean()
   for k, value in enumerate(along.mean(axis=1)):
     row[f"completion_reward/{k}"] = value
-  for k, value in enumerate(np.diff(along, axis=0).mean(axis=1)):
+  for k, value in enumerate(rollout.gains.mean(axis=1)):
     row[f"increment/{k}"] = value
   row |= image_statistics(rollout.statistics)
   # Without completions R[0] ... R[W-1] do not exist: no row rather than NaN.

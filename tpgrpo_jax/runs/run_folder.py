@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import fcntl
 import fnmatch
+import hashlib
 import json
 import os
 import pathlib
@@ -27,7 +28,10 @@ RESUMABLE_FIELDS = (
     "eval.every", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
     "text.cache", "text.device", "vae.images_per_chunk", "scoring.*",
 )  # fmt: skip
-"""Config fields that may differ when a run is resumed: they do not change what is learned."""
+"""Config fields that may differ when a run is resumed: they do not change what is learned.
+
+`train.epochs` does where the learning rate falls towards the last of them: see `check_config`.
+"""
 
 _LOCK_FILE = ".lock"
 _OF_STORAGE = {
@@ -158,7 +162,8 @@ def check_config(
   Args:
     run_dir: the run's folder.
     config: the config asked for now.
-    ignore: patterns of dotted field names that may differ.
+    ignore: patterns of dotted field names that may differ; train.epochs only where optimizer.schedule is
+      constant.
 
   Raises:
     ValueError: other fields differ (each is listed with both values), or config.json is damaged or missing.
@@ -180,20 +185,29 @@ def check_config(
     ) from error
   # Through JSON and back, because there a tuple is a list.
   new = bridge.flatten(json.loads(json.dumps(dataclasses.asdict(config))))
-  lines = []
+  falls, lines = new.get("optimizer.schedule", "constant") != "constant", []
   for field in [*new, *(f for f in old if f not in new)]:
-    ignored = any(fnmatch.fnmatchcase(field, pattern) for pattern in ignore)
+    changes_rate = falls and field == "train.epochs"
+    ignored = not changes_rate and any(fnmatch.fnmatchcase(field, pattern) for pattern in ignore)
     if ignored or (field in old and field in new and old[field] == new[field]):
       continue
     has = repr(old[field]) if field in old else "no such field"
     asks = f"you ask for {new[field]!r}" if field in new else "you do not set it"
-    lines.append(f"  {field}: the run has {has}, {asks}")
+    why = f"; optimizer.schedule={new['optimizer.schedule']!r} falls until then" * changes_rate
+    lines.append(f"  {field}: the run has {has}, {asks}{why}")
   if lines:
     raise ValueError(
       f"run.dir={os.fspath(run_dir)!r}: this folder was made by another config.\n"
       + "\n".join(lines)
       + "\nTo resume it, set the old value; to start anew, use another run.dir."
     )
+
+
+def fingerprint(config: Any, ignore: tuple[str, ...] = RESUMABLE_FIELDS) -> str:
+  """A hash of the fields that may not differ when a run is resumed: what belongs to another has another."""
+  fields = bridge.flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+  bound = {k: v for k, v in fields.items() if not any(fnmatch.fnmatchcase(k, p) for p in ignore)}
+  return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
 def truncate_metrics(path: os.PathLike | str, next_epoch: int) -> int:

@@ -52,10 +52,14 @@ def _path(session):
 
 
 def _stored(session):
-  """What the run folder holds, for all processes; {} for nothing."""
+  """What the run folder holds of this config, for all processes; {} for nothing.
+
+  Before the first checkpoint a folder binds nobody, and another config may have left its levels there.
+  """
   path = _path(session)
   is_there = processes.is_first() and path.exists()
-  return processes.from_first(json.loads(path.read_text()) if is_there else {})
+  stored = processes.from_first(json.loads(path.read_text()) if is_there else {})
+  return stored if stored.get("config") == run_folder.fingerprint(session.config) else {}
 
 
 def find_levels(
@@ -64,8 +68,8 @@ def find_levels(
   """Rounds of sampling with the base weights, after each of which every step's level moves.
 
   Returns:
-    {"noise_levels": [W], "evaluations": of the model, in all, "rounds": of {"noise_levels",
-    "positive", "negative": [W] counts of increments}}.
+    {"config": its fingerprint, "noise_levels": [W], "evaluations": of the model, in all, "rounds": of
+    {"noise_levels", "positive", "negative": [W] counts of increments}}.
   """
   config, method = session.config, session.method
   sampler = config.sampler
@@ -100,7 +104,7 @@ def find_levels(
       prompts,
       on_chunk=lambda done, scoring: on_chunk(scoring),
     )
-    increments = np.asarray(stepwise.increments(rolled.completion_reward[0]))
+    increments = np.asarray(stepwise.increments(jnp.asarray(rolled.completion_reward[0])))
     signs = lambda which, d=increments: [int(n) for n in which(d).sum(axis=1)]
     rounds.append(
       {
@@ -111,6 +115,7 @@ def find_levels(
     )
     levels = np.minimum(calibration.adjust(levels, increments), _highest(sampler))
   return {
+    "config": run_folder.fingerprint(config),
     "noise_levels": [float(a) for a in levels],
     "evaluations": each * count * sampler.calibration_rounds,
     "rounds": rounds,

@@ -118,6 +118,7 @@ def _train(session, state, totals, checkpoints, sink, run_dir, notice):
         epoch_lib.save_rollout(run_dir, epoch + 1, sampled)
       totals["evaluations"] += round(sampled.evaluations * len(sampled.rollout.prompts))
       totals["samples"] += len(sampled.rollout.prompts)
+      totals["flops"] = totals.get("flops", 0.0) + session.meter.total()
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
       sink.write({"epoch": epoch + 1, "kind": "train", **totals_row(totals), **train_row})
       checkpoints.save(epoch + 1, state, totals, force=epoch + 1 == config.train.epochs)
@@ -178,6 +179,7 @@ def totals_row(totals: dict[str, Any]) -> dict[str, Any]:
   return {
     "total/evaluations": totals["evaluations"],
     "total/samples": totals["samples"],
+    "total/teraflops": totals.get("flops", 0.0) / 1e12,
     "time/total": totals["seconds"],
   }
 

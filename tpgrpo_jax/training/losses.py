@@ -5,13 +5,14 @@ step's arrays: see `step.Batch`. Its loss still waits for the samples' weights a
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import registry
+from tpgrpo_jax import registry, types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.objective import forward_process, ratio, surrogate
 from tpgrpo_jax.training import method as method_lib
@@ -45,7 +46,42 @@ def _trust_region(config):
   )
   if not isinstance(region, surrogate.TrustRegion):
     region = surrogate.TrustRegion(region, needs_divergence=True)  # the user's own function
+  _check_trust_region(config, region)
   return region
+
+
+_STATES, _MEMBERS = 3, 2  # of the shapes that a user's own function is tried with
+
+
+def _shaped(*shape) -> Any:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _check_trust_region(config, region):
+  """Raises ValueError unless a trust region, perhaps a user's own, returns what it should."""
+  pairs = _shaped(_STATES, _MEMBERS)
+  function = functools.partial(region.function, limit=config.loss.clip_range)
+  found = jax.eval_shape(function, pairs, pairs, _shaped(_STATES, 1))
+  form = lambda leaf: (getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
+  wanted = [[(pairs.shape, jnp.float32), (shape, bool)] for shape in (pairs.shape, ())]
+  if not isinstance(found, surrogate.Terms) or [*map(form, found)] not in wanted:
+    raise ValueError(
+      f"loss.trust_region={config.loss.trust_region!r}: must return surrogate.Terms(loss float32, active "
+      f"bool) of the shape {list(pairs.shape)} for log-ratios and advantages {list(pairs.shape)}, returns "
+      f"{found}. See docs/bring_your_own.md."
+    )
+
+
+def _check_ratio(config, compare):
+  """Raises ValueError unless a ratio, perhaps a user's own, returns a log-ratio for each sample."""
+  latents = _shaped(_STATES, 4, 4, 2)
+  gaussian = types.Gaussian(latents, _shaped())
+  found = jax.eval_shape(compare, latents, gaussian, gaussian)
+  if getattr(found, "shape", None) != (_STATES,) or found.dtype != jnp.float32:
+    raise ValueError(
+      f"loss.ratio={config.loss.ratio!r}: must return log-ratios float32 [{_STATES}] for latents "
+      f"{list(latents.shape)}, returns {found}. See docs/bring_your_own.md."
+    )
 
 
 def _stored(method: method_lib.Method, config: config_lib.Config):
@@ -66,6 +102,7 @@ _STORED = {"log_prob": _stored}
 def _from_means(method: method_lib.Method, config: config_lib.Config):
   """Log-ratios from the Gaussians of now and of the rollout."""
   compare = registry.lookup(ratio.RATIOS, config.loss.ratio, field="loss.ratio")
+  _check_ratio(config, compare)
 
   def compared(x, x_next, velocity, old_velocity, sigma, sigma_next):
     gaussians = [method.step_fn(x, v, sigma, sigma_next) for v in (velocity, old_velocity)]

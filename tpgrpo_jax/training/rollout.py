@@ -13,6 +13,7 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards, types
+from tpgrpo_jax.credit import branch, stepwise
 from tpgrpo_jax.flow import branching, completion, sampler
 from tpgrpo_jax.runs import metrics, preemption, processes
 from tpgrpo_jax.training import build
@@ -39,6 +40,7 @@ class Rollout:
       completion was made (k < W). Of branches: row 0 is the anchor's own, row k + 1 the member's.
     rewards: label -> [G, W+1, B], the same for each reward alone.
     images: uint8 [at most KEPT, H, W, 3], the first samples' own (the anchors', on branches).
+    gains: [W, B] of the first stride: the increments, on branches the member's reward over its anchor's.
     statistics: [S, 3] of the images of trajectories or anchors, as of metrics.statistics_of_each.
     prompts: [B].
     seconds: phase -> time.
@@ -52,6 +54,7 @@ class Rollout:
   completion_reward: np.ndarray
   rewards: dict[str, np.ndarray]
   images: np.ndarray
+  gains: np.ndarray
   statistics: np.ndarray
   prompts: list[types.Prompt]
   seconds: dict[str, float]
@@ -64,11 +67,13 @@ class States(NamedTuple):
     sample: (config, method) -> function of a microbatch that returns Transitions and completions.
     arrange: (own [B], completions [segments, B], method) -> completion_reward [G, W+1, B].
     compared: rows of completion_reward, as of Rollout.
+    gains: completion_reward [W+1, B] -> [W, B], what each step has brought.
   """
 
   sample: Callable[..., Any]
   arrange: Callable[[np.ndarray, np.ndarray, method_lib.Method], np.ndarray]
   compared: slice
+  gains: Callable[[Any], Any]
 
 
 def _trajectory(config, method):
@@ -148,9 +153,9 @@ def _after_anchors(own, completions, method):
 
 
 STATES = {
-  "trajectory": States(_trajectory, _after_states, slice(-1, None)),
-  "branch": States(_branch, _after_anchors, slice(1, None)),
-  "ode": States(_ode, _after_states, slice(-1, None)),
+  "trajectory": States(_trajectory, _after_states, slice(-1, None), stepwise.increments),
+  "branch": States(_branch, _after_anchors, slice(1, None), branch.gain),
+  "ode": States(_ode, _after_states, slice(-1, None), stepwise.increments),
 }
 
 
@@ -286,15 +291,17 @@ def collect(
     arranged = states.arrange(own, completions, method)
     return np.ascontiguousarray(arranged[..., np.argsort(order)], np.float32)
 
+  completion_reward = in_order(total)
   return Rollout(
     transitions,
     conditions,
     order,
     method.sigmas,
     states.compared,
-    in_order(total),
+    completion_reward,
     {label: in_order(scores) for label, scores in by_label.items()},
     images[np.argsort(order[order < KEPT])],
+    np.asarray(states.gains(jnp.asarray(completion_reward[0]))),
     statistics,
     list(prompts),
     {"rollout": device_done - began, "reward_wait": finished - device_done},

@@ -40,7 +40,8 @@ def make_optimizer(
     config: rate, warm-up, schedule and the rest.
     total_updates: of the run, at the last of which linear and cosine schedules reach final_scale.
   """
-  rate = SCHEDULES[config.schedule](config, max(total_updates - config.warmup_updates, 1))
+  # An update reads the rate at the number of those before it: the last one at one less than their number.
+  rate = SCHEDULES[config.schedule](config, max(total_updates - config.warmup_updates - 1, 1))
   if config.warmup_updates:
     # Update n of the warm-up, counted from 1, has n / warmup_updates of the rate: none is lost.
     full = config.learning_rate
@@ -55,7 +56,7 @@ def make_optimizer(
   )
 
 
-# name -> (config, updates after the warm-up) -> what optax takes as a learning rate.
+# name -> (config, updates that follow the first after the warm-up) -> what optax takes as a learning rate.
 SCHEDULES = {
   "constant": lambda config, updates: config.learning_rate,
   "linear": lambda config, updates: optax.linear_schedule(

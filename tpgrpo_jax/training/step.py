@@ -110,6 +110,7 @@ def make_train_step(config: config_lib.Config, method: method_lib.Method):
       after,
       trainable=keep(after.trainable, state.trainable),
       opt_state=keep(after.opt_state, state.opt_state),
+      ema=keep(after.ema, state.ema),  # of the weights that are not kept
     ), metrics
 
   return jax.jit(train_step, donate_argnums=0)

@@ -1,0 +1,32 @@
+"""Every name that a field can have; the tables of the other rooms hold what they stand for."""
+
+MODEL_VARIANTS = ("tiny", "sd3", "flux")
+SCHEDULES = ("linear", "sd3", "flux")
+DYNAMICS = ("sde", "cps", "dance")
+SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")
+ROLLOUTS = ("trajectory", "branch", "ode")
+WINDOW_DRAWS = ("epoch", "microbatch")
+LATENT_DTYPES = ("float32", "bfloat16", "float16")
+LEVEL_DRAWS = ("permuted", "stratified")
+CREDIT_METHODS = (
+    "flow_grpo", "increments", "aggregation", "tp_grpo", "tp_grpo_consistent", "vgpo", "coca", "branch",
+    "branch_gain",
+)  # fmt: skip
+NORMALIZATIONS = ("group", "group_joint", "global_std", "value")
+ADVANTAGE_GROUPS = ("prompt", "state")
+OBJECTIVES = ("policy", "nft", "awm")
+RATIOS = ("log_prob", "normalized")
+TRUST_REGIONS = ("clip", "dppo")
+STEP_WEIGHTS = ("none", "std", "inverse_dt", "inverse_sensitivity")
+UPDATES_BY = ("samples", "steps")
+LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
+REWARD_NAMES = (
+    "ocr", "jpeg_compressibility", "jpeg_incompressibility",
+    "clipscore", "pickscore", "hpsv2", "aesthetic",
+)  # fmt: skip
+PROMPT_SOURCES = ("words", "folder")
+DTYPES = ("float32", "bfloat16")
+TEXT_DEVICES = ("mesh", "cpu")
+QUANTIZATIONS = ("", "int8", "nf4")
+REMAT_POLICIES = ("none", "full", "dots")
+LORA_INITS = ("gaussian", "kaiming")
