@@ -160,7 +160,9 @@ def test_full_disk_is_named():
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_one_named(tmp_path):
-  hold = "from tpgrpo_jax.runs import run_folder\nwith run_folder.hold('run'): print('held'), input()"
+  hold = (
+    "from tpgrpo_jax.runs import run_folder\nwith run_folder.hold('run'): print('held'), input()"
+  )
   pipe = subprocess.PIPE
   first = subprocess.Popen(
       [sys.executable, "-c", hold], cwd=tmp_path, stdin=pipe, stdout=pipe, text=True,
