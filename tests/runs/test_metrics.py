@@ -65,6 +65,11 @@ def test_colour_counts_by_its_brightness():
 LAST, MEMBERS = slice(-1, None), slice(1, None)  # what is compared of trajectories, of branches
 
 
+def gains_of(reward, compared):
+  """What each step has brought: over the state before, or of branches over their anchor."""
+  return reward[1:] - (reward[:1] if compared == MEMBERS else reward[:-1])
+
+
 def row_of(completion_reward, is_turning_point=None, advantage=None, group_size=2, compared=LAST):
   reward = np.asarray(completion_reward, np.float32)
   window, batch = len(reward) - 1, reward.shape[1]
@@ -73,6 +78,7 @@ def row_of(completion_reward, is_turning_point=None, advantage=None, group_size=
     completion_reward=reward[None],
     rewards={"mine": 2 * reward[None]},
     compared=compared,
+    gains=gains_of(reward, compared),
     statistics=metrics.statistics_of_each(images_of(*[np.zeros((2, 2))] * batch)),
   )
   advantage = np.zeros((window, batch)) if advantage is None else advantage
@@ -93,6 +99,7 @@ def test_reward_of_branches_is_that_of_all_members_and_not_of_their_anchor():
   assert row["reward/mine/mean"] == 4.0
   assert row["group/zero_spread"] == 0.5  # both groups of the second step
   assert row["completion_reward/0"] == 9.0
+  assert [row[f"increment/{k}"] for k in range(2)] == [-7.0, -7.0]
 
 
 def test_spread_within_groups_and_groups_without_any():

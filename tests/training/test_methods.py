@@ -23,6 +23,7 @@ from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
 
 QUICK = ("tp_grpo", "tempflow", "diffusion_nft")  # a method of each kind of states
+ON_A_MESH = (*QUICK, "densegrpo", "awm")  # in CI; the rest: pytest -m exhaustive
 METHODS = [
   pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in presets.METHODS
 ]
@@ -186,7 +187,13 @@ def quick_compiler():
   jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+  "method",
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in ON_A_MESH else pytest.mark.exhaustive)
+    for name in presets.METHODS
+  ],
+)
 def test_mesh_of_eight_devices_learns_what_one_does(
   finished, method, method_config, quick_compiler, tmp_path
 ):

@@ -113,11 +113,23 @@ def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   assert len(rows_of(again)) == 2
 
 
+# In CI: one of each kind of states and completions. The rest: pytest -m exhaustive.
+IN_CI = {
+  ("sd3", "tempflow"),
+  ("sd3", "densegrpo"),
+  ("sd3", "awm"),
+  ("flux", "diffusion_nft"),
+  ("flux", "vgpo"),
+}
+
+
 @pytest.mark.parametrize(
   "family, name",
   [
     pytest.param(
-      family, name, marks=() if (family, name) == ("sd3", "tempflow") else pytest.mark.slow
+      family,
+      name,
+      marks=pytest.mark.slow if (family, name) in IN_CI else pytest.mark.exhaustive,
     )
     for family in FAMILIES
     for name in presets.METHODS
