@@ -189,7 +189,7 @@ def test_states_and_weights_have_the_bytes_of_real_ones():
 def test_the_released_models_have_their_released_sizes():
   # Public model cards: SD3.5-Medium 2.5 B, FLUX.1-dev 12 B parameters, autoencoder's decoder 50 M.
   mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-  for config, billions in ((presets.sd35m(), 2.5), (presets.flux_dev(), 12)):
+  for config, billions in ((presets.sd35m(), 2.5), (presets.flux_pickscore(), 12)):
     model = lowering.abstract_model(config, mesh)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert count(model.frozen) == pytest.approx(billions * 1e9, rel=0.15)
