@@ -144,15 +144,24 @@ def measure_evaluation(subject: Subject) -> None:
     timing.report_ratio(figure, seconds, of="jax", over=name, threads=threads)
 
 
-def measure_rollout(subject: Subject) -> types.Trajectory:
+def measure_rollout(subject: Subject) -> types.Transitions:
   """Reports the trajectory with its completions, and returns it."""
   args, method = subject.args, subject.run.method
-  plan = method_lib.build_plan(subject.run.config, method, 0)
-  options = dict(sigmas=method.sigmas, start=0, window=method.window)
+  place = np.arange(method.window)
+  plan = method_lib.build_plan(subject.run.config, method, place)
 
   def rollout(params, key, x, condition):
     trajectory = sampler.sample_trajectory(
-      method.velocity_fn, method.step_fn, method.log_prob_fn, params, key, x, condition, **options
+      method.velocity_fn,
+      method.step_fn,
+      method.log_prob_fn,
+      params,
+      key,
+      x,
+      condition,
+      sigmas=method.sigmas,
+      start=0,
+      window=method.window,
     )
     completed = completion.complete(
       method.velocity_fn, params, trajectory, condition, plan, lanes_per_chunk=args.lanes
@@ -170,17 +179,19 @@ def measure_rollout(subject: Subject) -> types.Trajectory:
     count(rollout, *inputs),
     samples_per_second=round(rate, 4),
     images_per_second=round(rate * (method.window + 1), 4),
-    evaluations_per_sample=method_lib.evaluations_per_sample(subject.run.config, plan),
+    evaluations_per_sample=method_lib.evaluations_per_sample(
+      subject.run.config, method, plan, place
+    ),
   )
   return call()[0]
 
 
-def measure_update(subject: Subject, trajectory: types.Trajectory) -> None:
+def measure_update(subject: Subject, trajectory: types.Transitions) -> None:
   """Reports the train step on the trajectory, with random advantages."""
   args, run = subject.args, subject.run
   train_step, shapes = true_models.update(subject.model, run, batch=args.batch)
   advantage = draw(shapes[-1].advantage)
-  batch = step.Batch([trajectory], [subject.condition], advantage, jnp.ones((1, args.batch)))
+  batch = step.Batch([trajectory], [subject.condition], advantage, jnp.ones(advantage.shape))
   create = functools.partial(state_lib.init_state, optimizer=run.method.optimizer)
   state = [jax.jit(create)(subject.params["trainable"])]  # donated to each call, which replaces it
 

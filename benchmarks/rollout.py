@@ -77,7 +77,8 @@ def measure_rollout(config: config_lib.Config, mesh, repeats: int, threads: int)
   texts = [f"W{i % 1000:03d}" for i in range(batch)]
   model = build.build_model(config, mesh, texts)
   method = method_lib.build_method(config, model)
-  plan = method_lib.build_plan(config, method, 0)
+  place = method_lib.draw_place(config, 0, 0).astype(np.int32)
+  plan = method_lib.build_plan(config, method, place)
   length, lanes = plan.load.shape
   num_steps, window = config.sampler.num_steps, method.window
   params = model.params(model.trainable)
@@ -86,7 +87,7 @@ def measure_rollout(config: config_lib.Config, mesh, repeats: int, threads: int)
   group, condition = processes.put_batch(mesh, placed)
   key = rollout.epoch_key(0, 0)
   sample = functools.partial(
-    rollout.make_rollout_fn(config, model, method), params, key, 0, group, condition, 0, plan
+    rollout.make_rollout_fn(config, model, method), params, key, 0, group, condition, place, plan
   )
   trajectory, _ = sample()
 
@@ -125,7 +126,7 @@ def measure_rollout(config: config_lib.Config, mesh, repeats: int, threads: int)
     repeats=repeats,
   )
   difference = np.abs(np.asarray(packed_call()) - np.stack(loops["loop"]())).max()
-  evaluations = method_lib.evaluations_per_sample(config, plan)
+  evaluations = method_lib.evaluations_per_sample(config, method, plan, place)
   sizes = dict(
     num_steps=num_steps,
     window=window,
@@ -204,7 +205,11 @@ def count_compilations(window_range: tuple[int, ...], epochs: int, threads: int)
       sampled = epoch_lib.sample_epoch(session, state, epoch)
       state, _ = epoch_lib.update_epoch(session, state, epoch, sampled)
       ends.append(len(compiled))
-  names = {"rollout": "jit(rollout)", "credit": "jit(assign)", "train_step": "jit(train_step)"}
+  names = {
+    "rollout": "jit(sample_microbatch)",
+    "credit": "jit(assign)",
+    "train_step": "jit(train_step)",
+  }
   timing.report(
     "compilations",
     threads=threads,

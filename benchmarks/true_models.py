@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
+from tpgrpo_jax.config import model_fields
 from tpgrpo_jax.forecasting import lowering
 from tpgrpo_jax.models import flux, lora, mmdit
 from tpgrpo_jax.training import build, pipeline, step
@@ -43,7 +44,7 @@ class TrueModel:
       model = flux.Flux(self.config, guidance=self.guidance, **kw)
     else:
       model = mmdit.MMDiT(self.config, **kw)
-    targets = config_lib.REFERENCE_LORA_TARGETS
+    targets = model_fields.REFERENCE_LORA_TARGETS
     lora.add_lora(model, key, rank=32, alpha=64.0, init="gaussian", targets=targets)
     return model
 
@@ -157,9 +158,10 @@ def update(model: TrueModel, run: Run, *, batch: int) -> tuple[Any, tuple]:
   create = functools.partial(state_lib.init_state, optimizer=run.method.optimizer)
   window = run.method.window
   states, level = _float32(window, batch, *model.latent), _float32(window)
-  final, log_prob = _float32(batch, *model.latent), _float32(window, batch)
-  trajectory = types.Trajectory(states, states, states, log_prob, level, level, final)
-  advantage, weight = _float32(1, window, batch), _float32(1, batch)
+  final, log_prob = _float32(batch, *model.latent), _float32(window, batch, 1)
+  members = _float32(window, batch, 1, *model.latent)
+  trajectory = types.Transitions(states, members, states, log_prob, level, level, final)
+  advantage, weight = _float32(1, window, batch), _float32(1, window, batch)
   pieces = step.Batch([trajectory], [conditions(model, batch)], advantage, weight)
   arguments = (jax.eval_shape(create, run.trainable), run.frozen, {}, pieces)
   return step.make_train_step(run.config, run.method), arguments

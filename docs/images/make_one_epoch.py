@@ -39,7 +39,8 @@ def main() -> None:
   prompts = prompts_lib.load_prompts("words", "", "test")
   model = build.build_model(config, mesh, [prompts[i].text for i in range(CANDIDATES)])
   method = method_lib.build_method(config, model)
-  plan = method_lib.build_plan(config, method, 0)
+  place = np.arange(WINDOW, dtype=np.int32)
+  plan = method_lib.build_plan(config, method, place)
   sample = rollout.make_rollout_fn(config, model, method)
   reward_fn = rewards.make_rewards(config.rewards, placement=mesh_lib.make_placement(mesh))
   credit_fn = step.make_credit_fn(config, method)
@@ -52,14 +53,14 @@ def main() -> None:
     noise = np.stack([np.full(GROUP, number), np.arange(GROUP)], axis=1).astype(np.int32)
     placed = (noise, method_lib.build_condition(config, model, texts))
     placed = processes.put_batch(mesh, placed)
-    trajectory, images = jax.device_get(sample(params, key, number, *placed, 0, plan))
+    trajectory, images = jax.device_get(sample(params, key, number, *placed, place, plan))
     images = images.swapaxes(0, 1)
     flat = images.reshape(-1, *images.shape[2:])
     metadata = [prompts[number].metadata] * len(flat)
     reward, _, _ = reward_fn(flat, texts * len(images), metadata)()
     reward = reward.reshape(len(images), GROUP)
-    credit, advantage, _ = jax.device_get(credit_fn(reward))
-    states = np.concatenate([trajectory.x, trajectory.x_next[-1:]])[..., 0]
+    credit, advantage, _ = jax.device_get(credit_fn(reward[None], np.ones(1, np.float32), {}))
+    states = np.concatenate([trajectory.x, trajectory.x_next[-1:, :, 0]])[..., 0]
     found = dict(word=texts[0], states=states, images=images, reward=reward)
     return found | dict(turns=credit.is_turning_point, advantage=advantage)
 
