@@ -76,14 +76,15 @@ def make_train_step(config: config_lib.Config, method: method_lib.Method):
   pair_loss = losses.OBJECTIVES[config.loss.objective].make_loss(config, method)
 
   def train_step(state, frozen, reference, batch: Batch):
-    pairs, conditions = _pairs(config, method, batch)
+    pairs, conditions, finals = _pairs(config, method, batch)
     weight_sum = jnp.sum(batch.weight)
     params = {"frozen": frozen, "trainable": state.trainable}
     if config.loss.chunks:
       pairs["chunk_log_ratio"] = _chunk_log_ratios(config, method, params, pairs, conditions)
 
     def share_of_mean(trainable, pair):
-      condition = jax.tree.map(lambda c: c[pair["chunk"]], conditions)
+      condition, data = jax.tree.map(lambda a: a[pair["chunk"]], (conditions, finals))
+      pair = pair | {"data": data}
       at = params | {"trainable": trainable}
       loss, metrics = pair_loss(at, reference, state.old, pair, condition)
       mean = lambda values: jnp.sum(pair["weight"] * values) / jnp.maximum(weight_sum, 1.0)
@@ -153,7 +154,7 @@ def _chunk_log_ratios(config, method, params, pairs, conditions):
 
 
 def _pairs(config, method, batch):
-  """Leading axis C W over (microbatch, step), and the conditions stacked to leading axis C."""
+  """Leading axis C W over (microbatch, step), and conditions and finished latents of leading axis C."""
   stack = lambda *leaves: jnp.stack(leaves)
   transitions = jax.tree.map(stack, *batch.transitions)
   conditions = jax.tree.map(stack, *batch.conditions)
@@ -174,9 +175,7 @@ def _pairs(config, method, batch):
   flat = {name: a.reshape(chunks * rows, *a.shape[2:]) for name, a in pairs.items()}
   flat = {k: a.astype(jnp.float32) if k in ("x", "x_next") else a for k, a in flat.items()}
   flat["chunk"] = jnp.repeat(jnp.arange(chunks), rows)
-  if batch.levels is not None:
-    flat["data"] = jnp.repeat(transitions.final, rows, axis=0)
-  return flat, conditions
+  return flat, conditions, transitions.final
 
 
 def _step_weights(config, method, sigma, sigma_next):
