@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import config, rewards, types
+from tpgrpo_jax.config import names
 from tpgrpo_jax.rewards import combine
 
 IMAGES = np.zeros((3, 8, 8, 3), np.uint8)
@@ -54,7 +55,7 @@ def _returning(result):
 
 
 def test_table_has_the_names_that_the_config_knows():
-  assert set(rewards.REWARDS) == set(config.REWARD_NAMES)
+  assert set(rewards.REWARDS) == set(names.REWARD_NAMES)
 
 
 def test_reward_that_paints_on_the_images_is_refused():
