@@ -39,11 +39,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--run", default="", help="a run folder: its newest checkpoint, EMA weights")
-  parser.add_argument("--config", default="configs/tiny_text.py", help="recipe, without --run")
-  parser.add_argument("--num-steps", type=int, default=8, help="T; all but the last are stochastic")
-  parser.add_argument("--prompts", type=int, default=16)
-  parser.add_argument("--group", type=int, default=8, help="samples a prompt")
+  add_arguments(parser)
   parser.add_argument("--parts", type=int, default=4, help="of the prompts, for the spread")
   args = parser.parse_args()
   session, params = open_session(args)
@@ -59,6 +55,15 @@ def main() -> None:
     print(json.dumps(row), flush=True)
     rows.append(row)
   print(table(rows))
+
+
+def add_arguments(parser):
+  """What says whose trajectories, and how many."""
+  parser.add_argument("--run", default="", help="a run folder: its newest checkpoint, EMA weights")
+  parser.add_argument("--config", default="configs/tiny_text.py", help="recipe, without --run")
+  parser.add_argument("--num-steps", type=int, default=8, help="T; all but the last are stochastic")
+  parser.add_argument("--prompts", type=int, default=16)
+  parser.add_argument("--group", type=int, default=8, help="samples a prompt")
 
 
 def open_session(args):
@@ -105,28 +110,37 @@ def load_recipe(path):
 
 def rewards_of(session, params, way):
   """(R [W+1, B], evaluations a sample) of the same trajectories, completed in one way."""
+  rolled, evaluations = make_roll(session, params, way)(0)
+  return rolled.completion_reward[0], evaluations
+
+
+def make_roll(session, params, way):
+  """Returns epoch -> (its Rollout, evaluations a sample), with completions made in one way."""
   config = presets.apply(session.config, way)
   method = method_lib.build_method(config, session.model)
   sample = rollout.make_rollout_fn(config, session.model, method)
-  place = method_lib.draw_place(config, 0, 0)
-  plan = method_lib.build_plan(config, method, place)
-  indices = session_lib.epoch_indices(config, 0, len(session.train_prompts))
-  prompts = [session.train_prompts[int(i)] for i in np.repeat(indices, config.train.group_size)]
-  key = rollout.epoch_key(config.seed, 0)
-  with jax.set_mesh(session.mesh):
-    rolled = rollout.collect(
-      config,
-      session.model,
-      method,
-      session.mesh,
-      lambda chunk, group, condition: sample(
-        params, key, chunk, group, condition, place.astype(np.int32), plan
-      ),
-      session.reward_fn,
-      prompts,
-    )
-  evaluations = method_lib.evaluations_per_sample(config, method, plan, place)
-  return rolled.completion_reward[0], evaluations
+
+  def roll(epoch):
+    place = method_lib.draw_place(config, epoch, 0)
+    plan = method_lib.build_plan(config, method, place)
+    indices = session_lib.epoch_indices(config, epoch, len(session.train_prompts))
+    prompts = [session.train_prompts[int(i)] for i in np.repeat(indices, config.train.group_size)]
+    key = rollout.epoch_key(config.seed, epoch)
+    with jax.set_mesh(session.mesh):
+      rolled = rollout.collect(
+        config,
+        session.model,
+        method,
+        session.mesh,
+        lambda chunk, group, condition: sample(
+          params, key, chunk, group, condition, place.astype(np.int32), plan
+        ),
+        session.reward_fn,
+        prompts,
+      )
+    return rolled, method_lib.evaluations_per_sample(config, method, plan, place)
+
+  return roll
 
 
 def parts_of(exact, args):

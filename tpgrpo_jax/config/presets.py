@@ -193,11 +193,7 @@ METHODS: dict[str, dict[str, Any]] = {
   },
   "tp_grpo": {"credit.method": "tp_grpo"},
   "tp_grpo_consistent": {"credit.method": "tp_grpo_consistent"},
-  "tp_grpo_fast": {
-    "credit.method": "tp_grpo",
-    "completion.steps": 2,
-    "completion.solver": "dpmpp_2m",
-  },
+  "tp_grpo_fast": {"credit.method": "tp_grpo", "completion.steps": 2},
   "increments": {"credit.method": "increments"},
   "aggregation": {"credit.method": "aggregation"},
   "densegrpo": {
