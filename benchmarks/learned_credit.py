@@ -1,10 +1,10 @@
 """Credit that is learned: python benchmarks/learned_credit.py [--run RUN_DIR]
 
-A small head reads what a trajectory's own evaluations have made: the one-step images x - sigma v of its states,
-their noise levels, the prompt, and the reward of the finished image. It is trained on the completion rewards of the
-few states that an epoch completes (--share of them, drawn at random), over --epochs epochs, with the consistency of
-neighbouring states (after arXiv 2506.09096) as regulariser. It then stands for the completion rewards of new samples,
-beside those few that are known there too:
+A small head reads what a trajectory's own evaluations have made: the one-step images x - sigma v of its
+states, their noise levels, the prompt, and the reward of the finished image. It is trained on the completion
+rewards (0..1) of the few states that an epoch completes (--share of them, drawn at random), over --epochs
+epochs, with the consistency of neighbouring states (after arXiv 2506.09096) as regulariser. It then stands
+for the completion rewards of new samples, beside those few that are known there too:
 
 head          the head alone, the known states with their true rewards
 corrected     head + (exact - head) / share on the known states: its expectation is the exact reward
