@@ -59,7 +59,9 @@ def main() -> None:
   data = []
   for epoch in range(total):
     data.append(examples(exactly, cheaply if epoch >= args.epochs else exactly, epoch))
-    print(json.dumps({"epoch": epoch, "of": total, "reward": float(data[-1][2].mean())}), flush=True)
+    print(
+      json.dumps({"epoch": epoch, "of": total, "reward": float(data[-1][2].mean())}), flush=True
+    )
   learn, held_out = data[: args.epochs], data[args.epochs :]
   rng = np.random.default_rng(args.seed)
   head = fit(*join(learn), rng, args)

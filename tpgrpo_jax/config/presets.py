@@ -300,7 +300,7 @@ READINGS = {
   "vgpo": "The formula, gamma .9 and bonus .1 could not be checked.",
   "coca": "Of the latents themselves, gains alone; their code compares one-step images, with their sign.",
   "branch": "Ours: tempflow without step weights.",
-  "tempflow": "cps for their SDE, a clip range found for it; one anchor for a whole group, theirs has 4 of 6.",
+  "tempflow": "cps for their SDE, a clip range found for it; one anchor a group, theirs has 4 of 6.",
   "g2rpo": "Half of T steps, of any T; strides of their scripts (the paper has 3 as well).",
   "grpo_guard": "Every sample has its own quadratic term; their code averages it over the microbatch.",
   "flow_dppo": "After Tencent-Hunyuan/UniRL, its code; no paper was found.",
