@@ -103,6 +103,35 @@ def test_updates_axis_counts_the_updates_of_every_epoch(make_run):
   assert history.band([run], "evals", "reward/ocr/mean").x.tolist() == [0, 20]
 
 
+@pytest.mark.parametrize(
+  "against, wanted", [("evaluations", 400), ("teraflops", 0.5), ("seconds", 40)]
+)
+def test_curves_are_drawn_against_what_was_spent(make_run, against, wanted):
+  run = history.load_run(make_run("a", [eval_row(4, 0.2, **{"total/teraflops": 0.5})]))
+  assert history.band([run], "evals", "reward/ocr/mean", against).x.tolist() == [wanted]
+
+
+def test_table_says_what_the_runs_came_to_and_what_they_took(make_run):
+  spent = {"total/teraflops": 0.5, "image/edge_density": 0.25}
+  runs = [
+    make_run(f"s{seed}", [eval_row(0, 0.1), eval_row(6, score, **spent)], seed=seed)
+    for seed, score in enumerate((0.3, 0.5))
+  ]
+  (row,) = page.table(history.load_runs(runs), "ocr")
+  assert dict(zip(page.COLUMNS, row, strict=True)) == {
+    "label": "tp_grpo",
+    "seeds": "2",
+    "epochs": "6 / 100",
+    "base score": "0.100",
+    "final score": "0.400",
+    "gain": "+0.300 ± 0.141",
+    "edge density": "0.250",
+    "evaluations": "600",
+    "TFLOP": "0.5",
+    "minutes": "1.0",
+  }
+
+
 def test_band_ends_where_the_shortest_seed_ends(make_run):
   runs = [
     make_run("long", [eval_row(e, 0.1) for e in range(4)]),

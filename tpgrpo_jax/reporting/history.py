@@ -190,7 +190,7 @@ def band(runs: Sequence[Run], kind: str, name: str, against: str = "updates") ->
     runs: of one label.
     kind: "train" or "evals".
     name: of the metric.
-    against: "updates", "evaluations" or "seconds".
+    against: "updates", "evaluations", "teraflops" or "seconds".
 
   Returns:
     Curves over the epochs at which every run has a finite value; they may be empty.
@@ -206,10 +206,18 @@ def band(runs: Sequence[Run], kind: str, name: str, against: str = "updates") ->
   return Band(x.mean(axis=0), y.mean(axis=0), y.min(axis=0), y.max(axis=0))
 
 
+TOTALS = {
+  "evaluations": "total/evaluations",
+  "teraflops": "total/teraflops",
+  "seconds": "time/total",
+}
+"""What a run has spent -> the metric that says so."""
+
+
 def _position(run, row, against):
   if against == "updates":
     return float(row["epoch"] * run.config.train.updates_per_epoch)
-  return number(row, {"evaluations": "total/evaluations", "seconds": "time/total"}[against])
+  return number(row, TOTALS[against])
 
 
 def per_step(runs: Sequence[Run], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -275,14 +283,18 @@ class Outcome(NamedTuple):
     base: score before the first update, NaN if it was not measured.
     final: score of the last evaluation.
     epochs: finished at that evaluation.
+    edges: share of pixels on an edge in its images, which tells noise.
     evaluations: of the model, of training alone.
+    teraflops: of rollout and update.
     seconds: wall-clock of the run.
   """
 
   base: np.ndarray
   final: np.ndarray
   epochs: np.ndarray
+  edges: np.ndarray
   evaluations: np.ndarray
+  teraflops: np.ndarray
   seconds: np.ndarray
 
 
@@ -293,6 +305,6 @@ def outcome(runs: Sequence[Run], reward: str) -> Outcome:
     rows = [r for r in run.evals if np.isfinite(number(r, name))] or [{}]
     first, last = rows[0], rows[-1]
     base = number(first, name) if first.get("epoch") == 0 else np.nan
-    totals = ("epoch", "total/evaluations", "time/total")
+    totals = ("epoch", "image/edge_density", *TOTALS.values())
     columns.append([base, number(last, name), *(number(last, total) for total in totals)])
   return Outcome(*np.array(columns).T)

@@ -20,8 +20,10 @@ COLUMNS = (
   "base score",
   "final score",
   "gain",
+  "edge density",
   "evaluations",
-  "seconds",
+  "TFLOP",
+  "minutes",
 )
 
 _PAGE = """<!DOCTYPE html>
@@ -84,7 +86,7 @@ def _figures(groups: Groups) -> Iterator[tuple[str, str, str, Any]]:
       f"Held-out {reward}",
       "Prompts never trained on, ODE sampling from fixed noise with EMA weights. Line: mean over "
       "seeds; band: lowest to highest. Evaluations are those of training rollouts, completions "
-      "included; wall-clock compares only runs made on the same machine.",
+      "included, operations those of rollouts and updates; wall-clock compares only runs made on the same machine.",
       plots.held_out_reward(groups, reward),
     )
   if any(run.train for runs in groups.values() for run in runs):
@@ -161,8 +163,10 @@ def table(groups: Groups, reward: str) -> list[tuple[str, ...]]:
         _mean(o.base, ".3f"),
         _mean(o.final, ".3f"),
         _mean(np.where(o.epochs > 0, o.final - o.base, np.nan), "+.3f", spread=True),
+        _mean(o.edges, ".3f"),
         _mean(o.evaluations, ",.0f"),
-        _mean(o.seconds, ",.0f"),
+        _mean(o.teraflops, ",.3g"),
+        _mean(o.seconds / 60, ",.1f"),
       )
     )
   return rows

@@ -85,9 +85,9 @@ def _figure(
 
 
 def held_out_reward(groups: Groups, reward: str) -> Any:
-  """One reward of held-out prompts against updates, model evaluations and wall-clock."""
+  """One reward of held-out prompts against what was spent: evaluations, operations, wall-clock."""
   figure, axes = _figure(1, 3, 10.0, 3.4, sharey=True)
-  for axis, against in zip(axes[0], ("updates", "evaluations", "seconds")):
+  for axis, against in zip(axes[0], history.TOTALS):
     curves = {
       k: history.band(v, "evals", f"reward/{reward}/mean", against) for k, v in groups.items()
     }
@@ -139,6 +139,13 @@ def _draw_bands(axis, curves, markers=False):
     axis.plot(band.x, band.mean, color=color, **marker)
 
 
+_NAMES = {
+  "updates": "optimizer updates",
+  "evaluations": "model evaluations (training rollouts)",
+  "teraflops": "model TFLOP (rollouts and updates)",
+}
+
+
 def _name_axis(axis, against, curves):
   """The x label with its unit, and numbers to match."""
   from matplotlib import ticker
@@ -152,9 +159,8 @@ def _name_axis(axis, against, curves):
     step = _nice(longest / size / 5) * size if longest else 1.0
     axis.xaxis.set_major_locator(ticker.MultipleLocator(step))
   else:
-    name = {"updates": "optimizer updates", "evaluations": "model evaluations (training rollouts)"}
-    axis.set_xlabel(name[against])
-    axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    axis.set_xlabel(_NAMES[against])
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=against != "teraflops"))
     axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 
