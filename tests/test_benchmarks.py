@@ -11,8 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run(name, *arguments):
-  """The JSON lines of a benchmark, run on one CPU device."""
+def output_of(name, *arguments):
+  """What a benchmark prints, run on one CPU device."""
   environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   done = subprocess.run(
@@ -23,7 +23,13 @@ def run(name, *arguments):
     check=False,
   )
   assert not done.returncode, done.stderr
-  return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+  return done.stdout
+
+
+def run(name, *arguments):
+  """The JSON lines of a benchmark."""
+  lines = output_of(name, *arguments).splitlines()
+  return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 @pytest.mark.slow
@@ -59,3 +65,18 @@ def test_forecast_of_the_memory_of_an_update_is_what_it_takes():
   figures = {line["figure"]: line for line in run("forecast_memory", "--microbatch=256")}
   assert figures.keys() == {"forecast_memory_rollout", "forecast_memory_update"}
   assert figures["forecast_memory_update"]["ratio"] == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.slow
+def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
+  sizes = ["train.epochs=2", "train.prompts_per_epoch=2", "train.microbatch=16", "eval.prompts=8"]
+  methods = ["--methods=flow_grpo,tempflow", "--seeds=1", f"--output={tmp_path}"]
+  fields = [f"--config.{size}" for size in (*sizes, "eval.batch=8", "eval.every=0")]
+  table = output_of("compare", *methods, "--", *fields)
+  rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+  assert [row[0] for row in rows] == ["| `flow_grpo`", "| `tempflow`"]
+  assert [row[5] for row in rows] == ["256", "400"]  # evaluations: 2 epochs x 32 samples x 4 and 6.25
+  before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]
+  assert output_of("compare", *methods, "--", *fields) == table
+  after = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]
+  assert before == after and len(before) == 2

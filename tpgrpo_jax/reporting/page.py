@@ -86,7 +86,8 @@ def _figures(groups: Groups) -> Iterator[tuple[str, str, str, Any]]:
       f"Held-out {reward}",
       "Prompts never trained on, ODE sampling from fixed noise with EMA weights. Line: mean over "
       "seeds; band: lowest to highest. Evaluations are those of training rollouts, completions "
-      "included, operations those of rollouts and updates; wall-clock compares only runs made on the same machine.",
+      "included, operations those of rollouts and updates; wall-clock compares only runs made on the "
+      "same machine.",
       plots.held_out_reward(groups, reward),
     )
   if any(run.train for runs in groups.values() for run in runs):

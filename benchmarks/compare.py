@@ -1,0 +1,164 @@
+"""Methods against each other: python benchmarks/compare.py --methods flow_grpo,tempflow --seeds 3
+
+Trains every method with every seed, as many runs at once as there are cores, one core each, and prints a
+table for each task: final and best held-out score, scores at equal evaluations and equal operations, with
+95 % intervals over seeds (tpgrpo_jax.reporting.comparison), image statistics, minutes, and differences to
+Flow-GRPO seed by seed. Plots are in OUTPUT/TASK/report/report.html.
+
+The same command goes on where it was: what is finished is skipped, what was cut resumes. --tables trains
+nothing. Ctrl-C and SIGTERM end the runs, which save first.
+"""
+
+import argparse
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+
+from tpgrpo_jax.config import presets
+from tpgrpo_jax.reporting import comparison, history, page
+from tpgrpo_jax.runs import metrics
+
+HERE = pathlib.Path(__file__).parent
+# A process of one core: whoever starts it has many.
+BOUND = (
+  "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+def main() -> None:
+  """Parses, trains and compares."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--tasks", default="tiny_text", help="names, with commas")
+  parser.add_argument("--methods", default="flow_grpo,tp_grpo,tempflow", help='names, or "all"')
+  parser.add_argument("--seeds", type=int, default=3)
+  parser.add_argument("--output", default="runs/compare", help="folder of the runs and reports")
+  parser.add_argument("--cores", type=int, default=0, help="runs at once; 0 is one a core")
+  parser.add_argument(
+    "--tables", action="store_true", help="of the runs that are there; trains none"
+  )
+  parser.add_argument(
+    "fields", nargs="*", help="of all recipes: --config.train.epochs=12, after --"
+  )
+  args = parser.parse_args()
+  tasks = args.tasks.split(",")
+  methods = list(presets.METHODS) if args.methods == "all" else args.methods.split(",")
+  for task in tasks:
+    for method in methods:
+      presets.recipe(task, method)  # raises for a name that there is not
+  output = pathlib.Path(args.output)
+  failed = [] if args.tables else train(output, tasks, methods, args)
+  for task in tasks:
+    show(output / task, methods)
+  if failed:
+    sys.exit(
+      f"error: {len(failed)} runs failed: {', '.join(failed)}. See train.log in their folders."
+    )
+
+
+def train(output, tasks, methods, args):
+  """Runs everything that is not finished; returns the names of what failed."""
+  jobs = queue.SimpleQueue()
+  for seed in range(args.seeds):  # all methods have their first seed first
+    for task in tasks:
+      for method in methods:
+        jobs.put((task, method, seed))
+  cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
+  stop, alive, failed = threading.Event(), set(), []
+
+  def end(*_):
+    stop.set()
+    for process in list(alive):
+      process.send_signal(signal.SIGTERM)
+
+  def work(core):
+    while not stop.is_set():
+      try:
+        task, method, seed = jobs.get_nowait()
+      except queue.Empty:
+        return
+      folder = output / task / f"{method}_s{seed}"
+      if is_finished(folder):
+        continue
+      process = start(folder, task, method, seed, core, args.fields)
+      alive.add(process)
+      if stop.is_set():  # it came between the signal and its answer
+        process.send_signal(signal.SIGTERM)
+      status = process.wait()
+      alive.discard(process)
+      print(
+        f"{folder}: {'done' if not status else f'exit status {status}'}",
+        file=sys.stderr,
+        flush=True,
+      )
+      if status and not stop.is_set():
+        failed.append(folder.name)
+
+  for name in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(name, end)
+  workers = [threading.Thread(target=work, args=(core,)) for core in cores]
+  for worker in workers:
+    worker.start()
+  for worker in workers:
+    worker.join()
+  if stop.is_set():
+    sys.exit("error: ended; the same command goes on.")
+  return failed
+
+
+def start(folder, task, method, seed, core, fields):
+  """The training process of one run, on one core; what it prints is in train.log."""
+  folder.mkdir(parents=True, exist_ok=True)
+  command = [sys.executable, "-m", "tpgrpo_jax.train"]
+  command += [f"--config={HERE.parent / 'configs' / task}.py:{method}"]
+  command += [
+    f"--config.seed={seed}",
+    f"--config.run.dir={folder}",
+    "--config.log.tensorboard=False",
+  ]
+  bound = [sys.executable, "-c", BOUND, str(core)] if hasattr(os, "sched_setaffinity") else []
+  environment = {"JAX_PLATFORMS": "cpu"} | os.environ
+  with (folder / "train.log").open("a") as log:
+    return subprocess.Popen(
+      bound + command + fields,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+      env=environment,
+      start_new_session=True,
+    )
+
+
+def is_finished(folder):
+  """Whether the run's last epoch is evaluated."""
+  path = folder / "metrics.jsonl"
+  if not path.is_file():
+    return False
+  last = max((row["epoch"] for row in metrics.read_rows(path) if row["kind"] == "eval"), default=-1)
+  return last >= history.load_run_config(folder).train.epochs
+
+
+def show(folder, methods):
+  """Prints the task's tables and writes its report."""
+  runs = [
+    f"{method}={run}"
+    for method in methods
+    for run in sorted(folder.glob(f"{method}_s*"))
+    if (run / "metrics.jsonl").is_file()
+  ]
+  if not runs:
+    print(f"{folder}: no runs yet", file=sys.stderr)
+    return
+  groups = history.load_runs(runs)
+  print(f"\n## {folder.name}\n")
+  for reward in history.reward_labels(groups):
+    print(f"Held-out {reward}:\n\n{comparison.as_markdown(comparison.table(groups, reward))}\n")
+  print(f"Plots: {page.write_report(groups, folder / 'report')}")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,89 @@
+"""Means, intervals and costs over seeds, on curves whose answers are known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.reporting import comparison, history
+
+
+@pytest.fixture
+def make_run(tmp_path):
+  """Returns (label, seed, [(evaluations, score)]) -> Run; a tenth of a TFLOP for each evaluation."""
+
+  def make(label, seed, points):
+    folder = tmp_path / f"{label}_s{seed}"
+    folder.mkdir()
+    config = config_lib.Config(seed=seed, run=config_lib.Run(label=label))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    rows = [
+      {
+        "epoch": i,
+        "kind": "eval",
+        "reward/ocr/mean": score,
+        "image/edge_density": 0.3,
+        "total/evaluations": spent,
+        "total/teraflops": spent / 10,
+        "time/total": 60.0 * spent,
+      }
+      for i, (spent, score) in enumerate(points)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return history.load_run(folder)
+
+  return make
+
+
+def test_interval_is_students():
+  found = comparison.estimate([1.0, 2.0, 3.0, np.nan])
+  assert found.mean == 2.0
+  assert found.half == pytest.approx(4.302652729911275 / np.sqrt(3))  # t(.975, 2), s = 1
+
+
+def test_one_seed_has_no_interval_and_none_no_mean():
+  assert np.isnan(comparison.estimate([0.5]).half)
+  assert str(comparison.estimate([0.5])) == ".500"
+  assert str(comparison.estimate([np.nan])) == ""
+  assert str(comparison.estimate([-0.01, 0.03])) == ".010 ± .254"
+
+
+def test_scores_between_evaluations_lie_on_a_line(make_run):
+  run = make_run("a", 0, [(0, 0.2), (100, 0.6), (200, 0.7)])
+  assert comparison.score_at(run, "ocr", "evaluations", 50) == pytest.approx(0.4)
+  assert comparison.score_at(run, "ocr", "teraflops", 15) == pytest.approx(0.65)
+  assert comparison.area_to(run, "ocr", "evaluations", 100) == pytest.approx(0.4)
+  assert comparison.area_to(run, "ocr", "evaluations", 150) == pytest.approx(
+    (0.4 * 100 + 0.625 * 50) / 150
+  )
+
+
+def test_methods_are_compared_at_what_all_have_spent(make_run):
+  cheap = [make_run("flow_grpo", s, [(0, 0.2), (100, 0.4 + s / 10)]) for s in (0, 1)]
+  dear = [make_run("tp_grpo", s, [(0, 0.2), (400, 0.6 + s / 10)]) for s in (1, 0)]
+  groups = {"flow_grpo": cheap, "tp_grpo": dear}
+  assert comparison.common_budget(groups, "ocr", "evaluations") == 100
+  head, *rows = comparison.table(groups, "ocr")
+  first, second = (dict(zip(head, row, strict=True)) for row in rows)
+  assert first["at equal evaluations"].startswith(".450 ±")
+  assert second["at equal evaluations"].startswith(".312 ±")  # .300 and .325
+  assert second["final"].startswith(".650 ±") and second["minutes"] == "400.0"
+  # Seed by seed: .300 - .400 and .325 - .500, whatever order the runs came in.
+  assert first["minus flow_grpo"] == ""
+  difference = comparison.paired(dear, cheap, "ocr", "evaluations", 100)
+  assert difference == pytest.approx(comparison.estimate([-0.1, -0.175]))
+  assert second["minus flow_grpo"] == str(difference)
+
+
+def test_best_is_not_the_last(make_run):
+  runs = [make_run("a", 0, [(0, 0.2), (1, 0.9), (2, 0.7)])]
+  head, row = comparison.table({"a": runs}, "ocr")
+  cells = dict(zip(head, row, strict=True))
+  assert (cells["final"], cells["best"]) == (".700", ".900")
+
+
+def test_run_that_has_just_begun_has_empty_cells(make_run):
+  head, row = comparison.table({"a": [make_run("a", 0, [(0, 0.2)])]}, "ocr")
+  assert dict(zip(head, row, strict=True))["on the way there"] == ""

@@ -1,0 +1,148 @@
+"""What several seeds of several methods say: means with intervals, at equal cost and at the end.
+
+An interval is Student's t over seeds, 95 %: mean +- t(.975, n - 1) s / sqrt(n). With three to five seeds a
+percentile bootstrap would be far too narrow. Of one seed there is none.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tpgrpo_jax.reporting import history
+
+Groups = Mapping[str, Sequence[history.Run]]
+
+
+class Estimate(NamedTuple):
+  """A mean over seeds; half is half the width of its 95 % interval, NaN of fewer than two seeds."""
+
+  mean: float
+  half: float
+
+  def __str__(self) -> str:
+    mean = f"{self.mean:.3f}".replace("0.", ".", 1) if abs(self.mean) < 1 else f"{self.mean:.3g}"
+    if np.isnan(self.mean):
+      return ""
+    return mean if np.isnan(self.half) else f"{mean} ± {self.half:.3f}".replace("± 0.", "± .")
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+  """Of one value a seed; those that are not finite are left out."""
+  from scipy import stats  # slow to import, and JAX brings it
+
+  found = np.asarray(values, float)
+  found = found[np.isfinite(found)]
+  if not len(found):
+    return Estimate(np.nan, np.nan)
+  half = np.nan
+  if len(found) > 1:
+    half = stats.t.ppf(0.975, len(found) - 1) * found.std(ddof=1) / np.sqrt(len(found))
+  return Estimate(float(found.mean()), float(half))
+
+
+def curve(run: history.Run, reward: str, against: str) -> tuple[np.ndarray, np.ndarray]:
+  """(spent [N], score [N]) of a run's evaluations; `against` is a name of history.TOTALS."""
+  name = f"reward/{reward}/mean"
+  pairs = [(history.number(r, history.TOTALS[against]), history.number(r, name)) for r in run.evals]
+  pairs = np.array([p for p in pairs if np.all(np.isfinite(p))]).reshape(-1, 2)
+  return pairs[:, 0], pairs[:, 1]
+
+
+def common_budget(groups: Groups, reward: str, against: str) -> float:
+  """The most that every run has spent."""
+  ends = [curve(run, reward, against)[0] for runs in groups.values() for run in runs]
+  return min((float(spent[-1]) if len(spent) else 0.0) for spent in ends)
+
+
+def score_at(run: history.Run, reward: str, against: str, budget: float) -> float:
+  """The held-out score after a budget, between two evaluations by a straight line."""
+  spent, score = curve(run, reward, against)
+  return float(np.interp(budget, spent, score)) if len(spent) else np.nan
+
+
+def area_to(run: history.Run, reward: str, against: str, budget: float) -> float:
+  """Mean held-out score on the way to a budget: the area under the curve over its length."""
+  spent, score = curve(run, reward, against)
+  if not len(spent) or not budget:
+    return np.nan
+  inside = spent < budget
+  x = np.append(spent[inside], budget)
+  y = np.append(score[inside], np.interp(budget, spent, score))
+  return float(np.trapezoid(y, x) / (x[-1] - x[0])) if x[-1] > x[0] else float(y[-1])
+
+
+def paired(
+  runs: Sequence[history.Run],
+  others: Sequence[history.Run],
+  reward: str,
+  against: str,
+  budget: float,
+) -> Estimate:
+  """Difference of scores at a budget, seed by seed, over the seeds that both have."""
+  theirs = {run.config.seed: run for run in others}
+  return estimate(
+    [
+      score_at(run, reward, against, budget)
+      - score_at(theirs[run.config.seed], reward, against, budget)
+      for run in runs
+      if run.config.seed in theirs
+    ]
+  )
+
+
+COLUMNS = (
+  "method",
+  "seeds",
+  "final",
+  "best",
+  "edge density",
+  "evaluations",
+  "TFLOP",
+  "minutes",
+  "at equal evaluations",
+  "at equal TFLOP",
+  "on the way there",
+)
+
+
+def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tuple[str, ...]]:
+  """Rows of text under COLUMNS, and a last column: the paired difference to the baseline.
+
+  Equal evaluations and TFLOP are the most that all runs have spent; "on the way there" is `area_to` the
+  first of the two.
+
+  Args:
+    groups: as of `history.load_runs`.
+    reward: a held-out one.
+    baseline: the label that differences are taken to, at equal evaluations; without it they are left out.
+  """
+  budgets = {a: common_budget(groups, reward, a) for a in ("evaluations", "teraflops")}
+  compares = baseline in groups
+  rows = [COLUMNS + (f"minus {baseline}",) * compares]
+  for label, runs in groups.items():
+    o = history.outcome(runs, reward)
+    best = [curve(run, reward, "evaluations")[1].max(initial=-np.inf) for run in runs]
+    at = {
+      a: estimate([score_at(run, reward, a, budget) for run in runs])
+      for a, budget in budgets.items()
+    }
+    area = estimate([area_to(run, reward, "evaluations", budgets["evaluations"]) for run in runs])
+    mean = lambda values, form: "" if np.isnan(values).all() else format(np.nanmean(values), form)
+    cells = [f"`{label}`", str(len(runs)), str(estimate(o.final)), str(estimate(best))]
+    cells += [mean(o.edges, ".3f").lstrip("0"), mean(o.evaluations, ",.0f")]
+    cells += [mean(o.teraflops, ",.3g"), mean(o.seconds / 60, ".1f")]
+    cells += [str(at["evaluations"]), str(at["teraflops"]), str(area)]
+    if compares:
+      others = groups[baseline]
+      budget = budgets["evaluations"]
+      same = label == baseline
+      cells += ["" if same else str(paired(runs, others, reward, "evaluations", budget))]
+    rows.append(tuple(cells))
+  return rows
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+  """A table whose first row is its head."""
+  lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
