@@ -139,6 +139,11 @@ def _lanes(task: Config) -> int:
   return 0 if task.model.variant == "tiny" else 1
 
 
+def _clip_of_branches(task: Config) -> float:
+  """The task's; five times it for small latents, where the mean over fewer numbers is as much noisier."""
+  return task.loss.clip_range * (5 if task.model.variant == "tiny" else 1)
+
+
 def _chunks(task: Config) -> tuple[int, ...]:
   """GCPO's fixed lengths [2, 3, 4, 7] of 16, scaled to the steps that have noise."""
   steps = task.sampler.num_steps - 1
@@ -169,7 +174,7 @@ _BRANCH = {
   "advantage.group": "state",
   "train.microbatch": _whole_anchors,
   "completion.lanes_per_chunk": _lanes,
-  "loss.clip_range": 5e-5,
+  "loss.clip_range": _clip_of_branches,
 }
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -300,7 +305,7 @@ READINGS = {
   "vgpo": "The formula, gamma .9 and bonus .1 could not be checked.",
   "coca": "Of the latents themselves, gains alone; their code compares one-step images, with their sign.",
   "branch": "Ours: tempflow without step weights.",
-  "tempflow": "cps for their SDE, a clip range found for it; one anchor a group, theirs has 4 of 6.",
+  "tempflow": "The task's cps for their SDE; the whole group leaves one anchor, theirs has 4 anchors of 6.",
   "g2rpo": "Half of T steps, of any T; strides of their scripts (the paper has 3 as well).",
   "grpo_guard": "Every sample has its own quadratic term; their code averages it over the microbatch.",
   "flow_dppo": "After Tencent-Hunyuan/UniRL, its code; no paper was found.",
