@@ -13,7 +13,7 @@ rollout       T steps and all exact completions, guidance on (SD3.5) or told (FL
 update        One optimizer update of one microbatch with all its W steps: gradients of the adapters,
               AdamW, EMA; every block is rematerialised.
 
-of_peak is the operations of tpgrpo_jax/flops.py (matrix products and convolutions, those of
+of_peak is the operations of tpgrpo_jax/cost/flops.py (matrix products and convolutions, those of
 rematerialised blocks twice, attention by its plain formula) a second, over matmul_peak times the
 devices. peak_gib is the most device memory in use since the start, where the device tells.
 """

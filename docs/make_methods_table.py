@@ -100,21 +100,19 @@ def objective(config: config_lib.Config) -> str:
 
 
 def evaluations(config: config_lib.Config) -> float:
-  """Evaluations of the model that a sample of the rollout takes, without guidance."""
+  """Evaluations of the model that a sample of the rollout takes, idle lanes too, without guidance."""
   s, asked = config.sampler, config.completion
-  place = dict(num_steps=s.num_steps, start=s.window[0], window=s.window[1] - s.window[0])
-  if s.rollout != "branch":
-    return completion.num_evaluations(
-      **place | {"window": place["window"] * completes(config)}, steps=asked.steps
-    )
-  count = branching.num_evaluations(**place, branches=s.branches, steps=asked.steps)
+  count = s.num_steps / s.branches
+  if not completes(config):
+    return count
   levels = np.linspace(1.0, 0.0, s.num_steps + 1)
-  for stride in asked.strides:
-    if stride > 1:  # beside the whole grid, counted above
-      grids = [completion.stride_grid(levels, start=k + 1, stride=stride) for k in range(*s.window)]
-      count += sum(len(grid) - 1 for grid in grids)
-  assert not asked.strides or 1 in asked.strides
-  return count
+  options = dict(steps=asked.steps, strides=asked.strides)
+  start, end = s.window
+  if s.rollout == "branch":
+    plan = branching.plan(levels, range(start, end), **options)
+  else:
+    plan = completion.plan(levels, start=start, window=end - start, **options)
+  return count + completion.num_lane_evaluations(plan, lanes_per_chunk=asked.lanes_per_chunk)
 
 
 def images(config: config_lib.Config) -> float:

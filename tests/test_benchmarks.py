@@ -75,7 +75,10 @@ def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
   table = output_of("compare", *methods, "--", *fields)
   rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
   assert [row[0] for row in rows] == ["| `flow_grpo`", "| `tempflow`"]
-  assert [row[5] for row in rows] == ["256", "400"]  # evaluations: 2 epochs x 32 samples x 4 and 6.25
+  assert [row[5] for row in rows] == [
+    "256",
+    "400",
+  ]  # evaluations: 2 epochs x 32 samples x 4 and 6.25
   before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]
   assert output_of("compare", *methods, "--", *fields) == table
   after = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]

@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Mapping
 import difflib
 import importlib
+import re
 from typing import TypeVar
 
 T = TypeVar("T")
+
+_PATH = re.compile(r"\w+(\.\w+)*:\w+")  # package.module:function
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -21,6 +24,13 @@ def nearest(name: str, choices: Iterable[str]) -> str:
   return f"{hint} Choices: {', '.join(choices)}."
 
 
+def nearest_divisors(number: int, size: int, *, of: int = 1, least: int = 1) -> str:
+  """The divisors of `size`, of at least `least` and multiples of `of`, next to `number`: "4 or 8"."""
+  fit = [m for m in range(least, size + 1) if size % m == 0 and m % of == 0]
+  below, above = [m for m in fit if m < number], [m for m in fit if m > number]
+  return " or ".join(map(str, below[-1:] + above[:1]))
+
+
 def check(name: str, table: Iterable[str], *, field: str, importable: bool = False) -> None:
   """Raises ValueError unless `name` is in `table` (or has the form of an importable path).
 
@@ -30,7 +40,11 @@ def check(name: str, table: Iterable[str], *, field: str, importable: bool = Fal
     field: the config field that held the name, for the message.
     importable: whether "package.module:function" is accepted too.
   """
-  if name in table or (importable and ":" in name):
+  if not isinstance(name, str):
+    raise ValueError(
+      f"{field}={name!r}: must be a name, and is {type(name).__name__}.{nearest('', table)}"
+    )
+  if name in table or (importable and _PATH.fullmatch(name)):
     return
   own = ' Your own goes in as "package.module:function".' if importable else ""
   raise ValueError(f"{field}={name!r}: unknown name.{nearest(name, table)}{own}")
@@ -53,8 +67,8 @@ def lookup(table: Mapping[str, T], name: str, *, field: str) -> T:
   module, _, attribute = name.partition(":")
   try:
     return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
+  except Exception as error:  # the module's own code runs, and may raise anything
     raise ValueError(
-      f"{field}={name!r}: cannot import {attribute!r} from {module!r} ({error}). "
+      f"{field}={name!r}: cannot import {attribute!r} from {module!r} ({type(error).__name__}: {error}). "
       "Check the spelling, and that the module's folder is on PYTHONPATH."
     ) from error

@@ -491,6 +491,46 @@ BAD = {
     {"train.updates_per_epoch": 2},
     ("train.updates_per_epoch=2:", "one update an epoch", "Set it to 1"),
   ),
+  "steps_of_no_completion": (
+    "",
+    {"credit.method": "flow_grpo", "completion.steps": 2},
+    ("completion.steps=2:", "'flow_grpo' makes no completions", "Leave it at 0"),
+  ),
+  "strides_of_no_completion": (
+    "nft",
+    {"completion.strides": (1, 2)},
+    ("completion.strides=(1, 2):", "makes no completions", "Leave it at ()"),
+  ),
+  "solver_of_no_completion": (
+    "",
+    {"credit.method": "coca", "completion.solver": "dpmpp_2m"},
+    ("completion.solver='dpmpp_2m':", "'coca' makes no completions", "Leave it at 'euler'"),
+  ),
+  "gamma_without_values": (
+    "",
+    {"credit.gamma": 0.3},
+    ("credit.gamma=0.3:", "of credit.method='vgpo'", "Leave it at 0.9"),
+  ),
+  "bonus_without_values": (
+    "",
+    {"advantage.bonus": 0.5},
+    ("advantage.bonus=0.5:", "of advantage.normalization='value'", "Leave it at 0.1"),
+  ),
+  "rounds_without_calibration": (
+    "",
+    {"sampler.calibration_rounds": 5},
+    ("sampler.calibration_rounds=5:", "sampler.calibration=0 makes none", "Leave it at 20"),
+  ),
+  "latents_that_are_not_kept": (
+    "nft",
+    {"sampler.latents": "bfloat16"},
+    ("sampler.latents='bfloat16':", "keeps no noisy states", "Leave it at 'float32'"),
+  ),
+  "noise_level_without_noise": (
+    "awm",
+    {"sampler.noise_level": 0.2},
+    ("sampler.noise_level=0.2:", "keeps no noisy states", "Leave it at 0.7"),
+  ),
 }
 
 
@@ -553,6 +593,29 @@ def test_branches_that_the_message_proposes_are_accepted(branches, size):
     rules.validate(of("branch", fields | {"sampler.branches": number}))
 
 
+def test_microbatches_that_the_message_proposes_keep_the_members_together():
+  message = message_of(rules.validate, of("branch", {"train.microbatch": 24}))
+  proposed = re.search(r"Set microbatch to ([\d or]+),", message)[1].split(" or ")
+  assert proposed == ["16", "32"]
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    for number in map(int, proposed):
+      rules.validate(of("branch", {"train.microbatch": number}))
+
+
+@pytest.mark.parametrize(
+  "fields, parts",
+  [
+    ({"sampler.window": (0, 9, 1)}, ("sampler.window=(0, 9, 1):", "2 elements")),
+    ({"loss.clip_range": "1e-5"}, ("loss.clip_range='1e-5':", "must be float, is str")),
+    ({"credit.method": len}, ("credit.method=", "must be str")),
+    ({"train.epochs": True}, ("train.epochs=True:", "must be int, is bool")),
+  ],
+)
+def test_types_of_a_config_made_in_python_are_checked(fields, parts):
+  assert_line(message_of(rules.validate, of("", fields)), parts)
+
+
 @pytest.mark.parametrize(
   "base, fields, parts",
   [
@@ -566,6 +629,16 @@ def test_branches_that_the_message_proposes_are_accepted(branches, size):
       "branch",
       {"train.microbatch": 4},
       ("train.microbatch=4:", "8 members 4 at a time", "Multiples of 8"),
+    ),
+    (
+      "",
+      {"advantage.normalization": "value"},
+      ("advantage.normalization='value'", "made for each other"),
+    ),
+    (
+      "",
+      {"credit.method": "vgpo"},
+      ("credit.method='vgpo'", "advantage.normalization='group'", "made for each other"),
     ),
   ],
 )

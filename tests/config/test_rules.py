@@ -122,7 +122,7 @@ BAD = {
       "train.microbatch=48:",
       "must divide the 64 samples of an update",
       "128 / 2",
-      "Set microbatch to 16",
+      "Set microbatch to 32 or 64",
     ),
   ),
   "unknown_credit": (

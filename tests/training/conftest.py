@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 
 import jax
@@ -59,8 +60,10 @@ def save_random_weights(folder: pathlib.Path, config: mmdit.MMDiTConfig) -> path
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Runs of one config compile once for all tests, those in other processes too."""
-  folder = str(tmp_path_factory.mktemp("compiled"))
+  """Runs of one config compile once for all tests, those in other processes and in pytest's workers too."""
+  shared = tmp_path_factory.getbasetemp()
+  shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(shared / "compiled")
   options = {
     "jax_compilation_cache_dir": folder,
     "jax_persistent_cache_min_compile_time_secs": 0.0,

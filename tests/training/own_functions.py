@@ -4,13 +4,44 @@ import jax.numpy as jnp
 
 from tpgrpo_jax.credit import stepwise
 from tpgrpo_jax.objective import surrogate
-from tpgrpo_jax.types import StepCredit
+from tpgrpo_jax.types import CreditMethod, StepCredit
 
 
 def credit(completion_reward):
   """The increments, twice."""
   reward = 2 * stepwise.increments(completion_reward)
   return StepCredit(reward, jnp.zeros(reward.shape, bool))
+
+
+def credit_without_turning_points(completion_reward):
+  """A mistake: half of what it should return."""
+  return StepCredit(stepwise.increments(completion_reward), None)
+
+
+def credit_of_numbers(completion_reward):
+  """A mistake: turning points as numbers."""
+  reward = stepwise.increments(completion_reward)
+  return StepCredit(reward, jnp.zeros(reward.shape))
+
+
+def credit_that_decides(completion_reward):
+  """A mistake: Python's if on an array."""
+  return credit(completion_reward if completion_reward[0, 0] > 0 else -completion_reward)
+
+
+def credit_of_two(completion_reward, prompts):
+  """A mistake: another signature."""
+  del prompts
+  return credit(completion_reward)
+
+
+outcome_alone = CreditMethod(credit, completions="none")
+unknown_extra = CreditMethod(credit, completions="all", extras=("prompts",))
+text_extra = CreditMethod(credit, completions="all", extras="key")
+aligned = CreditMethod(
+  lambda completion_reward, alignment: credit(completion_reward * alignment), "all", ("alignment",)
+)
+number = 5
 
 
 def ratio(x_next, gaussian, old_gaussian):

@@ -268,7 +268,8 @@ def test_credit_of_another_form_is_refused_before_anything_is_sampled(
     session_lib.open_session(config)
   message = str(caught.value)
   assert (
-    f"credit.method='scripted_rewards:{name}': must return StepCredit(reward [2, 16]" in message
+    f"credit.method='scripted_rewards:{name}': must return StepCredit(reward float [2, 16]"
+    in message
   )
 
 

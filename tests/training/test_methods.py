@@ -31,7 +31,6 @@ BASE = {
   "sampler.num_steps": 5,
   "sampler.window": (0, 4),
   "sampler.window_range": (),
-  "sampler.calibration_rounds": 4,
   "train": config_lib.Train(
     epochs=2, prompts_per_epoch=2, group_size=8, microbatch=4, updates_per_epoch=2
   ),
@@ -42,6 +41,7 @@ BASE = {
 }
 # What a row does in hundreds of epochs happens in two.
 SOONER = {
+  "densegrpo": {"sampler.calibration_rounds": 4},
   "mixgrpo": {
     "sampler.window_every": 1,
     "rewards": {

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from tpgrpo_jax.runs import metrics
-from tpgrpo_jax.training import loop, losses, rollout, session
+from tpgrpo_jax.training import loop, losses, session
 
 OWN = {
   "credit.method": "own_functions:credit",
@@ -61,13 +61,47 @@ def test_an_epoch_with_all_three_is_on_policy_and_learns(make_config, one_device
       ("loss.trust_region=", "of the shape [3, 2]"),
     ),
     ({"loss.trust_region": "own_functions:weighing_region"}, ("loss.trust_region=", "active bool")),
+    ({"loss.ratio": "own_functions:number"}, ("loss.ratio=", "and is 5")),
+    ({"loss.trust_region": "own_functions:number"}, ("loss.trust_region=", "and is 5")),
+    ({"loss.trust_region": "own_functions:ratio"}, ("loss.trust_region=", "raises TypeError")),
+    ({"credit.method": "own_functions:number"}, ("credit.method=", "must be a function")),
+    (
+      {"credit.method": "own_functions:credit_without_turning_points"},
+      ("credit.method=", "is_turning_point bool [2, 16]", "returns StepCredit"),
+    ),
+    ({"credit.method": "own_functions:credit_of_numbers"}, ("is_turning_point bool", "returns")),
+    (
+      {"credit.method": "own_functions:credit_that_decides"},
+      ("credit.method=", "raises TracerBoolConversionError", "must use jax.numpy"),
+    ),
+    ({"credit.method": "own_functions:credit_of_two"}, ("credit.method=", "raises TypeError")),
+    (
+      {"credit.method": "own_functions:unknown_extra"},
+      ("extras=('prompts',)", "('key', 'alignment')"),
+    ),
+    ({"credit.method": "own_functions:text_extra"}, ("extras='key'", "must be a tuple")),
+    (
+      BRANCHES | {"credit.method": "own_functions:outcome_alone"},
+      ("credit.method=", "completions='none'", "use completions='all'"),
+    ),
+    (
+      BRANCHES | {"credit.method": "own_functions:aligned"},
+      ("credit.method=", "extras=('alignment',)", "without 'alignment'"),
+    ),
+    (
+      {
+        "credit.method": "own_functions:outcome_alone",
+        "sampler.calibration": 1,
+        "sampler.window_range": (),
+      },
+      ("sampler.calibration=1:", "outcome_alone", "makes no completions"),
+    ),
   ],
 )
-def test_a_broken_one_is_refused_before_anything_is_sampled(
+def test_a_broken_one_is_refused_before_a_model_is_opened(
   make_config, one_device, monkeypatch, fields, parts
 ):
-  monkeypatch.setattr(rollout, "collect", None)
-  monkeypatch.setattr(session.evaluation, "make_evaluate", lambda *_: None)
+  monkeypatch.setattr(session.build, "build_model", None)
   with pytest.raises(ValueError) as caught:
     loop.train(make_config(OWN | fields))
   for part in parts:

@@ -44,6 +44,15 @@ def from_config_dict(cls: type[C], tree: Any) -> C:
   return _build(cls, tree, prefix="")
 
 
+def check_types(config: Any) -> None:
+  """Checks the types of a config dataclass's fields, which its constructor does not.
+
+  Raises:
+    ValueError: as of `from_config_dict`.
+  """
+  _build(type(config), dataclasses.asdict(config), prefix="")
+
+
 def check_key(cls: type, key: str) -> None:
   """Checks that a dotted key of the command line names a field of the dataclass `cls`.
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import math
 
+from tpgrpo_jax import registry
 from tpgrpo_jax.config import fields
 
 _OUTCOME = ("flow_grpo", "coca")  # credit without completions
@@ -25,6 +26,12 @@ def advise(config: fields.Config) -> Iterator[str]:
       f"sampler.guidance_scale={s.guidance_scale}: DiffusionNFT and AWM sample and train without guidance. "
       "It goes on as you ask; 1.0 is the papers'."
     )
+  fits = config.credit.method == "vgpo", config.advantage.normalization == "value"
+  if fits[0] != fits[1] and ":" not in config.credit.method:
+    yield (
+      f"credit.method={config.credit.method!r}, advantage.normalization={config.advantage.normalization!r}: "
+      "VGPO's values and its normalisation 'value' were made for each other."
+    )
   together = math.gcd(s.branches, train.microbatch)
   if together < s.branches:
     yield (
@@ -44,7 +51,7 @@ def _branches(config) -> Iterator[str]:
     elif size > 1 and size % s.branches:
       yield (
         f"sampler.branches={s.branches}: must divide train.group_size={size}, so that a prompt has a "
-        f"whole number of anchors. Set it to {_nearest_divisors(s.branches, size)}."
+        f"whole number of anchors. Set it to {registry.nearest_divisors(s.branches, size, least=2)}."
       )
     length = s.window[1] - s.window[0]
     if not 0 <= s.branch_steps <= length:
@@ -53,7 +60,11 @@ def _branches(config) -> Iterator[str]:
         f"sampler.window={s.window}."
       )
     if s.antithetic and s.branches % 2:
-      fix = "" if size % 2 else f"sampler.branches to {_nearest_divisors(s.branches, size, 2)}, or "
+      fix = (
+        ""
+        if size % 2
+        else f"sampler.branches to {registry.nearest_divisors(s.branches, size, of=2)}, or "
+      )
       yield (
         f"sampler.antithetic=True: pairs need an even sampler.branches, which is {s.branches}. Set "
         f"{fix}antithetic to False."
@@ -84,13 +95,6 @@ def _branches(config) -> Iterator[str]:
       f"advantage.group='state': only the members of sampler.rollout='branch' share a state, and it is "
       f"{s.rollout!r}. Use 'prompt'."
     )
-
-
-def _nearest_divisors(number, size, of=1):
-  """The divisors of `size`, from 2 and multiples of `of`, that lie next to `number`: "4 or 8"."""
-  fit = [m for m in range(2, size + 1) if size % m == 0 and m % of == 0]
-  below, above = [m for m in fit if m < number], [m for m in fit if m > number]
-  return " or ".join(map(str, below[-1:] + above[:1]))
 
 
 def _moving_windows(config) -> Iterator[str]:
@@ -169,7 +173,14 @@ def _noise_levels(config) -> Iterator[str]:
 
 
 def _completions(config) -> Iterator[str]:
-  asked = config.completion
+  asked, default = config.completion, fields.Completion()
+  for name in ("steps", "strides", "solver"):
+    value = getattr(asked, name)
+    if value != getattr(default, name) and config.credit.method in _OUTCOME:
+      yield (
+        f"completion.{name}={value!r}: credit.method={config.credit.method!r} makes no completions. Leave it "
+        f"at {getattr(default, name)!r}."
+      )
   if any(stride < 1 for stride in asked.strides) or len({*asked.strides}) < len(asked.strides):
     yield f"completion.strides={asked.strides}: must be different numbers of at least 1, such as (1, 2)."
   if asked.strides and asked.steps:
@@ -201,12 +212,41 @@ def _credit(config) -> Iterator[str]:
     yield (
       f"credit.method={method!r}: does not go with sampler.rollout={rollout!r}. {fix[rollout]}."
     )
-  if not 0 <= config.credit.gamma <= 1:
-    yield f"credit.gamma={config.credit.gamma}: must be in [0, 1]."
+  yield from _of_values(config)
   for name in ("floor", "bonus"):
     value = getattr(config.advantage, name)
     if not 0 <= value < math.inf:
       yield f"advantage.{name}={value}: must be finite and >= 0; 0 is none."
+
+
+def _of_values(config) -> Iterator[str]:
+  """What belongs to the values of VGPO."""
+  credit, asked, s = config.credit, config.advantage, config.sampler
+  if not 0 <= credit.gamma <= 1:
+    yield f"credit.gamma={credit.gamma}: must be in [0, 1]."
+  if credit.gamma != fields.Credit().gamma and not (
+    credit.method == "vgpo" or ":" in credit.method
+  ):
+    yield (
+      f"credit.gamma={credit.gamma}: is of credit.method='vgpo', and it is {credit.method!r}. Leave it at "
+      f"{fields.Credit().gamma}."
+    )
+  if asked.bonus != fields.Advantage().bonus and asked.normalization != "value":
+    yield (
+      f"advantage.bonus={asked.bonus}: is of advantage.normalization='value', and it is "
+      f"{asked.normalization!r}. Leave it at {fields.Advantage().bonus}."
+    )
+  if s.calibration_rounds != fields.Sampler().calibration_rounds and not s.calibration:
+    yield (
+      f"sampler.calibration_rounds={s.calibration_rounds}: sampler.calibration=0 makes none. Leave it at "
+      f"{fields.Sampler().calibration_rounds}, or set calibration to 1 or more."
+    )
+  for name in ("latents", "noise_level") if s.rollout == "ode" else ():
+    value, default = getattr(s, name), getattr(fields.Sampler(), name)
+    if value != default:
+      yield (
+        f"sampler.{name}={value!r}: sampler.rollout='ode' keeps no noisy states. Leave it at {default!r}."
+      )
 
 
 def _objective(config) -> Iterator[str]:

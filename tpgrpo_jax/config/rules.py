@@ -6,7 +6,7 @@ import re
 import warnings
 
 from tpgrpo_jax import registry
-from tpgrpo_jax.config import fields, method_rules, names
+from tpgrpo_jax.config import bridge, fields, method_rules, names
 
 
 def validate(config: fields.Config) -> None:
@@ -15,6 +15,7 @@ def validate(config: fields.Config) -> None:
   A choice that works and is probably not meant is a warning. What depends on devices, weights or files is
   checked where they are opened.
   """
+  bridge.check_types(config)
   groups = (_run, _model, _pipeline, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
   groups += (_distributed, method_rules.check)
   _raise([problem for group in groups for problem in group(config)])
@@ -264,12 +265,14 @@ def _sizes(config) -> Iterator[str]:
       f"= {samples} samples of an epoch. Set it to {math.gcd(samples, t.updates_per_epoch)}, or "
       "change the other two."
     )
-  elif samples // updates % t.microbatch:
-    share = samples // updates
+  elif (share := samples // updates) % t.microbatch:
+    whole = config.sampler.branches if config.sampler.branches > 1 else 1
+    whole = whole if share % whole == 0 else 1  # members of an anchor stay together where they can
     yield (
       f"train.microbatch={t.microbatch}: must divide the {share} samples of an update "
       f"(prompts_per_epoch x group_size / updates = {samples} / {updates}). "
-      f"Set microbatch to {math.gcd(share, t.microbatch)}, or change the other three."
+      f"Set microbatch to {registry.nearest_divisors(t.microbatch, share, of=whole)}, or change the "
+      "other three."
     )
 
 

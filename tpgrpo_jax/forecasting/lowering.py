@@ -118,7 +118,7 @@ def open_plan(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Plan:
   Raises:
     ValueError: a mesh that does not divide the microbatch, or a model whose sizes are not known here.
   """
-  mesh_lib.check_divides("train.microbatch", config.train.microbatch, mesh)
+  mesh_lib.check_microbatch(config, mesh)
   model = abstract_model(config, mesh)
   method = method_lib.build_method(config, model, shards=mesh_lib.batch_shards(mesh))
   objective = losses.OBJECTIVES[config.loss.objective]

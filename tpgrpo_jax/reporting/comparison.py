@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
     return mean if np.isnan(self.half) else f"{mean} ± {self.half:.3f}".replace("± 0.", "± .")
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
   """Of one value a seed; those that are not finite are left out."""
   from scipy import stats  # slow to import, and JAX brings it
 
@@ -91,7 +91,7 @@ def paired(
   )
 
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
   "method",
   "seeds",
   "final",
@@ -119,7 +119,7 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
   """
   budgets = {a: common_budget(groups, reward, a) for a in ("evaluations", "teraflops")}
   compares = baseline in groups
-  rows = [COLUMNS + (f"minus {baseline}",) * compares]
+  rows: list[tuple[str, ...]] = [COLUMNS + (f"minus {baseline}",) * compares]
   for label, runs in groups.items():
     o = history.outcome(runs, reward)
     best = [curve(run, reward, "evaluations")[1].max(initial=-np.inf) for run in runs]

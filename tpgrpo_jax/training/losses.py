@@ -59,29 +59,52 @@ def _shaped(*shape) -> Any:
 
 def _check_trust_region(config, region):
   """Raises ValueError unless a trust region, perhaps a user's own, returns what it should."""
-  pairs = _shaped(_STATES, _MEMBERS)
+  pairs, field = _shaped(_STATES, _MEMBERS), f"loss.trust_region={config.loss.trust_region!r}"
+  rule = (
+    f"{field}: must be (log_ratio, advantage, divergence, *, limit) and return surrogate.Terms(loss float32, "
+    f"active bool) of the shape {list(pairs.shape)} for log-ratios and advantages {list(pairs.shape)}"
+  )
+  if not callable(region.function):
+    raise ValueError(f"{rule}, and is {region.function!r}. See docs/bring_your_own.md.")
   function = functools.partial(region.function, limit=config.loss.clip_range)
-  found = jax.eval_shape(function, pairs, pairs, _shaped(_STATES, 1))
+  found = method_lib.shapes_of(function, pairs, pairs, _shaped(_STATES, 1), rule=rule)
   form = lambda leaf: (getattr(leaf, "shape", None), getattr(leaf, "dtype", None))
   wanted = [[(pairs.shape, jnp.float32), (shape, bool)] for shape in (pairs.shape, ())]
   if not isinstance(found, surrogate.Terms) or [*map(form, found)] not in wanted:
-    raise ValueError(
-      f"loss.trust_region={config.loss.trust_region!r}: must return surrogate.Terms(loss float32, active "
-      f"bool) of the shape {list(pairs.shape)} for log-ratios and advantages {list(pairs.shape)}, returns "
-      f"{found}. See docs/bring_your_own.md."
-    )
+    raise ValueError(f"{rule}, returns {found}. See docs/bring_your_own.md.")
 
 
-def _check_ratio(config, compare):
-  """Raises ValueError unless a ratio, perhaps a user's own, returns a log-ratio for each sample."""
+def _ratio(config):
+  """The ratio of the Gaussians, perhaps a user's own.
+
+  Raises:
+    ValueError: it does not return a log-ratio for each sample.
+  """
+  compare = registry.lookup(ratio.RATIOS, config.loss.ratio, field="loss.ratio")
   latents = _shaped(_STATES, 4, 4, 2)
+  rule = (
+    f"loss.ratio={config.loss.ratio!r}: must be (x_next, gaussian, old_gaussian) and return log-ratios "
+    f"float32 [{_STATES}] for latents {list(latents.shape)}"
+  )
+  if not callable(compare):
+    raise ValueError(f"{rule}, and is {compare!r}. See docs/bring_your_own.md.")
   gaussian = types.Gaussian(latents, _shaped())
-  found = jax.eval_shape(compare, latents, gaussian, gaussian)
+  found = method_lib.shapes_of(compare, latents, gaussian, gaussian, rule=rule)
   if getattr(found, "shape", None) != (_STATES,) or found.dtype != jnp.float32:
-    raise ValueError(
-      f"loss.ratio={config.loss.ratio!r}: must return log-ratios float32 [{_STATES}] for latents "
-      f"{list(latents.shape)}, returns {found}. See docs/bring_your_own.md."
-    )
+    raise ValueError(f"{rule}, returns {found}. See docs/bring_your_own.md.")
+  return compare
+
+
+def check_own(config: config_lib.Config) -> None:
+  """Tries ratio and trust region on shapes, before anything is opened.
+
+  Raises:
+    ValueError: one of them, perhaps a user's own, does not return what it should.
+  """
+  if config.loss.objective == "policy":
+    _trust_region(config)
+    if config.loss.ratio not in _STORED:
+      _ratio(config)
 
 
 def _stored(method: method_lib.Method, config: config_lib.Config):
@@ -101,8 +124,7 @@ _STORED = {"log_prob": _stored}
 
 def _from_means(method: method_lib.Method, config: config_lib.Config):
   """Log-ratios from the Gaussians of now and of the rollout."""
-  compare = registry.lookup(ratio.RATIOS, config.loss.ratio, field="loss.ratio")
-  _check_ratio(config, compare)
+  compare = _ratio(config)
 
   def compared(x, x_next, velocity, old_velocity, sigma, sigma_next):
     gaussians = [method.step_fn(x, v, sigma, sigma_next) for v in (velocity, old_velocity)]

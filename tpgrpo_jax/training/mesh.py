@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import types
+from tpgrpo_jax import registry, types
 from tpgrpo_jax.runs import processes
 
 AXES = ("data", "fsdp", "tensor")
@@ -80,14 +80,34 @@ def batch_shards(mesh: jax.sharding.Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def check_divides(field: str, size: int, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError unless a batch of `size`, set by the config's `field`, divides over the mesh."""
+def check_divides(field: str, size: int, mesh: jax.sharding.Mesh, *, total: int = 0) -> None:
+  """Raises ValueError unless a batch of `size`, set by the config's `field`, divides over the mesh.
+
+  Args:
+    field: for the message.
+    size: of the batch.
+    mesh: of the run.
+    total: what the batch itself must divide, if anything.
+  """
   shards = batch_shards(mesh)
-  if size % shards:
-    raise ValueError(
-      f"{field}={size}: must be a multiple of mesh.data x mesh.fsdp = {shards}, so that "
-      f"prompts divide over the mesh. Set it to {-(-size // shards) * shards}, or change the mesh."
-    )
+  if not size % shards:
+    return
+  fit = (
+    registry.nearest_divisors(size, total, of=shards) if total else str(-(-size // shards) * shards)
+  )
+  found = f"Set it to {fit}, or change the mesh." if fit else f"{total} has none: change the mesh."
+  raise ValueError(
+    f"{field}={size}: must be a multiple of mesh.data x mesh.fsdp = {shards}, so that prompts divide over "
+    f"the mesh{f', that divides {total}' * bool(total)}. {found}"
+  )
+
+
+def check_microbatch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError unless train.microbatch divides over the mesh; it names one that fits an update."""
+  t = config.train
+  updates = t.updates_per_epoch if t.updates_by == "samples" else 1
+  total = t.prompts_per_epoch * t.group_size // updates
+  check_divides("train.microbatch", t.microbatch, mesh, total=total)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

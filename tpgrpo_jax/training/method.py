@@ -92,9 +92,9 @@ def build_method(
     window=num_rows(config),
     members=_neighbours(sampler.branches, train.microbatch, shards),
     copies=_neighbours(train.group_size, train.microbatch, shards)
-    if sampler.same_latent and is_late and not train.shuffle
+    if sampler.rollout == "trajectory" and sampler.same_latent and is_late and not train.shuffle
     else 1,
-    credit=_bind_credit(config),
+    credit=bind_credit(config),
     normalize=_bind_advantages(config),
     optimizer=state_lib.make_optimizer(
       config.optimizer, total_updates=train.epochs * train.updates_per_epoch
@@ -114,8 +114,12 @@ def _neighbours(most, batch, shards):
   return max(m for m in range(1, most + 1) if not (most % m or batch % m or batch // m % shards))
 
 
-def _bind_credit(config):
-  """The credit method; its extras are passed by keyword."""
+def bind_credit(config: config_lib.Config) -> types.CreditMethod:
+  """The credit method with its options bound; its extras are passed by keyword.
+
+  Raises:
+    ValueError: a method, perhaps the user's own, that is none, or that does not go with the rollout.
+  """
   table = credit.BALANCED if config.credit.balance else credit.CREDIT
   method = registry.lookup(table, config.credit.method, field="credit.method")
   if not isinstance(method, types.CreditMethod):
@@ -123,25 +127,64 @@ def _bind_credit(config):
   field = f"credit.method={config.credit.method!r}"
   if method.completions not in ("all", "none") or not callable(method.function):
     raise ValueError(f"{field}: must be a function, or CreditMethod(function, 'all' or 'none').")
+  _check_needs(config, method, field)
   method = method._replace(function=_bind_known(method.function, gamma=config.credit.gamma))
   _check_credit(config, method, field)
   return method
+
+
+def _check_needs(config, method, field):
+  """Raises ValueError unless a credit method gets what it asks for."""
+  s, known = config.sampler, ("key", "alignment")
+  if not isinstance(method.extras, tuple) or not {*method.extras} <= {*known}:
+    raise ValueError(f"{field}: extras={method.extras!r} must be a tuple of {known}.")
+  if s.rollout == "branch" and (method.completions == "none" or "alignment" in method.extras):
+    raise ValueError(
+      f"{field}: has completions={method.completions!r} and extras={method.extras}. Members of "
+      "sampler.rollout='branch' are their completions, and have no trajectory to be aligned with: use "
+      "completions='all' without 'alignment'."
+    )
+  if s.calibration and method.completions == "none":
+    raise ValueError(
+      f"sampler.calibration={s.calibration}: counts the signs of increments, and {field} makes no "
+      "completions. Use one that does, or set calibration to 0."
+    )
 
 
 def _check_credit(config, method, field):
   """Raises ValueError unless a credit method, perhaps the user's own, returns what credit is."""
   window = num_rows(config)
   batch = config.train.prompts_per_epoch * config.train.group_size
-  rule = f"must return StepCredit(reward [{window}, {batch}], is_turning_point [{window}, {batch}])"
+  rule = (
+    f"must return StepCredit(reward float [{window}, {batch}], is_turning_point bool [{window}, {batch}], "
+    f"share None or float [{window}, {batch}]) for completion rewards [{window + 1}, {batch}]"
+  )
   rewards = jax.ShapeDtypeStruct((window + 1, batch), jnp.float32)
   known = {"key": jax.eval_shape(lambda: jax.random.key(0)), "alignment": rewards}
-  found = jax.eval_shape(method.function, rewards, **{name: known[name] for name in method.extras})
-  shapes = [getattr(leaf, "shape", None) for leaf in jax.tree.leaves(found)]
-  if not isinstance(found, types.StepCredit) or {*shapes} != {(window, batch)}:
+  extras = {name: known[name] for name in method.extras}
+  found = shapes_of(method.function, rewards, **extras, rule=f"{field}: {rule}")
+  fits = lambda leaf, kind: (
+    getattr(leaf, "shape", None) == (window, batch) and jnp.issubdtype(leaf.dtype, kind)
+  )
+  if not (
+    isinstance(found, types.StepCredit)
+    and fits(found.reward, jnp.floating)
+    and fits(found.is_turning_point, jnp.bool_)
+    and (found.share is None or fits(found.share, jnp.floating))
+  ):
+    raise ValueError(f"{field}: {rule}, returns {found}. See docs/bring_your_own.md.")
+
+
+def shapes_of(function: Callable[..., Any], *args: Any, rule: str, **kwargs: Any) -> Any:
+  """What jax.eval_shape finds; whatever a user's own function raises becomes a ValueError with the rule."""
+  try:
+    return jax.eval_shape(function, *args, **kwargs)
+  except Exception as error:
+    text = " ".join(str(error).split())
     raise ValueError(
-      f"{field}: {rule} for completion rewards [{window + 1}, {batch}], returns {found}. See "
+      f"{rule}, and raises {type(error).__name__}: {text[:200]}. It is traced, so it must use jax.numpy. See "
       "docs/bring_your_own.md."
-    )
+    ) from error
 
 
 def _bind_advantages(config):

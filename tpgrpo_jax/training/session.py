@@ -70,7 +70,9 @@ def open_session(config: config_lib.Config) -> Session:
     ValueError: whatever in the config does not fit the devices, the weights or the files.
   """
   mesh = mesh_lib.make_mesh(config.mesh)
-  mesh_lib.check_divides("train.microbatch", config.train.microbatch, mesh)
+  mesh_lib.check_microbatch(config, mesh)
+  method_lib.bind_credit(config)  # a user's own functions are tried before weights are read
+  losses.check_own(config)
   reward_fn = make_rewards(config, mesh, config.rewards)
   load = functools.partial(prompts_lib.load_prompts, config.prompts.name, config.prompts.path)
   held_out = load("test")
