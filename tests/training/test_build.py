@@ -194,6 +194,7 @@ LATE = config_lib.Sampler(num_steps=6, window=(3, 5), same_latent=True)
       "sampler": config_lib.Sampler(rollout="ode", num_steps=5, window=(0, 4)),
       "credit.method": "flow_grpo",
     },
+    {"sampler": dataclasses.replace(LATE, rollout="ode"), "credit.method": "flow_grpo"},
   ],
   ids=str,
 )

@@ -357,6 +357,18 @@ def test_microbatch_that_does_not_divide_over_the_mesh_is_refused(make_config):
   assert "Set it to 8, or change the mesh" in message
 
 
+def test_microbatch_that_is_proposed_for_the_mesh_divides_an_update_too(make_config):
+  t = config_lib.Train(prompts_per_epoch=9, group_size=16, microbatch=4, updates_per_epoch=2)
+  config = make_config({"train": t, "mesh": config_lib.Mesh(8, 1, 1)})  # 72 samples an update
+  with pytest.raises(ValueError, match="divides 72. Set it to 8, or change the mesh"):
+    session_lib.open_session(config)
+  config = make_config(
+    {"train": dataclasses.replace(t, prompts_per_epoch=1), "mesh": config_lib.Mesh(3)}
+  )
+  with pytest.raises(ValueError, match="divides 8. 8 has none: change the mesh"):
+    mesh_lib.check_microbatch(config, mesh_lib.make_mesh(config.mesh, jax.devices()[:3]))
+
+
 def test_weights_arrive_on_the_mesh_as_they_are_in_the_file(make_config, small_model):
   mesh = mesh_lib.make_mesh(config_lib.Mesh(2, 2, 2))
   model = build.build_model(make_config(), mesh, ())
