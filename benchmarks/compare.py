@@ -23,6 +23,7 @@ from tpgrpo_jax.reporting import comparison, history, page
 from tpgrpo_jax.runs import metrics
 
 HERE = pathlib.Path(__file__).parent
+CAN_BIND = hasattr(os, "sched_setaffinity")  # not on a Mac
 # A process of one core: whoever starts it has many.
 BOUND = (
   "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.argv[2], sys.argv[2:])"
@@ -68,7 +69,8 @@ def train(output, tasks, methods, args):
     for task in tasks:
       for method in methods:
         jobs.put((task, method, seed))
-  cores = sorted(os.sched_getaffinity(0))[: args.cores or None]
+  cores = sorted(os.sched_getaffinity(0)) if CAN_BIND else [*range(os.cpu_count() or 1)]
+  cores = cores[: args.cores or None]
   stop, alive, failed = threading.Event(), set(), []
 
   def end(*_):
@@ -121,7 +123,7 @@ def start(folder, task, method, seed, core, fields):
     f"--config.run.dir={folder}",
     "--config.log.tensorboard=False",
   ]
-  bound = [sys.executable, "-c", BOUND, str(core)] if hasattr(os, "sched_setaffinity") else []
+  bound = [sys.executable, "-c", BOUND, str(core)] if CAN_BIND else []
   environment = {"JAX_PLATFORMS": "cpu"} | os.environ
   with (folder / "train.log").open("a") as log:
     return subprocess.Popen(

@@ -24,13 +24,6 @@ def nearest(name: str, choices: Iterable[str]) -> str:
   return f"{hint} Choices: {', '.join(choices)}."
 
 
-def nearest_divisors(number: int, size: int, *, of: int = 1, least: int = 1) -> str:
-  """The divisors of `size`, of at least `least` and multiples of `of`, next to `number`: "4 or 8"."""
-  fit = [m for m in range(least, size + 1) if size % m == 0 and m % of == 0]
-  below, above = [m for m in fit if m < number], [m for m in fit if m > number]
-  return " or ".join(map(str, below[-1:] + above[:1]))
-
-
 def check(name: str, table: Iterable[str], *, field: str, importable: bool = False) -> None:
   """Raises ValueError unless `name` is in `table` (or has the form of an importable path).
 

@@ -77,6 +77,14 @@ def test_methods_are_compared_at_what_all_have_spent(make_run):
   assert second["minus flow_grpo"] == str(difference)
 
 
+def test_seconds_of_an_epoch_are_the_median_of_the_quickest_seed(make_run):
+  runs = [make_run("a", seed, [(0, 0.2), (1, 0.3)]) for seed in (0, 1)]
+  for run, seconds in zip(runs, ([90, 90, 5, 6, 50], [90, 90, 3, 9, 70])):
+    run.train.extend({"epoch": i, "time/epoch": s} for i, s in enumerate(seconds))
+  head, row = comparison.table({"a": runs}, "ocr")
+  assert dict(zip(head, row, strict=True))["s an epoch"] == "6.0"
+
+
 def test_best_is_not_the_last(make_run):
   runs = [make_run("a", 0, [(0, 0.2), (1, 0.9), (2, 0.7)])]
   head, row = comparison.table({"a": runs}, "ocr")

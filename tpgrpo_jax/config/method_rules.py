@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import math
 
-from tpgrpo_jax import registry
 from tpgrpo_jax.config import fields
 
 _OUTCOME = ("flow_grpo", "coca")  # credit without completions
@@ -51,7 +50,7 @@ def _branches(config) -> Iterator[str]:
     elif size > 1 and size % s.branches:
       yield (
         f"sampler.branches={s.branches}: must divide train.group_size={size}, so that a prompt has a "
-        f"whole number of anchors. Set it to {registry.nearest_divisors(s.branches, size, least=2)}."
+        f"whole number of anchors. Set it to {nearest_divisors(s.branches, size, least=2)}."
       )
     length = s.window[1] - s.window[0]
     if not 0 <= s.branch_steps <= length:
@@ -61,9 +60,7 @@ def _branches(config) -> Iterator[str]:
       )
     if s.antithetic and s.branches % 2:
       fix = (
-        ""
-        if size % 2
-        else f"sampler.branches to {registry.nearest_divisors(s.branches, size, of=2)}, or "
+        "" if size % 2 else f"sampler.branches to {nearest_divisors(s.branches, size, of=2)}, or "
       )
       yield (
         f"sampler.antithetic=True: pairs need an even sampler.branches, which is {s.branches}. Set "
@@ -95,6 +92,13 @@ def _branches(config) -> Iterator[str]:
       f"advantage.group='state': only the members of sampler.rollout='branch' share a state, and it is "
       f"{s.rollout!r}. Use 'prompt'."
     )
+
+
+def nearest_divisors(number: int, size: int, *, of: int = 1, least: int = 1) -> str:
+  """The divisors of `size`, of at least `least` and multiples of `of`, next to `number`: "4 or 8"."""
+  fit = [m for m in range(least, size + 1) if size % m == 0 and m % of == 0]
+  below, above = [m for m in fit if m < number], [m for m in fit if m > number]
+  return " or ".join(map(str, below[-1:] + above[:1]))
 
 
 def _moving_windows(config) -> Iterator[str]:
@@ -149,6 +153,17 @@ def _noise_levels(config) -> Iterator[str]:
     yield f"sampler.calibration={s.calibration}: must be at least 0; 0 does without."
   if s.calibration_rounds < 1:
     yield f"sampler.calibration_rounds={s.calibration_rounds}: must be at least 1."
+  elif s.calibration_rounds != fields.Sampler().calibration_rounds and not s.calibration:
+    yield (
+      f"sampler.calibration_rounds={s.calibration_rounds}: sampler.calibration=0 makes none. Leave it at "
+      f"{fields.Sampler().calibration_rounds}, or set calibration to 1 or more."
+    )
+  for name in ("latents", "noise_level") if s.rollout == "ode" else ():
+    value, default = getattr(s, name), getattr(fields.Sampler(), name)
+    if value != default:
+      yield (
+        f"sampler.{name}={value!r}: sampler.rollout='ode' keeps no noisy states. Leave it at {default!r}."
+      )
   if s.calibration and config.credit.method in _OUTCOME:
     yield (
       f"sampler.calibration={s.calibration}: counts the signs of increments, and credit.method="
@@ -221,7 +236,7 @@ def _credit(config) -> Iterator[str]:
 
 def _of_values(config) -> Iterator[str]:
   """What belongs to the values of VGPO."""
-  credit, asked, s = config.credit, config.advantage, config.sampler
+  credit, asked = config.credit, config.advantage
   if not 0 <= credit.gamma <= 1:
     yield f"credit.gamma={credit.gamma}: must be in [0, 1]."
   if credit.gamma != fields.Credit().gamma and not (
@@ -236,17 +251,6 @@ def _of_values(config) -> Iterator[str]:
       f"advantage.bonus={asked.bonus}: is of advantage.normalization='value', and it is "
       f"{asked.normalization!r}. Leave it at {fields.Advantage().bonus}."
     )
-  if s.calibration_rounds != fields.Sampler().calibration_rounds and not s.calibration:
-    yield (
-      f"sampler.calibration_rounds={s.calibration_rounds}: sampler.calibration=0 makes none. Leave it at "
-      f"{fields.Sampler().calibration_rounds}, or set calibration to 1 or more."
-    )
-  for name in ("latents", "noise_level") if s.rollout == "ode" else ():
-    value, default = getattr(s, name), getattr(fields.Sampler(), name)
-    if value != default:
-      yield (
-        f"sampler.{name}={value!r}: sampler.rollout='ode' keeps no noisy states. Leave it at {default!r}."
-      )
 
 
 def _objective(config) -> Iterator[str]:

@@ -271,7 +271,7 @@ def _sizes(config) -> Iterator[str]:
     yield (
       f"train.microbatch={t.microbatch}: must divide the {share} samples of an update "
       f"(prompts_per_epoch x group_size / updates = {samples} / {updates}). "
-      f"Set microbatch to {registry.nearest_divisors(t.microbatch, share, of=whole)}, or change the "
+      f"Set microbatch to {method_rules.nearest_divisors(t.microbatch, share, of=whole)}, or change the "
       "other three."
     )
 

@@ -12,7 +12,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import registry, types
+from tpgrpo_jax import types
+from tpgrpo_jax.config import method_rules
 from tpgrpo_jax.runs import processes
 
 AXES = ("data", "fsdp", "tensor")
@@ -93,7 +94,9 @@ def check_divides(field: str, size: int, mesh: jax.sharding.Mesh, *, total: int 
   if not size % shards:
     return
   fit = (
-    registry.nearest_divisors(size, total, of=shards) if total else str(-(-size // shards) * shards)
+    method_rules.nearest_divisors(size, total, of=shards)
+    if total
+    else str(-(-size // shards) * shards)
   )
   found = f"Set it to {fit}, or change the mesh." if fit else f"{total} has none: change the mesh."
   raise ValueError(
