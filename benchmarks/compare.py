@@ -5,6 +5,9 @@ table for each task: final and best held-out score, scores at equal evaluations 
 95 % intervals over seeds (tpgrpo_jax.reporting.comparison), image statistics, minutes, and differences to
 Flow-GRPO seed by seed. Plots are in OUTPUT/TASK/report/report.html.
 
+--budget evaluations=61440 (or teraflops=..., minutes=... of one core) gives every method as many epochs as it
+can pay: three epochs of each are run first, to see what one takes. Without it every method has its recipe's.
+
 The same command goes on where it was: what is finished is skipped, what was cut resumes. --tables trains
 nothing. Ctrl-C and SIGTERM end the runs, which save first.
 """
@@ -14,6 +17,7 @@ import os
 import pathlib
 import queue
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -30,6 +34,14 @@ BOUND = (
 )
 
 
+PROBE = {"train.epochs": 3, "eval.every": 0, "eval.prompts": 1, "eval.judge_prompts": 0}
+BUDGETS = {  # what one epoch takes, from the rows of three
+  "evaluations": lambda rows: (rows[2]["total/evaluations"] - rows[0]["total/evaluations"]) / 2,
+  "teraflops": lambda rows: (rows[2]["total/teraflops"] - rows[0]["total/teraflops"]) / 2,
+  "minutes": lambda rows: statistics.mean(row["time/epoch"] for row in rows[1:]) / 60,
+}
+
+
 def main() -> None:
   """Parses, trains and compares."""
   parser = argparse.ArgumentParser(
@@ -40,6 +52,7 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--output", default="runs/compare", help="folder of the runs and reports")
   parser.add_argument("--cores", type=int, default=0, help="runs at once; 0 is one a core")
+  parser.add_argument("--budget", type=parse_budget, help="of a run: evaluations=61440")
   parser.add_argument(
     "--tables", action="store_true", help="of the runs that are there; trains none"
   )
@@ -62,6 +75,20 @@ def main() -> None:
     )
 
 
+def parse_budget(text):
+  """(name of BUDGETS, amount)."""
+  name, _, amount = text.partition("=")
+  try:
+    found = name, float(amount)
+  except ValueError:
+    found = name, 0.0
+  if name not in BUDGETS or not 0 < found[1] < float("inf"):
+    raise argparse.ArgumentTypeError(
+      f"{text!r}: must be {', '.join(f'{n}=N' for n in BUDGETS)}, with N > 0"
+    )
+  return found
+
+
 def train(output, tasks, methods, args):
   """Runs everything that is not finished; returns the names of what failed."""
   jobs = queue.SimpleQueue()
@@ -72,11 +99,39 @@ def train(output, tasks, methods, args):
   cores = sorted(os.sched_getaffinity(0)) if CAN_BIND else [*range(os.cpu_count() or 1)]
   cores = cores[: args.cores or None]
   stop, alive, failed = threading.Event(), set(), []
+  locks = {(task, method): threading.Lock() for task in tasks for method in methods}
 
   def end(*_):
     stop.set()
     for process in list(alive):
       process.send_signal(signal.SIGTERM)
+
+  def run(folder, task, method, seed, core, fields):
+    """Whether the run is finished, which it may have been before."""
+    if is_finished(folder):
+      return True
+    process = start(folder, task, method, seed, core, fields)
+    alive.add(process)
+    if stop.is_set():  # it came between the signal and its answer
+      process.send_signal(signal.SIGTERM)
+    status = process.wait()
+    alive.discard(process)
+    said = "done" if not status else f"exit status {status}"
+    print(f"{folder}: {said}", file=sys.stderr, flush=True)
+    if status and not stop.is_set():
+      failed.append(folder.name)
+    return not status
+
+  def paid(task, method, core):
+    """The fields that give a method the epochs that the budget pays; None if that cannot be seen."""
+    if not args.budget:
+      return []
+    folder = output / task / f"probe_{method}"
+    fields = [f"--config.{name}={value}" for name, value in PROBE.items()]
+    with locks[task, method]:
+      if not run(folder, task, method, 0, core, args.fields + fields):
+        return None
+    return [f"--config.train.epochs={affordable(folder, *args.budget)}"]
 
   def work(core):
     while not stop.is_set():
@@ -84,22 +139,9 @@ def train(output, tasks, methods, args):
         task, method, seed = jobs.get_nowait()
       except queue.Empty:
         return
-      folder = output / task / f"{method}_s{seed}"
-      if is_finished(folder):
-        continue
-      process = start(folder, task, method, seed, core, args.fields)
-      alive.add(process)
-      if stop.is_set():  # it came between the signal and its answer
-        process.send_signal(signal.SIGTERM)
-      status = process.wait()
-      alive.discard(process)
-      print(
-        f"{folder}: {'done' if not status else f'exit status {status}'}",
-        file=sys.stderr,
-        flush=True,
-      )
-      if status and not stop.is_set():
-        failed.append(folder.name)
+      fields = paid(task, method, core)
+      if fields is not None and not stop.is_set():
+        run(output / task / f"{method}_s{seed}", task, method, seed, core, args.fields + fields)
 
   for name in (signal.SIGINT, signal.SIGTERM):
     signal.signal(name, end)
@@ -135,12 +177,21 @@ def start(folder, task, method, seed, core, fields):
     )
 
 
+def affordable(folder, kind, amount):
+  """How many epochs an amount pays, by the rows of a probe; one at least."""
+  rows = [row for row in metrics.read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
+  return max(1, int(amount / BUDGETS[kind](rows) + 1e-6))
+
+
 def is_finished(folder):
-  """Whether the run's last epoch is evaluated."""
+  """Whether the run's last epoch is evaluated, or it has ended for want of progress."""
   path = folder / "metrics.jsonl"
   if not path.is_file():
     return False
-  last = max((row["epoch"] for row in metrics.read_rows(path) if row["kind"] == "eval"), default=-1)
+  rows = metrics.read_rows(path)
+  if any(row["kind"] == "judge" for row in rows):
+    return True
+  last = max((row["epoch"] for row in rows if row["kind"] == "eval"), default=-1)
   return last >= history.load_run_config(folder).train.epochs
 
 

@@ -4,9 +4,9 @@ python benchmarks/kill.py --kills 100 --method tempflow
 
 Each life of a run ends by SIGKILL: at a random moment, during compilation, while a checkpoint is being
 written, or inside the reward; one in twenty by SIGTERM, which must save and be gone within 60 s. A run
-that ends in spite of it is compared bit for bit: parameters, optimizer, EMA and every metric but times;
-then another begins, until there were enough kills. The last line is JSON; the exit status is 1 when
-anything differed.
+that ends in spite of it is compared bit for bit: parameters, optimizer, EMA, best weights and every metric
+but times; then another begins, until there were enough kills. The last line is JSON; the exit status is 1
+when anything differed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 from tpgrpo_jax import rewards
 from tpgrpo_jax.config import presets
 from tpgrpo_jax.reporting import history
-from tpgrpo_jax.runs import checkpoint, metrics
+from tpgrpo_jax.runs import best, checkpoint, metrics
 from tpgrpo_jax.training import session as session_lib
 
 HERE = pathlib.Path(__file__).parent
@@ -43,6 +43,7 @@ FIELDS = {
   "eval.prompts": 8,
   "eval.batch": 8,
   "eval.every": 4,
+  "eval.judge_prompts": 8,
   "checkpoint.every": 1,
   "log.tensorboard": False,
   "log.images_every": 0,
@@ -158,7 +159,7 @@ def end_life(process, moment, run, folder, life, rng, counts, waits) -> bool:
     "random": lambda: time.monotonic() > began + pause,
     "term": lambda: time.monotonic() > began + pause and (folder / "mark").exists(),
     "compile": lambda: f"Compiling {program}" in log.read_text() and rng.random() < 0.001,
-    "write": lambda: time.monotonic() > began + pause / 2 and any(run.glob("checkpoints/*tmp*")),
+    "write": lambda: time.monotonic() > began + pause / 2 and writing(run),
     "reward": lambda: time.monotonic() > began + pause and (folder / "mark").exists(),
   }[moment]
   while process.poll() is None:
@@ -185,15 +186,22 @@ def end_life(process, moment, run, folder, life, rng, counts, waits) -> bool:
   return True
 
 
+def writing(run: pathlib.Path) -> bool:
+  """Whether a checkpoint or the best weights are half-written."""
+  return any(run.glob("checkpoints/*tmp*")) or any(run.glob("best/*tmp*"))
+
+
 def contents(run: pathlib.Path) -> tuple[dict[str, np.ndarray], list[dict]]:
-  """All arrays of the last checkpoint, and the rows without times."""
+  """All arrays of the last checkpoint and of the best weights, and the rows without times."""
   config = history.load_run_config(run)
   session = session_lib.open_session(config)
   with jax.set_mesh(session.mesh):
     abstract = session_lib.abstract_state(session)
     with checkpoint.RunCheckpoints(run, read_only=True) as checkpoints:
       state, _ = checkpoints.restore(abstract)
-  arrays = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(state)}
+    weights, extra = best.load(run, abstract.ema)
+  named = {"state": state, f"best after {extra['step']}": weights}
+  arrays = {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(named)}
   rows = metrics.read_rows(run / "metrics.jsonl")
   return arrays, [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 

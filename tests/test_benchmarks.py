@@ -67,19 +67,54 @@ def test_forecast_of_the_memory_of_an_update_is_what_it_takes():
   assert figures["forecast_memory_update"]["ratio"] == pytest.approx(1.0, abs=0.1)
 
 
+ROWS = [
+  {"kind": "train", "total/evaluations": 150, "total/teraflops": 0.3, "time/epoch": 90.0},
+  {"kind": "eval"},
+  {"kind": "train", "total/evaluations": 250, "total/teraflops": 0.5, "time/epoch": 6.0},
+  {"kind": "train", "total/evaluations": 350, "total/teraflops": 0.7, "time/epoch": 18.0},
+]
+
+
+@pytest.mark.parametrize(
+  "budget, epochs",
+  [
+    ("evaluations=1000", 10),
+    ("evaluations=1099", 10),
+    ("teraflops=.4", 2),
+    ("minutes=1", 5),
+    ("minutes=.01", 1),
+  ],
+)
+def test_budget_pays_whole_epochs_of_what_one_takes_after_the_first(tmp_path, budget, epochs):
+  import compare
+
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+  assert compare.affordable(tmp_path, *compare.parse_budget(budget)) == epochs
+
+
+@pytest.mark.parametrize("text", ["hours=3", "minutes", "minutes=", "minutes=-1", "minutes=nan"])
+def test_budget_that_is_none_is_refused(text):
+  import argparse
+
+  import compare
+
+  with pytest.raises(argparse.ArgumentTypeError, match="must be evaluations=N, teraflops=N"):
+    compare.parse_budget(text)
+
+
 @pytest.mark.slow
 def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
-  sizes = ["train.epochs=2", "train.prompts_per_epoch=2", "train.microbatch=16", "eval.prompts=8"]
+  sizes = ["train.prompts_per_epoch=2", "train.microbatch=16", "eval.prompts=8"]
   methods = ["--methods=flow_grpo,tempflow", "--seeds=1", f"--output={tmp_path}"]
+  methods += ["--budget=evaluations=420"]  # three epochs of 32 x 4, two of 32 x 6.25
+  sizes += ["eval.judge_prompts=8"]
   fields = [f"--config.{size}" for size in (*sizes, "eval.batch=8", "eval.every=0")]
   table = output_of("compare", *methods, "--", *fields)
   rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
   assert [row[0] for row in rows] == ["| `flow_grpo`", "| `tempflow`"]
-  assert [row[5] for row in rows] == [
-    "256",
-    "400",
-  ]  # evaluations: 2 epochs x 32 samples x 4 and 6.25
+  assert [row[7] for row in rows] == ["384", "400"]
+  assert all(row[3] and row[4] for row in rows)  # judged: the last weights and the best ones
   before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]
   assert output_of("compare", *methods, "--", *fields) == table
   after = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]
-  assert before == after and len(before) == 2
+  assert before == after and len(before) == 4

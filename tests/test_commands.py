@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.models import byte_text, hf, lora, mmdit
-from tpgrpo_jax.runs import checkpoint, run_folder
+from tpgrpo_jax.runs import best, checkpoint, run_folder
 from tpgrpo_jax.training import build, restore, scoring
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
@@ -75,7 +76,7 @@ def config(work):
 
 @pytest.fixture(scope="module")
 def run_dir(work, config):
-  """A run whose EMA is the base model's weights plus 1 and whose trained weights are plus 2."""
+  """A run whose EMA is the base model's weights plus 1, whose last ones are plus 2 and best ones plus 3."""
   folder = work / "run"
   mesh = mesh_lib.make_mesh(config.mesh)
   model = build.build_model(config, mesh)
@@ -89,6 +90,9 @@ def run_dir(work, config):
   (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
   with checkpoint.RunCheckpoints(folder) as checkpoints:
     checkpoints.save(7, state, force=True)
+  kept = best.BestWeights(folder, "reward/mean", start=True)
+  kept.offer(5, shift(model.trainable, 3), {"reward/mean": 0.5})
+  kept.close()
   return folder
 
 
@@ -128,6 +132,52 @@ def test_opened_run_holds_its_ema_weights(config, run_dir):
   base = restore.open_model(config)
   opened = restore.open_model(restore.choose_config(str(run_dir), None), run_dir)
   assert_shifted(opened.params["trainable"], base.params["trainable"], 1)
+
+
+@pytest.mark.parametrize(
+  "weights, strength, shift, name",
+  [
+    ("last", 1.0, 2, "after epoch 7, last weights"),
+    ("best", 1.0, 3, "after epoch 5, best weights"),
+    ("ema", 0.0, 0, "after epoch 7, EMA weights at strength 0.0"),
+  ],
+)
+def test_opened_run_holds_the_weights_that_were_asked_for(
+  config, run_dir, weights, strength, shift, name
+):
+  base = restore.open_model(config)
+  opened = restore.open_model(config, run_dir, weights=weights, strength=strength)
+  assert_shifted(opened.params["trainable"], base.params["trainable"], shift)
+  assert opened.name == f"{run_dir} {name}"
+
+
+def test_strength_lies_on_the_line_from_the_base_to_what_was_learned(config, run_dir):
+  base = restore.open_model(config).params["trainable"]
+  opened = restore.open_model(config, run_dir, strength=0.25).params["trainable"]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a - b, 0.25, atol=1e-6), opened, base)
+
+
+def test_what_a_base_model_has_not_is_refused(config):
+  with pytest.raises(ValueError, match="--weights=best, --strength=1.0: .* Give --run"):
+    restore.open_model(config, weights="best")
+
+
+def test_run_without_best_weights_says_why(config, run_dir, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(run_dir, folder, ignore=shutil.ignore_patterns("best"))
+  with pytest.raises(ValueError, match="unless checkpoint.best=''. The newest: --weights ema"):
+    restore.open_model(config, folder, weights="best")
+
+
+def test_judging_prompts_that_are_not_there_are_explained(config):
+  with pytest.raises(ValueError, match="--split=judge: of the 3 held-out prompts .* leaves 0"):
+    scoring.load_split(config, "judge")
+  few = dataclasses.replace(config, eval=dataclasses.replace(config.eval, prompts=1))
+  texts = lambda *asked, **options: [p.text for p in scoring.load_split(*asked, **options)]
+  assert texts(few, "test") == ["CAT"]
+  assert texts(few, "judge") == ["DOG", "ELK"]
+  assert texts(few, "judge", count=1) == ["DOG"]
+  assert texts(few, "train", count=2) == ["CAT", "DOG"]
 
 
 def test_opening_a_run_changes_nothing_in_it(config, run_dir):
@@ -192,13 +242,15 @@ def test_prompts_file_that_cannot_be_used_is_named(tmp_path):
 def test_evaluate_a_run_by_built_in_and_own_rewards(work, run_dir):
   done = run_command(
     work, "evaluate", "--run", run_dir, "--rewards", "jpeg_compressibility,mine:make",
-    "--split", "train", "--prompts", 2, "--output", "scores",
+    "--split", "train", "--prompts", 2, "--output", "scores", "--weights", "best",
+    "--sampler", "stochastic", "--strength", 0.5,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   result = json.loads((work / "scores" / "evaluation.json").read_text())
   assert result["rewards"]["mine:make"]["mean"] == 0.5  # the scores are 0 and 1
   assert [s["prompt"] for s in result["samples"]] == ["CAT", "DOG"]
-  assert "after epoch 7" in result["model"] and result["split"] == "train"
+  assert "after epoch 5, best weights at strength 0.5" in result["model"]
+  assert result["split"] == "train" and result["sampler"] == "stochastic"
   assert "mine:make" in done.stdout and "imported: []" in done.stdout
   assert (work / "scores" / "grid.png").is_file()
 

@@ -11,16 +11,33 @@ from ml_collections import config_flags
 from tpgrpo_jax import command
 from tpgrpo_jax.config import rules
 
-_RUN = flags.DEFINE_string("run", None, "Run folder: its newest checkpoint, EMA weights.")
+_RUN = flags.DEFINE_string("run", None, "Run folder.")
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe: its base model.", lock_config=True
 )
+_WEIGHTS = flags.DEFINE_enum(
+  "weights",
+  "ema",
+  ["ema", "last", "best"],
+  "Of the run: the newest average, as the last update left them, those of the best evaluation.",
+)
+_STRENGTH = flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
 _REWARDS = flags.DEFINE_list(
   "rewards", None, 'Names, or your own "package.module:make"; by default those of the config.'
 )
-_SPLIT = flags.DEFINE_enum("split", "test", ["test", "train"], "Which prompts.")
-_PROMPTS = flags.DEFINE_integer("prompts", None, "How many; by default eval.prompts.")
+_SPLIT = flags.DEFINE_enum(
+  "split",
+  "test",
+  ["test", "judge", "train"],
+  "Which prompts: held-out ones that training evaluates, held-out ones that it never saw, or its own.",
+)
+_PROMPTS = flags.DEFINE_integer(
+  "prompts", None, "How many; by default eval.prompts.", lower_bound=1
+)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Solver steps; by default eval.num_steps.")
+_SAMPLER = flags.DEFINE_enum(
+  "sampler", "ode", ["ode", "stochastic"], "Or with the noise of sampler.dynamics."
+)
 _SEED = flags.DEFINE_integer(
   "seed",
   None,
@@ -39,25 +56,30 @@ def main(argv: list[str]) -> None:
 
   config = restore.choose_config(_RUN.value, _CONFIG.value)
   rewards = tuple(_REWARDS.value or config.eval.rewards or config.rewards)
-  asked = {"rewards": rewards, "prompts": _PROMPTS.value, "num_steps": _NUM_STEPS.value}
-  asked = {name: value for name, value in asked.items() if value is not None}
+  asked = {"rewards": rewards}
+  asked |= {} if _NUM_STEPS.value is None else {"num_steps": _NUM_STEPS.value}
   config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **asked))
   rules.validate(config)
   command.open_output("--output", _OUTPUT.value)
-  from tpgrpo_jax.data import prompts as prompts_lib
   from tpgrpo_jax.runs import distributed, processes
   from tpgrpo_jax.training import evaluation, scoring
   from tpgrpo_jax.training import session as session_lib
 
   distributed.set_up(config)
   reward_fn = session_lib.build_eval_rewards(config, restore.mesh_here(config))
-  prompts = prompts_lib.load_prompts(config.prompts.name, config.prompts.path, _SPLIT.value)
-  prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
+  prompts = scoring.load_split(config, _SPLIT.value, count=_PROMPTS.value)
   seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value
-  opened = restore.open_model(config, _RUN.value, prompts=[p.text for p in prompts])
-  images = scoring.sample_images(opened, prompts, num_steps=config.eval.num_steps, seed=seed)
+  opened = restore.open_model(
+    config,
+    _RUN.value,
+    prompts=[p.text for p in prompts],
+    weights=_WEIGHTS.value,
+    strength=_STRENGTH.value,
+  )
+  num_steps, kind = config.eval.num_steps, _SAMPLER.value
+  images = scoring.sample_images(opened, prompts, num_steps=num_steps, seed=seed, kind=kind)
   setting = {"model": opened.name, "split": _SPLIT.value, "prompts": len(prompts), "seed": seed}
-  setting["num_steps"] = config.eval.num_steps
+  setting |= {"sampler": kind, "num_steps": num_steps}
   setting["guidance_scale"] = config.sampler.guidance_scale
   result = setting | scoring.evaluate_images(images, prompts, reward_fn)
   if not processes.is_first():

@@ -10,12 +10,16 @@ from absl import app, flags
 
 from tpgrpo_jax import command
 
-_RUN = flags.DEFINE_string("run", None, "Run folder: its newest checkpoint.", required=True)
+_RUN = flags.DEFINE_string("run", None, "Run folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the files.", required=True)
 _MERGE = flags.DEFINE_boolean("merge", False, "Add the adapters to the weights and write them all.")
 _WEIGHTS = flags.DEFINE_enum(
-  "weights", "ema", ["ema", "last"], "The moving average, or as the last update left them."
+  "weights",
+  "ema",
+  ["ema", "last", "best"],
+  "Of the run: the newest average, as the last update left them, those of the best evaluation.",
 )
+_STRENGTH = flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +32,7 @@ def main(argv: list[str]) -> None:
   config = restore.choose_config(_RUN.value, None)
   command.open_output("--output", _OUTPUT.value)
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantize=""))
-  opened = restore.open_model(config, _RUN.value, weights=_WEIGHTS.value)
+  opened = restore.open_model(config, _RUN.value, weights=_WEIGHTS.value, strength=_STRENGTH.value)
   sizes, params, adapters = opened.model.config, opened.params, config.lora
   if adapters.rank and not _MERGE.value:
     path = hf.save_lora(

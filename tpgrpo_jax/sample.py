@@ -11,10 +11,17 @@ from ml_collections import config_flags
 from tpgrpo_jax import command
 from tpgrpo_jax.config import rules
 
-_RUN = flags.DEFINE_string("run", None, "Run folder: its newest checkpoint, EMA weights.")
+_RUN = flags.DEFINE_string("run", None, "Run folder.")
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe: its base model.", lock_config=True
 )
+_WEIGHTS = flags.DEFINE_enum(
+  "weights",
+  "ema",
+  ["ema", "last", "best"],
+  "Of the run: the newest average, as the last update left them, those of the best evaluation.",
+)
+_STRENGTH = flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
 _FILE = flags.DEFINE_string("prompts_file", None, "Text file, one prompt a line, beside arguments.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Solver steps; by default eval.num_steps.")
@@ -47,7 +54,9 @@ def main(argv: list[str]) -> None:
     raise ValueError("no prompts: give them as arguments, or one a line in --prompts_file.")
   texts = [text for text in texts for _ in range(_SAMPLES.value)]
   distributed.set_up(config)
-  opened = restore.open_model(config, _RUN.value, prompts=texts)
+  opened = restore.open_model(
+    config, _RUN.value, prompts=texts, weights=_WEIGHTS.value, strength=_STRENGTH.value
+  )
   prompts = [types.Prompt(text, {}) for text in texts]
   images = scoring.sample_images(opened, prompts, num_steps=config.eval.num_steps, seed=_SEED.value)
   if not processes.is_first():

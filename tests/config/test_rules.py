@@ -192,6 +192,28 @@ BAD = {
     ("optimizer.learning_rate=inf:", "must be finite and > 0"),
   ),
   "negative_kl": ({"loss.kl_coef": -0.1}, ("loss.kl_coef=-0.1:", "must be >= 0", "0 leaves")),
+  "best_by_nothing_known": (
+    {"checkpoint.best": "reward/orc/mean"},
+    (
+      "checkpoint.best='reward/orc/mean':",
+      "reward/mean or reward/ocr/mean",
+      "Did you mean 'reward/ocr/mean'?",
+    ),
+  ),
+  "best_of_a_reward_that_is_not_evaluated": (
+    {"checkpoint.best": "reward/ocr/mean", "eval.rewards": ("jpeg_compressibility",)},
+    ("checkpoint.best='reward/ocr/mean':", "reward/jpeg_compressibility/mean"),
+  ),
+  "patience_without_best": (
+    {"eval.patience": 3, "checkpoint.best": ""},
+    ("eval.patience=3:", "checkpoint.best=''", "Set both of them"),
+  ),
+  "patience_without_evaluations": (
+    {"eval.patience": 3, "eval.every": 0},
+    ("eval.patience=3:", "eval.every=0", "patience to 0"),
+  ),
+  "negative_patience": ({"eval.patience": -1}, ("eval.patience=-1:", "at least 0")),
+  "negative_judges": ({"eval.judge_prompts": -1}, ("eval.judge_prompts=-1:", "at least 0")),
   "decay_of_one": ({"ema.decay": 1.0}, ("ema.decay=1.0:", "in [0, 1)", "0 keeps no average")),
 }
 

@@ -108,6 +108,51 @@ def test_every_step_of_the_window_is_noisy():
   assert np.all(np.abs(trajectory.x_next[:, :, 0] - euler).max((2, 3, 4)) > 1e-3)
 
 
+@functools.partial(jax.jit, static_argnames=("dynamics", "noise_level"))
+def sample_stochastic(keys, x_init, condition, dynamics, noise_level):
+  step_fn = functools.partial(DYNAMICS[dynamics][0], noise_level=noise_level)
+  return sampler.sample_stochastic(
+    velocity_fn, step_fn, keys, PARAMS, x_init, condition, sigmas=SIGMAS
+  )
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_stochastic_sampling_without_noise_is_the_ode(dynamics):
+  keys = jax.random.split(jax.random.key(0), B)
+  found = sample_stochastic(keys, X_INIT, CONDITION, dynamics, 1e-8)
+  np.testing.assert_allclose(found, ode(X_INIT), atol=1e-5)
+
+
+def test_stochastic_sample_is_a_function_of_its_own_key():
+  keys = jax.random.split(jax.random.key(0), B)
+  whole = sample_stochastic(keys, X_INIT, CONDITION, "cps", 0.7)
+  part = sample_stochastic(keys[1:3], X_INIT[1:3], CONDITION[1:3], "cps", 0.7)
+  np.testing.assert_allclose(part, whole[1:3], rtol=1e-5, atol=1e-6)
+  again = sample_stochastic(keys.at[1].set(keys[0]), X_INIT, CONDITION, "cps", 0.7)
+  np.testing.assert_array_equal(np.delete(again, 1, axis=0), np.delete(whole, 1, axis=0))
+  assert (again[1] != whole[1]).any()
+
+
+def test_stochastic_sampling_ends_in_the_law_of_the_data():
+  """Of data ~ N(m, s^2) the flow is known; the sample's mean and spread are the data's."""
+  mean, spread, count = 2.0, 0.5, 4000
+
+  def exact(params, x, sigma, condition):
+    s = sigma.reshape(-1, 1, 1, 1)
+    posterior = mean + (1 - s) * spread**2 * (x - (1 - s) * mean) / (
+      (1 - s) ** 2 * spread**2 + s**2
+    )
+    return (x - posterior) / s
+
+  keys = jax.random.split(jax.random.key(0), count)
+  x_init = jax.random.normal(jax.random.key(1), (count, 1, 1, 1))
+  step_fn = functools.partial(steps.dance_step, noise_level=0.7)
+  sigmas = np.linspace(1, 0, 101)
+  found = sampler.sample_stochastic(exact, step_fn, keys, {}, x_init, None, sigmas=sigmas)
+  assert float(found.mean()) == pytest.approx(mean, abs=4 * spread / count**0.5)
+  assert float(found.std()) == pytest.approx(spread, rel=0.1)
+
+
 def test_states_of_the_window_follow_each_other():
   trajectory = sample(KEY, 2)
   np.testing.assert_array_equal(trajectory.x[1:], trajectory.x_next[:-1, :, 0])

@@ -118,6 +118,20 @@ def test_adapter_equals_merged_weights(small):
   np.testing.assert_allclose(velocity(trainable, frozen), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_scaled_adapters_change_the_merged_weights_as_much_less():
+  _, trainable, frozen = shapes()
+  params = {"frozen": random_like(frozen, 3), "trainable": random_like(trainable, 4)}
+  merge = lambda trainable: hf.merge_lora(params | {"trainable": trainable}, rank=RANK, alpha=ALPHA)
+  whole, half, none = (merge(lora.scale(params["trainable"], a)) for a in (1.0, 0.5, 0.0))
+  jax.tree.map(lambda n, p: np.testing.assert_array_equal(n, p), none, params["frozen"])
+  jax.tree.map(
+    lambda w, h, n: np.testing.assert_allclose(h, (w + n) / 2, rtol=1e-5, atol=1e-5),
+    whole, half, none,
+  )  # fmt: skip
+  changed = jax.tree.map(lambda w, n: float(np.abs(w - n).max()) > 0, whole, none)
+  assert any(jax.tree.leaves(changed))
+
+
 def test_trainable_and_frozen_share_no_weight():
   _, trainable, frozen = shapes()
   assert not hf.flatten(trainable).keys() & hf.flatten(frozen).keys()

@@ -95,3 +95,17 @@ def test_best_is_not_the_last(make_run):
 def test_run_that_has_just_begun_has_empty_cells(make_run):
   head, row = comparison.table({"a": [make_run("a", 0, [(0, 0.2)])]}, "ocr")
   assert dict(zip(head, row, strict=True))["on the way there"] == ""
+
+
+def test_judged_scores_are_those_of_other_prompts(make_run):
+  runs = [make_run("a", seed, [(0, 0.2), (100, 0.9)]) for seed in (0, 1)]
+  for run, last, best in zip(runs, (0.5, 0.7), (0.6, 0.8)):
+    judged = {"epoch": 1, "kind": "judge"}
+    judged |= {"last/reward/ocr/mean": last, "best/reward/ocr/mean": best}
+    with (run.folder / "metrics.jsonl").open("a") as file:
+      file.write(json.dumps(judged) + "\n")
+  runs = [history.load_run(run.folder) for run in runs]
+  cells = dict(zip(*comparison.table({"a": runs}, "ocr")))
+  assert cells["judged"].startswith(".600 ±")
+  assert cells["judged, best weights"].startswith(".700 ±")
+  assert cells["final"].startswith(".900")

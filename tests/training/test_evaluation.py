@@ -13,15 +13,15 @@ WORDS = [Prompt(word, {}) for word in ("ANT", "BEE", "CAT", "DOG", "ELK")]
 
 @pytest.fixture(scope="module")
 def sampled(config_in, single_mesh, tmp_path_factory):
-  """(eval.batch, prompts, **) -> images of the small model on one device."""
+  """(eval.batch, prompts, kind, **) -> images of the small model on one device."""
   folder = tmp_path_factory.mktemp("evaluation")
   model = build.build_model(config_in(folder), single_mesh, ())
   params = model.params(model.trainable)
 
-  def sample(batch, prompts, **options):
+  def sample(batch, prompts, kind="ode", **options):
     config = config_in(folder, {"eval.batch": batch})
     with jax.set_mesh(single_mesh):
-      run = evaluation.make_sample_fn(config, model, single_mesh, num_steps=2)
+      run = evaluation.make_sample_fn(config, model, single_mesh, num_steps=3, kind=kind)
       return run(params, prompts, **options)
 
   return sample
@@ -34,9 +34,14 @@ def assert_same_images(a, b):
   assert (difference > 0).mean() < 0.01
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_images_do_not_depend_on_the_batch(sampled, batch):
-  assert_same_images(sampled(batch, WORDS), sampled(5, WORDS))
+@pytest.mark.parametrize("kind", evaluation.SAMPLERS)
+def test_images_do_not_depend_on_the_batch(sampled, kind):
+  assert_same_images(sampled(2, WORDS, kind), sampled(5, WORDS, kind))
+
+
+def test_stochastic_samples_begin_with_the_same_noise_and_end_elsewhere(sampled):
+  still, noisy = sampled(5, WORDS), sampled(5, WORDS, "stochastic")
+  assert (still != noisy).any(axis=(1, 2, 3)).all()
 
 
 def test_image_depends_on_its_own_prompt_and_place_alone(sampled):

@@ -20,7 +20,7 @@ import scripted_rewards
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards
 from tpgrpo_jax.flow import schedule
-from tpgrpo_jax.runs import checkpoint, metrics, preemption
+from tpgrpo_jax.runs import best, checkpoint, metrics, preemption
 from tpgrpo_jax.training import loop
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
@@ -43,6 +43,14 @@ def final_state(config):
   return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(restored)}
 
 
+def best_state(config):
+  """(epoch, arrays) of the best weights."""
+  session = session_lib.open_session(config)
+  with jax.set_mesh(session.mesh):
+    weights, extra = best.load(config.run.dir, session_lib.abstract_state(session).ema)
+  return extra["step"], [np.asarray(leaf) for leaf in jax.tree.leaves(weights)]
+
+
 def rows_without_times(config):
   rows = metrics.read_rows(epath.Path(config.run.dir) / "metrics.jsonl")
   return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
@@ -54,6 +62,9 @@ def assert_same_run(found, wanted):
   assert a.keys() == b.keys()
   for name in a:
     np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+  (epoch, a), (wanted_epoch, b) = best_state(found), best_state(wanted)
+  assert epoch == wanted_epoch
+  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +217,41 @@ def test_shorter_run_continued_equals_the_longer_one(uninterrupted, make_config,
   config = make_config()
   loop.train(config)
   assert_same_run(config, uninterrupted)
+
+
+def test_best_weights_are_those_of_the_best_evaluation(uninterrupted):
+  evals = [row for row in rows_without_times(uninterrupted) if row["kind"] == "eval"]
+  wanted = max(evals, key=lambda row: row["reward/mean"])["epoch"]  # the first of equals
+  epoch, found = best_state(uninterrupted)
+  assert epoch == wanted
+  if epoch == 0:
+    base = session_lib.open_session(uninterrupted).model.trainable
+    jax.tree.map(np.testing.assert_array_equal, found, jax.tree.leaves(base))
+
+
+def test_run_without_progress_ends_by_its_patience_and_is_judged_by_other_prompts(
+  make_config, one_device, capsys
+):
+  fields = {
+    "train.epochs": 9,
+    "eval.patience": 2,
+    "eval.prompts": 5,
+    "optimizer.learning_rate": 1e-30,  # nothing becomes better than the base
+    "checkpoint.every": 100,
+  }
+  config = make_config(fields)
+  loop.train(config)
+  rows = rows_without_times(config)
+  assert [row["epoch"] for row in rows if row["kind"] == "train"] == [1, 2]
+  judged = rows[-1]
+  assert (judged["kind"], judged["epoch"], judged["prompts"]) == ("judge", 2, 3)
+  assert judged["best/epoch"] == 0 and judged["last/gain/coarse/mean"] == 0.0
+  path = pathlib.Path(config.run.dir) / "metrics.jsonl"
+  before = path.read_bytes()
+  loop.train(config)  # ended is ended
+  assert path.read_bytes() == before
+  text = capsys.readouterr()
+  assert "No evaluation was better than the base model's" in text.out + text.err
 
 
 def test_finished_run_started_again_changes_nothing(uninterrupted, one_device):

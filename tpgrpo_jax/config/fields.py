@@ -256,6 +256,9 @@ class Eval:
     rewards: names of rewards to report; () is those of training.
     prompts: how many held-out prompts.
     batch: images in one device call.
+    patience: the run ends when so many evaluations in a row bring no better checkpoint.best; 0 goes on.
+    judge_prompts: further held-out prompts, which no evaluation has seen. When the run has ended, they judge
+      the base model, the last weights and the best ones. 0 does not.
   """
 
   every: int = 10
@@ -263,6 +266,8 @@ class Eval:
   rewards: tuple[str, ...] = ()
   prompts: int = 128
   batch: int = 128
+  patience: int = 0
+  judge_prompts: int = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,11 +299,20 @@ class Distributed:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """Epochs between checkpoints, how many of the newest are kept, and of which epochs all are (0: none)."""
+  """What is kept of a run.
+
+  Attributes:
+    every: epochs between checkpoints.
+    keep: how many of the newest stay.
+    keep_every: of which epochs all stay; 0 for none.
+    best: metric of the evaluations whose best weights are kept beside them: "reward/mean", the weighted sum,
+      or "reward/LABEL/mean"; "" keeps none.
+  """
 
   every: int = 10
   keep: int = 2
   keep_every: int = 0
+  best: str = "reward/mean"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ def validate(config: fields.Config) -> None:
   """
   bridge.check_types(config)
   groups = (_run, _model, _pipeline, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
-  groups += (_distributed, method_rules.check)
+  groups += (_distributed, _best, method_rules.check)
   _raise([problem for group in groups for problem in group(config)])
   for advice in method_rules.advise(config):
     warnings.warn(advice, stacklevel=2)
@@ -221,6 +221,21 @@ def _distributed(config) -> Iterator[str]:
     )
 
 
+def _best(config) -> Iterator[str]:
+  best, patience = config.checkpoint.best, config.eval.patience
+  known = ["reward/mean", *(f"reward/{n}/mean" for n in config.eval.rewards or config.rewards)]
+  if best and best not in known:
+    yield (
+      f"checkpoint.best={best!r}: must be a held-out score, {' or '.join(known)}, or '' for none."
+      f"{registry.nearest(best, known)}"
+    )
+  if patience and not (best and config.eval.every):
+    yield (
+      f"eval.patience={patience}: counts evaluations since the best one, with checkpoint.best={best!r} and "
+      f"eval.every={config.eval.every}. Set both of them, or patience to 0."
+    )
+
+
 def _at_least(rows) -> Iterator[str]:
   for field, value, least in rows:
     if value < least:
@@ -242,6 +257,8 @@ def _sizes(config) -> Iterator[str]:
       ("eval.num_steps", config.eval.num_steps, 1),
       ("eval.prompts", config.eval.prompts, 1),
       ("eval.batch", config.eval.batch, 1),
+      ("eval.patience", config.eval.patience, 0),
+      ("eval.judge_prompts", config.eval.judge_prompts, 0),
       ("checkpoint.every", config.checkpoint.every, 1),
       ("checkpoint.keep", config.checkpoint.keep, 1),
       ("checkpoint.keep_every", config.checkpoint.keep_every, 0),

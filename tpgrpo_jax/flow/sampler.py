@@ -183,6 +183,41 @@ def sample_ode(
   return jax.lax.scan(step, x_init, (levels[:-1], levels[1:]))[0]
 
 
+def sample_stochastic(
+  velocity_fn: types.VelocityFn,
+  step_fn: types.StepFn,
+  keys: jax.Array,
+  params: types.Params,
+  x_init: jax.Array,
+  condition,
+  *,
+  sigmas: np.ndarray | jax.Array,
+) -> jax.Array:
+  """Denoises x_init [B, h, w, c] with stochastic steps, and an ODE step at the end, where images are made.
+
+  Args:
+    velocity_fn: the model.
+    step_fn: the stochastic step, with its noise level bound.
+    keys: [B], of each sample; step k uses fold_in(key, k), so that a sample does not depend on its batch.
+    params: of velocity_fn.
+    x_init: noise, at sigmas[0].
+    condition: of velocity_fn, leading axis B.
+    sigmas: [T + 1], decreasing to 0.
+  """
+
+  def step(x, inputs):
+    k, sigma, sigma_next = inputs
+    velocity = velocity_fn(params, x, jnp.full(x.shape[:1], sigma), condition)
+    gaussian = step_fn(x, velocity, sigma, sigma_next)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, k), x.shape[1:]))(keys)
+    return gaussian.mean + gaussian.std * noise, None
+
+  levels = jnp.asarray(sigmas, jnp.float32)
+  inputs = (jnp.arange(len(sigmas) - 2), levels[:-2], levels[1:-1])
+  x = jax.lax.scan(step, x_init, inputs)[0]
+  return sample_ode(velocity_fn, params, x, condition, sigmas=levels[-2:])
+
+
 def initial_noise(
   key: jax.Array, latent_shape: tuple[int, ...], group: jax.Array, *, same_latent: bool
 ) -> jax.Array:

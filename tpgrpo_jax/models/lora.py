@@ -75,6 +75,20 @@ def _init_a(key, shape, init):
   raise ValueError(f"lora.init={init!r}: must be 'gaussian' or 'kaiming'.")
 
 
+def scale(adapters: Any, factor: float) -> Any:
+  """The adapters with their outputs multiplied: of A and B, B alone.
+
+  Args:
+    adapters: the trainable tree of a model with adapters.
+    factor: 1 leaves them as they are, 0 is the model without them.
+  """
+
+  def scaled(path, leaf):
+    return leaf * factor if path[-1].key == "lora_b" else leaf
+
+  return jax.tree_util.tree_map_with_path(scaled, adapters)
+
+
 def merge_trees(a: Any, b: Any) -> Any:
   """The union of two nested dicts that share no leaf."""
   if not isinstance(a, dict) or not isinstance(b, dict):

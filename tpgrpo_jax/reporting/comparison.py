@@ -96,6 +96,8 @@ COLUMNS: tuple[str, ...] = (
   "seeds",
   "final",
   "best",
+  "judged",
+  "judged, best weights",
   "edge density",
   "evaluations",
   "TFLOP",
@@ -110,7 +112,8 @@ COLUMNS: tuple[str, ...] = (
 def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tuple[str, ...]]:
   """Rows of text under COLUMNS, and a last column: the paired difference to the baseline.
 
-  "s an epoch" is the median epoch of the quickest seed: what a busy machine disturbs least. Equal
+  "judged" are scores on prompts that no evaluation saw, of the last weights and of those that the evaluations
+  chose. "s an epoch" is the median epoch of the quickest seed: what a busy machine disturbs least. Equal
   evaluations and TFLOP are the most that all runs have spent; "on the way there" is `area_to` the first of
   the two.
 
@@ -132,6 +135,9 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
     area = estimate([area_to(run, reward, "evaluations", budgets["evaluations"]) for run in runs])
     mean = lambda values, form: "" if np.isnan(values).all() else format(np.nanmean(values), form)
     cells = [f"`{label}`", str(len(runs)), str(estimate(o.final)), str(estimate(best))]
+    for weights in ("last", "best"):
+      name = f"{weights}/reward/{reward}/mean"
+      cells.append(str(estimate([history.number(run.judged, name) for run in runs])))
     cells += [mean(o.edges, ".3f").lstrip("0"), mean(o.evaluations, ",.0f")]
     cells += [mean(o.teraflops, ",.3g"), mean(o.seconds / 60, ".1f"), _seconds(runs)]
     cells += [str(at["evaluations"]), str(at["teraflops"]), str(area)]

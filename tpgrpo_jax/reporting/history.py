@@ -27,6 +27,7 @@ class Run:
     config: of the run.
     train: rows of its epochs.
     evals: rows of its evaluations on held-out prompts.
+    judged: the row of its end, on other held-out prompts; {} before it.
   """
 
   folder: epath.Path
@@ -34,6 +35,7 @@ class Run:
   config: config_lib.Config
   train: list[dict[str, Any]]
   evals: list[dict[str, Any]]
+  judged: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Band(NamedTuple):
@@ -113,7 +115,9 @@ def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
       "Training writes its first row after the evaluation of the base model: wait for it."
     )
   train, evals = ([r for r in rows if r.get("kind") == kind] for kind in ("train", "eval"))
-  return Run(folder, label or config.run.label or config.credit.method, config, train, evals)
+  judged = next((r for r in reversed(rows) if r.get("kind") == "judge"), {})
+  label = label or config.run.label or config.credit.method
+  return Run(folder, label, config, train, evals, judged)
 
 
 def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:

@@ -1,4 +1,4 @@
-"""The state of a run on disk (orbax), below `checkpoints/<step>/` of its folder.
+"""The state of a run on disk (orbax), below `checkpoints/<step>/` of its folder; `best` has another folder.
 
 A step here is the number of finished epochs, so a run restored from step n goes on with epoch n.
 """
@@ -46,8 +46,9 @@ class RunCheckpoints:
     every: int = 1,
     keep_every: int = 0,
     read_only: bool = False,
+    folder: str = "checkpoints",
   ):
-    """Opens `<run_dir>/checkpoints`.
+    """Opens `<run_dir>/<folder>`.
 
     Args:
       run_dir: the run's folder, local or gs://.
@@ -57,6 +58,7 @@ class RunCheckpoints:
       keep_every: steps that are a multiple of this stay for ever; 0 for none.
       read_only: for commands that look at a run, perhaps while it trains: creates, deletes and
         renames nothing.
+      folder: within the run's.
 
     Raises:
       ValueError: keep or every is not positive; read_only and there is no such folder, or not read_only and
@@ -65,14 +67,14 @@ class RunCheckpoints:
     if keep < 1 or every < 1:
       raise ValueError(f"checkpoint.keep={keep}, checkpoint.every={every}: both must be >= 1.")
     logging.getLogger("absl").addFilter(_without_orbax_chatter)
-    self._folder = _absolute(run_dir) / "checkpoints"
+    self._folder = _absolute(run_dir) / folder
     self._read_only = read_only
     self._pending = None
     self.preempted = False  # a save saw jax's preemption service announce the end of the machine
     if not read_only and not run_folder.is_remote(run_dir):
       _check_writable(self._folder)
     if read_only and not self._folder.exists():
-      raise ValueError(f"run.dir={os.fspath(run_dir)!r}: holds no checkpoints. Check the path.")
+      raise ValueError(f"run.dir={os.fspath(run_dir)!r}: holds no {folder}. Check the path.")
     saving, preserving = ocp.training.save_decision_policies, ocp.training.preservation_policies
     self._checkpointer = ocp.training.Checkpointer(
       self._folder,
@@ -195,6 +197,14 @@ class RunCheckpoints:
       f"{self._folder}: no checkpoint that can be read (tried {unreadable})."
     ) from cause
 
+  def extra(self) -> dict[str, Any]:
+    """What was given to `save` with the newest checkpoint, plus "step"; its arrays are not read.
+
+    Raises:
+      UnreadableError: its metadata is damaged.
+    """
+    return self._metadata(self.steps()[-1])[1]
+
   def wait(self) -> None:
     """Blocks until nothing is being written."""
     self._finish_pending()
@@ -224,22 +234,8 @@ class RunCheckpoints:
       ) from error
 
   def _restore_one(self, step, abstract_state):
-    stored, extra, version, failure = None, None, FORMAT, None
-    try:
-      metadata = self._checkpointer.checkpointables_metadata(step)
-      stored = metadata.metadata.get(_STATE)
-      custom: Any = metadata.custom_metadata or {}
-      extra, version = custom.get("extra"), custom.get("format", FORMAT)
-      if stored is None or extra is None:
-        failure = "its metadata is missing or damaged"
-    except Exception as error:  # Damaged files surface as anything, bare Exception included.
-      failure = _innermost(error)
-    _agree(failure)
-    if version > FORMAT:
-      raise ValueError(
-        f"checkpoint {self._folder / str(step)}: has format {version}, this version reads up to {FORMAT}. "
-        "Use the version of tpgrpo_jax that wrote it, or a newer one."
-      )
+    stored, extra = self._metadata(step)
+    failure = None
     differences = _differences(stored, abstract_state)
     if not differences:
       try:
@@ -256,6 +252,28 @@ class RunCheckpoints:
         + "\nUse another run.dir, or the model, lora and optimizer settings that made it."
       )
     return state, extra
+
+  def _metadata(self, step):
+    """(shapes of the state, extra)."""
+    stored: Any = None
+    extra: Any = None
+    version, failure = FORMAT, None
+    try:
+      metadata = self._checkpointer.checkpointables_metadata(step)
+      stored = metadata.metadata.get(_STATE)
+      custom: Any = metadata.custom_metadata or {}
+      extra, version = custom.get("extra"), custom.get("format", FORMAT)
+      if stored is None or extra is None:
+        failure = "its metadata is missing or damaged"
+    except Exception as error:  # Damaged files surface as anything, bare Exception included.
+      failure = _innermost(error)
+    _agree(failure)
+    if version > FORMAT:
+      raise ValueError(
+        f"checkpoint {self._folder / str(step)}: has format {version}, this version reads up to {FORMAT}. "
+        "Use the version of tpgrpo_jax that wrote it, or a newer one."
+      )
+    return stored, extra
 
   def _set_aside(self, steps):
     if jax.process_index() == 0:

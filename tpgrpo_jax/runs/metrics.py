@@ -11,10 +11,9 @@ from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax.credit import advantages
-from tpgrpo_jax.runs import processes
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.runs import run_folder
+from tpgrpo_jax.credit import advantages
+from tpgrpo_jax.runs import processes, run_folder
 
 
 def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The run folder: whose it is, the config that made it, and the rows of its metrics.
 
-It holds `config.json`, `metrics.jsonl`, `checkpoints/` (runs.checkpoint), `images/` and `rollouts/`,
-on a file system or under gs://bucket/.
+It holds `config.json`, `metrics.jsonl`, `checkpoints/` (runs.checkpoint), `best/` (runs.best), `images/` and
+`rollouts/`, on a file system or under gs://bucket/.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from tpgrpo_jax.runs import processes
 
 RESUMABLE_FIELDS = (
     "run.*", "train.epochs", "train.updates", "train.log_every", "output",
-    "eval.every", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
+    "eval.every", "eval.patience", "eval.judge_prompts", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
     "text.cache", "text.device", "vae.images_per_chunk", "scoring.*",
 )  # fmt: skip
 """Config fields that may differ when a run is resumed: they do not change what is learned.
@@ -139,6 +139,13 @@ def append(path: os.PathLike | str, content: bytes) -> None:
     return
   with open(path, "ab") as file:
     file.write(content)
+
+
+def remove(run_dir: os.PathLike | str, name: str) -> None:
+  """Removes a folder of the run's, if it is there."""
+  path = epath.Path(run_dir) / name
+  if path.exists():
+    path.rmtree()
 
 
 def save_config(run_dir: os.PathLike | str, config: Any) -> None:

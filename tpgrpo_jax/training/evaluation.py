@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: ODE sampling from fixed noise, scored by any rewards."""
+"""Evaluation on held-out prompts: sampling from fixed noise, scored by any rewards."""
 
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.flow import sampler
+from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes
 from tpgrpo_jax.training import build
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -37,20 +38,34 @@ class Evaluation(NamedTuple):
 
 
 def make_sample_fn(
-  config: config_lib.Config, model: build.Model, mesh: jax.sharding.Mesh, *, num_steps: int
+  config: config_lib.Config,
+  model: build.Model,
+  mesh: jax.sharding.Mesh,
+  *,
+  num_steps: int,
+  kind: str = "ode",
 ) -> Callable[..., np.ndarray]:
-  """Returns (params, prompts, seed, on_chunk) -> images uint8 [N, H, W, 3], by ODE sampling in batches.
+  """Returns (params, prompts, seed, on_chunk) -> images uint8 [N, H, W, 3], by sampling in batches.
 
   Image i depends on the weights, prompt i, i and the seed alone.
+
+  Args:
+    config: sampler.noise_level is that of every step, also of a run that has calibrated its own.
+    model: to sample from.
+    mesh: of the weights.
+    num_steps: solver steps.
+    kind: a name of SAMPLERS.
   """
   velocity_fn = method_lib.guide(config, model.velocity_fn)
   sigmas = method_lib.make_sigmas(config.sampler, model, num_steps)
+  denoise = SAMPLERS[kind](config.sampler, sigmas)
 
   @jax.jit
   def sample(params, key, group, condition):
     x_init = sampler.initial_noise(key, model.pipeline.latent_shape, group, same_latent=False)
     x_init = jax.lax.with_sharding_constraint(x_init, jax.sharding.PartitionSpec(mesh_lib.BATCH))
-    latents = sampler.sample_ode(velocity_fn, params, x_init, condition, sigmas=sigmas)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.split(key)[1]))(group[:, 0])
+    latents = denoise(keys, velocity_fn, params, x_init, condition)
     return models.images_uint8(model.pipeline.decode(params["decoder"], latents))
 
   def run(
@@ -76,6 +91,22 @@ def make_sample_fn(
   return run
 
 
+def _ode(settings, sigmas):
+  del settings
+  return lambda keys, *inputs: sampler.sample_ode(*inputs, sigmas=sigmas)
+
+
+def _stochastic(settings, sigmas):
+  step_fn, _ = method_lib.bind_dynamics(settings, sigmas)
+  return lambda keys, velocity_fn, *inputs: sampler.sample_stochastic(
+    velocity_fn, step_fn, keys, *inputs, sigmas=sigmas
+  )
+
+
+SAMPLERS = {"ode": _ode, "stochastic": _stochastic}
+"""Name -> (sampler settings, sigmas) -> (keys [B], velocity_fn, params, x_init, condition) -> latents."""
+
+
 def make_evaluate(
   config: config_lib.Config,
   model: build.Model,
@@ -83,15 +114,18 @@ def make_evaluate(
   reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
 ) -> Callable[..., Evaluation]:
-  """Returns (params, on_chunk) -> Evaluation on these prompts, with eval.num_steps and the fixed noise."""
+  """Returns (params, on_chunk) -> Evaluation on these prompts, by the ODE from fixed noise."""
   sample = make_sample_fn(config, model, mesh, num_steps=config.eval.num_steps)
-  return functools.partial(_evaluate, sample, reward_fn, list(prompts))
+  weights = combine.weights_of(config.rewards)
+  return functools.partial(_evaluate, sample, reward_fn, weights, list(prompts))
 
 
-def _evaluate(sample, reward_fn, prompts, params, on_chunk=preemption.go_on):
+def _evaluate(sample, reward_fn, weights, prompts, params, on_chunk=preemption.go_on):
   images = sample(params, prompts, on_chunk=on_chunk)
   scores, infos = score(reward_fn, images, prompts, on_chunk)
-  row = {}
+  # A reward that is only evaluated counts as it is.
+  total = sum(weights.get(label, 1.0) * float(each.mean()) for label, each in scores.items())
+  row = {"reward/mean": total}
   for label, values in scores.items():
     row |= {
       f"reward/{label}/mean": float(values.mean()),

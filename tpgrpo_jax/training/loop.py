@@ -15,8 +15,9 @@ from PIL import Image
 import tqdm
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.runs import best as best_lib
 from tpgrpo_jax.runs import checkpoint, metrics, preemption, processes, run_folder
-from tpgrpo_jax.training import calibration, evaluation
+from tpgrpo_jax.training import calibration, evaluation, judging
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -55,7 +56,7 @@ def _train_in_folder(session, notice):
   run_folder.save_config(run_dir, config)
   with (
     jax.set_mesh(session.mesh),
-    checkpoint.RunCheckpoints(run_dir, **dataclasses.asdict(config.checkpoint)) as checkpoints,
+    _open_checkpoints(run_dir, config.checkpoint) as checkpoints,
   ):
     on_chunk = functools.partial(preemption.agree, notice)
     session = calibration.calibrated(session, on_chunk)
@@ -63,8 +64,19 @@ def _train_in_folder(session, notice):
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
     done = int(totals["epoch"])
     run_folder.truncate_metrics(run_dir / "metrics.jsonl", done + 1 if done else 0)
-    with metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink:
-      return _train(session, state, totals, checkpoints, sink, run_dir, notice)
+    with (
+      metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink,
+      contextlib.closing(
+        best_lib.BestWeights(run_dir, config.checkpoint.best, start=not done)
+      ) as best,
+    ):
+      return _train(session, state, totals, checkpoints, best, sink, run_dir, notice)
+
+
+def _open_checkpoints(run_dir, settings):
+  return checkpoint.RunCheckpoints(
+    run_dir, every=settings.every, keep=settings.keep, keep_every=settings.keep_every
+  )
 
 
 def _restore_or_start(session, checkpoints):
@@ -92,17 +104,20 @@ def _restore_or_start(session, checkpoints):
   return state, totals | {name: identity for name, (_, identity) in files.items()}
 
 
-def _train(session, state, totals, checkpoints, sink, run_dir, notice):
-  """From `totals` to the last epoch."""
+def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
+  """From `totals` to the last epoch, or to the one at which nothing has become better for long."""
   config = session.config
   on_chunk = functools.partial(preemption.agree, notice)
   saved_on_failure = functools.partial(_saved_on_failure, checkpoints, notice)
 
   def evaluate():
     with saved_on_failure(state, totals):
-      return _evaluate(session, state, totals, sink, run_dir, on_chunk)
+      return _evaluate(session, state, totals, best, sink, run_dir, on_chunk)
 
-  first, row = totals["epoch"], _last_evaluation(run_dir)
+  has_stalled = functools.partial(
+    best.has_stalled, every=config.eval.every, patience=config.eval.patience
+  )
+  first, row = totals["epoch"], _last_row(run_dir, "eval")
   clock = time.perf_counter() - totals["seconds"]
   # The row is missing at the start, and where a run was cut between a checkpoint and its evaluation.
   if _is_due(config, first) and row.get("epoch") != first:
@@ -110,6 +125,14 @@ def _train(session, state, totals, checkpoints, sink, run_dir, notice):
   quiet = not processes.is_first()
   with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs", disable=quiet) as bar:
     for epoch in range(first, config.train.epochs):
+      if _is_due(config, epoch) and has_stalled(epoch):
+        checkpoints.save(epoch, state, totals, force=True)
+        if not quiet:
+          tqdm.tqdm.write(
+            f"{run_dir}: ends after epoch {epoch}: the best evaluation was after epoch {best.epoch} "
+            f"(eval.patience={config.eval.patience})"
+          )
+        break
       with _profiled(config, epoch):
         with saved_on_failure(state, totals):
           sampled = epoch_lib.sample_epoch(session, state, epoch, on_chunk)
@@ -130,6 +153,8 @@ def _train(session, state, totals, checkpoints, sink, run_dir, notice):
         totals["seconds"] = time.perf_counter() - clock
       bar.set_postfix(reward=f"{train_row['reward/mean']:.3f}", held_out=_shown(row), refresh=False)
       bar.update()
+  with saved_on_failure(state, totals):
+    _judge(session, state, totals, best, sink, run_dir, on_chunk)
   return {name: value for name, value in row.items() if name.startswith(("reward/", "image/"))}
 
 
@@ -139,11 +164,11 @@ def _is_due(config, done):
   return done in (0, config.train.epochs) or bool(every and done % every == 0)
 
 
-def _last_evaluation(run_dir):
-  """The newest row of an evaluation, with its epoch, for all processes; {} where there is none."""
+def _last_row(run_dir, kind):
+  """The newest row of this kind, with its epoch, for all processes; {} where there is none."""
   path = run_dir / "metrics.jsonl"
   rows = metrics.read_rows(path) if processes.is_first() and path.is_file() else []
-  row = next((row for row in reversed(rows) if row["kind"] == "eval"), {})
+  row = next((row for row in reversed(rows) if row["kind"] == kind), {})
   return processes.from_first(row)
 
 
@@ -184,10 +209,33 @@ def totals_row(totals: dict[str, Any]) -> dict[str, Any]:
   }
 
 
-def _evaluate(session, state, totals, sink, run_dir, on_chunk):
-  """Writes the row and a sample grid."""
+def _judge(session, state, totals, best, sink, run_dir, on_chunk):
+  """Writes the row that ends a run and says what was learned, unless it is there already."""
+  epoch = totals["epoch"]
+  row = _last_row(run_dir, "judge")
+  if session.evaluate_unseen is None:
+    return
+  if row.get("epoch") != epoch:
+    weights = {"base": session.model.trainable, "last": state.ema}
+    if best.epoch is not None:
+      abstract = session_lib.abstract_state(session).ema
+      is_last = best.epoch == epoch
+      weights["best"] = state.ema if is_last else best_lib.load(run_dir, abstract)[0]
+    evaluate = lambda trainable: session.evaluate_unseen(session.model.params(trainable), on_chunk)
+    row = {"epoch": epoch, "kind": "judge"}
+    row |= {} if best.epoch is None else {"best/epoch": best.epoch}
+    row |= judging.judge(evaluate, weights)
+    sink.write(row)
+  if processes.is_first():
+    tqdm.tqdm.write(judging.summary(session.config.run.dir, row))
+
+
+def _evaluate(session, state, totals, best, sink, run_dir, on_chunk):
+  """Keeps the weights if they are the best, then writes the row and a sample grid."""
   result = session.evaluate(session.model.params(state.ema), on_chunk)
   number = totals["epoch"]
+  # Before its row: where the row is missing, a resumed run evaluates again.
+  best.offer(number, state.ema, result.row)
   sink.write(
     {
       "epoch": number,
@@ -210,5 +258,7 @@ def _evaluate(session, state, totals, sink, run_dir, on_chunk):
 
 def _shown(row):
   return ", ".join(
-    f"{v:.3f}" for k, v in row.items() if k.startswith("reward/") and k.endswith("mean")
+    f"{v:.3f}"
+    for k, v in row.items()
+    if k.startswith("reward/") and k.endswith("/mean") and k != "reward/mean"
   )

@@ -1,4 +1,4 @@
-"""Opens a run's newest checkpoint, or a base model, to sample from; writes nothing."""
+"""Opens what a run has learned, or a base model, to sample from; writes nothing."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -10,8 +10,9 @@ import warnings
 import jax
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.models import lora
 from tpgrpo_jax.reporting import history
-from tpgrpo_jax.runs import checkpoint
+from tpgrpo_jax.runs import best, checkpoint
 from tpgrpo_jax.training import build, losses
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
@@ -67,6 +68,7 @@ def open_model(
   *,
   prompts: Sequence[str] | None = None,
   weights: str = "ema",
+  strength: float = 1.0,
 ) -> Opened:
   """Opens the base model of a config, or the weights of a run's newest checkpoint.
 
@@ -74,12 +76,17 @@ def open_model(
     config: of the run or of the recipe.
     run_dir: of a run, which may still be training; empty for the base model.
     prompts: as of `build.build_model`.
-    weights: of a run: "ema", their moving average, or "last", as the last update left them.
+    weights: of a run, a name of WEIGHTS.
+    strength: base + strength (learned - base): 1 is what was learned, 0 the model without it.
 
   Raises:
     ValueError: a run without a finished checkpoint, or weights that cannot be opened.
   """
   if not run_dir:
+    if weights != "ema" or strength != 1.0:
+      raise ValueError(
+        f"--weights={weights}, --strength={strength}: are of what a run has learned. Give --run RUN_DIR."
+      )
     mesh = mesh_lib.make_mesh(config.mesh)
     model = build.build_model(config, mesh, prompts)
     name = f"base model of {config.model.path or config.model.variant}"
@@ -115,9 +122,37 @@ def open_model(
       "first ones. As the last update left them: export --weights last.",
       stacklevel=2,
     )
-  trainable, kind = (state.ema, "EMA") if weights == "ema" else (state.trainable, "last")
-  name = f"{os.fspath(run_dir)} after epoch {extra['step']}, {kind} weights"
+  trainable, epoch = _chosen(weights, state, extra, run_dir, abstract)
+  name = f"{os.fspath(run_dir)} after epoch {epoch}, {WEIGHTS[weights]} weights"
+  if strength != 1.0:
+    trainable = _at_strength(config, model.trainable, trainable, strength)
+    name += f" at strength {strength}"
   return Opened(config, mesh, model, model.params(trainable), name)
+
+
+WEIGHTS = {"ema": "EMA", "last": "last", "best": "best"}
+"""Name -> its word: the newest moving average; as the last update left them; those of the best evaluation."""
+
+
+def _chosen(weights, state, extra, run_dir, abstract):
+  """(trainable weights, epochs that made them)."""
+  if weights != "best":
+    return (state.ema if weights == "ema" else state.trainable), extra["step"]
+  try:
+    trainable, found = best.load(run_dir, abstract.ema)
+  except ValueError as error:
+    raise ValueError(
+      f"--run={os.fspath(run_dir)!r}: {error} A run keeps them at its evaluations, unless "
+      "checkpoint.best=''. The newest: --weights ema."
+    ) from error
+  return trainable, found["step"]
+
+
+def _at_strength(config, base, learned, strength):
+  """base + strength (learned - base); of adapters the base is the model without them."""
+  if config.lora.rank:
+    return lora.scale(learned, strength)
+  return jax.tree.map(lambda b, w: b + strength * (w - b), base, learned)
 
 
 def _without_checkpoint(config, run_dir):

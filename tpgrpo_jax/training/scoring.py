@@ -1,6 +1,7 @@
 """What `evaluate` and `sample` do with an opened model: images, scores, and the files they leave."""
 
 from collections.abc import Sequence
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,18 +12,57 @@ import jax
 import numpy as np
 from PIL import Image
 
+from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import rewards, types
+from tpgrpo_jax.data import prompts as prompts_lib
 from tpgrpo_jax.runs import metrics
-from tpgrpo_jax.training import evaluation, restore
+from tpgrpo_jax.training import evaluation, judging, restore
 
 GRID_IMAGES = 64
 
 
+def load_split(
+  config: config_lib.Config, split: str, *, count: int | None = None
+) -> list[types.Prompt]:
+  """The first prompts of "train", of "test", or of "judge": held out, after those of evaluations.
+
+  Args:
+    config: of a run or recipe; prompts and eval.
+    split: which.
+    count: how many; None is eval.prompts, or eval.judge_prompts.
+
+  Raises:
+    ValueError: there are none.
+  """
+  source = "test" if split == "judge" else split
+  prompts = prompts_lib.load_prompts(config.prompts.name, config.prompts.path, source)
+  if split != "judge":
+    return [prompts[i] for i in range(min(count or config.eval.prompts, len(prompts)))]
+  settings = dataclasses.replace(config.eval, judge_prompts=count or config.eval.judge_prompts)
+  if chosen := judging.choose_prompts(prompts, settings):
+    return chosen
+  raise ValueError(
+    f"--split=judge: of the {len(prompts)} held-out prompts the evaluations of training look at "
+    f"eval.prompts={config.eval.prompts}, which leaves {max(len(prompts) - config.eval.prompts, 0)}, and "
+    f"eval.judge_prompts={config.eval.judge_prompts} are asked for. Use --split=test."
+  )
+
+
 def sample_images(
-  opened: restore.Opened, prompts: Sequence[types.Prompt], *, num_steps: int, seed: int
+  opened: restore.Opened,
+  prompts: Sequence[types.Prompt],
+  *,
+  num_steps: int,
+  seed: int,
+  kind: str = "ode",
 ) -> np.ndarray:
-  """ODE samples uint8 [N, H, W, 3]; image i is a function of weights, prompt i, i and seed alone."""
-  sample = evaluation.make_sample_fn(opened.config, opened.model, opened.mesh, num_steps=num_steps)
+  """Samples uint8 [N, H, W, 3]; image i is a function of weights, prompt i, i and seed alone.
+
+  `kind` is a name of evaluation.SAMPLERS.
+  """
+  sample = evaluation.make_sample_fn(
+    opened.config, opened.model, opened.mesh, num_steps=num_steps, kind=kind
+  )
   with jax.set_mesh(opened.mesh):
     return sample(opened.params, prompts, seed)
 

@@ -12,7 +12,7 @@ from tpgrpo_jax import rewards
 from tpgrpo_jax.cost import utilisation
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.data import prompts as prompts_lib
-from tpgrpo_jax.training import build, evaluation, losses, rollout, step
+from tpgrpo_jax.training import build, evaluation, judging, losses, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
@@ -33,7 +33,8 @@ class Session:
     credit_fn: jitted.
     train_step: jitted.
     reward_fn: weighted sum.
-    evaluate: params -> Evaluation.
+    evaluate: params -> Evaluation, while the run goes on.
+    evaluate_unseen: the same on the prompts that judge it at its end; None where there are none.
     meter: of the operations of rollout and update.
     objective: what the state holds and which weights sample.
   """
@@ -49,6 +50,7 @@ class Session:
   train_step: Any
   reward_fn: Any
   evaluate: Any
+  evaluate_unseen: Any
   meter: utilisation.Meter
   objective: losses.Objective
 
@@ -75,12 +77,20 @@ def open_session(config: config_lib.Config) -> Session:
   losses.check_own(config)
   reward_fn = make_rewards(config, mesh, config.rewards)
   load = functools.partial(prompts_lib.load_prompts, config.prompts.name, config.prompts.path)
-  held_out = load("test")
-  held_out = [held_out[i] for i in range(min(config.eval.prompts, len(held_out)))]
+  all_held_out = load("test")
+  held_out = [all_held_out[i] for i in range(min(config.eval.prompts, len(all_held_out)))]
+  unseen = judging.choose_prompts(all_held_out, config.eval)
   train_prompts = load("train")
-  asked = [*held_out, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
+  asked = [*held_out, *unseen, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
   reward_fn.check(asked)  # pyright: ignore[reportFunctionMemberAccess]
   model = build.build_model(config, mesh, [prompt.text for prompt in asked])
+  evaluate = functools.partial(
+    evaluation.make_evaluate,
+    config,
+    model,
+    mesh,
+    build_eval_rewards(config, mesh, reward_fn),
+  )
   return Session(
     config=config,
     mesh=mesh,
@@ -88,9 +98,8 @@ def open_session(config: config_lib.Config) -> Session:
     reference=_reference(config, model),
     train_prompts=train_prompts,
     reward_fn=reward_fn,
-    evaluate=evaluation.make_evaluate(
-      config, model, mesh, build_eval_rewards(config, mesh, reward_fn), held_out
-    ),
+    evaluate=evaluate(held_out),
+    evaluate_unseen=evaluate(unseen) if unseen else None,
     objective=losses.OBJECTIVES[config.loss.objective],
     **_bind(config, model, mesh),
   )
