@@ -8,6 +8,9 @@ Flow-GRPO seed by seed. Plots are in OUTPUT/TASK/report/report.html.
 --budget evaluations=61440 (or teraflops=..., minutes=... of one core) gives every method as many epochs as it
 can pay: three epochs of each are run first, to see what one takes. Without it every method has its recipe's.
 
+--keep FOLDER packs configs and metrics of the finished runs into FOLDER, a few kilobytes each;
+--tables --output FOLDER reads them there.
+
 The same command goes on where it was: what is finished is skipped, what was cut resumes. --tables trains
 nothing. Ctrl-C and SIGTERM end the runs, which save first.
 """
@@ -53,6 +56,7 @@ def main() -> None:
   parser.add_argument("--output", default="runs/compare", help="folder of the runs and reports")
   parser.add_argument("--cores", type=int, default=0, help="runs at once; 0 is one a core")
   parser.add_argument("--budget", type=parse_budget, help="of a run: evaluations=61440")
+  parser.add_argument("--keep", help="folder for configs and packed metrics of what is finished")
   parser.add_argument(
     "--tables", action="store_true", help="of the runs that are there; trains none"
   )
@@ -68,6 +72,8 @@ def main() -> None:
   output = pathlib.Path(args.output)
   failed = [] if args.tables else train(output, tasks, methods, args)
   for task in tasks:
+    if args.keep:
+      keep(output / task, pathlib.Path(args.keep) / task, methods)
     show(output / task, methods)
   if failed:
     sys.exit(
@@ -179,20 +185,24 @@ def start(folder, task, method, seed, core, fields):
 
 def affordable(folder, kind, amount):
   """How many epochs an amount pays, by the rows of a probe; one at least."""
-  rows = [row for row in metrics.read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
+  rows = [row for row in metrics.rows_of(folder) if row["kind"] == "train"]
   return max(1, int(amount / BUDGETS[kind](rows) + 1e-6))
 
 
 def is_finished(folder):
   """Whether the run's last epoch is evaluated, or it has ended for want of progress."""
-  path = folder / "metrics.jsonl"
-  if not path.is_file():
-    return False
-  rows = metrics.read_rows(path)
+  rows = metrics.rows_of(folder)
   if any(row["kind"] == "judge" for row in rows):
     return True
   last = max((row["epoch"] for row in rows if row["kind"] == "eval"), default=-1)
-  return last >= history.load_run_config(folder).train.epochs
+  return last >= 0 and last >= history.load_run_config(folder).train.epochs
+
+
+def keep(folder, target, methods):
+  """Packs the finished runs of a task."""
+  for method in methods:
+    for run in filter(is_finished, folder.glob(f"{method}_s*")):
+      metrics.pack(run, target / run.name)
 
 
 def show(folder, methods):
@@ -201,7 +211,7 @@ def show(folder, methods):
     f"{method}={run}"
     for method in methods
     for run in sorted(folder.glob(f"{method}_s*"))
-    if (run / "metrics.jsonl").is_file()
+    if metrics.rows_of(run)
   ]
   if not runs:
     print(f"{folder}: no runs yet", file=sys.stderr)

@@ -118,3 +118,7 @@ def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
   assert output_of("compare", *methods, "--", *fields) == table
   after = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]
   assert before == after and len(before) == 4
+  packed = tmp_path / "packed"
+  assert output_of("compare", *methods, f"--keep={packed}", "--tables") == table
+  again = output_of("compare", *methods[:2], f"--output={packed}", "--tables")
+  assert again.replace(str(packed), str(tmp_path)) == table

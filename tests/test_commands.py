@@ -253,6 +253,13 @@ def test_evaluate_a_run_by_built_in_and_own_rewards(work, run_dir):
   assert result["split"] == "train" and result["sampler"] == "stochastic"
   assert "mine:make" in done.stdout and "imported: []" in done.stdout
   assert (work / "scores" / "grid.png").is_file()
+  arguments = ("--run", run_dir, "--rewards", "mine:make", "--output", "scores")
+  again = run_command(work, "evaluate", *arguments)
+  assert again.returncode == 1 and "holds an earlier evaluation.json" in again.stderr
+  assert json.loads((work / "scores" / "evaluation.json").read_text()) == result
+  asked = run_command(work, "evaluate", *arguments, "--overwrite")
+  assert asked.returncode == 0, asked.stderr
+  assert json.loads((work / "scores" / "evaluation.json").read_text()) != result
 
 
 def test_evaluate_names_an_unknown_reward(work):

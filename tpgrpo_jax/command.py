@@ -1,8 +1,10 @@
 """How every command starts, and how it says that something is wrong."""
 
 from collections.abc import Callable
+import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -47,6 +49,10 @@ def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -
       if not _raised_here(error):
         raise
       _stop(error)
+    except KeyboardInterrupt:
+      print("interrupted", file=sys.stderr)
+      sys.stderr.flush()
+      os._exit(128 + signal.SIGINT)  # without waiting for threads: that is what was asked for
 
   app.run(quiet, flags_parser=parse)
 

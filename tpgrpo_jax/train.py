@@ -22,12 +22,12 @@ def main(argv: list[str]) -> None:
   distributed.set_up(config)
   try:
     row = loop.train(config)
-  except preemption.Preempted:
+  except preemption.Preempted as ended:
     print(
       f"{config.run.dir}: ends, as asked; the finished epochs are saved. The same command goes on.",
       file=sys.stderr,
     )
-    preemption.leave()
+    preemption.leave(ended.signal)
   if processes.is_first():
     print({k: round(v, 4) for k, v in row.items()})
 

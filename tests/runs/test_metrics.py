@@ -185,3 +185,17 @@ def test_missing_wandb_is_named_with_the_pip_command(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ValueError, match="log.wandb=True: wandb is missing. pip install wandb"):
     open_log(tmp_path, wandb=True)
+
+
+def test_packed_run_has_the_same_rows_in_the_same_bytes_each_time(tmp_path):
+  run, first, second = (tmp_path / name for name in ("run", "first", "second"))
+  run.mkdir()
+  with open_log(run) as log:
+    log.write({"epoch": 1, "kind": "train", "a": 0.5})
+  (run / "config.json").write_text("{}")
+  metrics.pack(run, first)
+  metrics.pack(run, second)
+  assert metrics.rows_of(first) == metrics.rows_of(run) == [{"epoch": 1, "kind": "train", "a": 0.5}]
+  for name in ("config.json", "metrics.jsonl.gz"):
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+  assert metrics.rows_of(tmp_path) == []

@@ -1,6 +1,8 @@
 """A run folder belongs to one run, and says which; its rows are those of finished epochs."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -192,3 +194,13 @@ def test_a_read_only_folder_is_named(tmp_path):
   with pytest.raises(ValueError, match="run.dir=.*cannot be written to .*another run.dir"):
     with run_folder.hold(tmp_path / "closed"):
       pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch, number):
+  def flock(*_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  with pytest.warns(UserWarning, match="has no locks"), run_folder.hold(tmp_path / "run"):
+    assert (tmp_path / "run" / ".lock").is_file()

@@ -33,6 +33,12 @@ def make():
       os.kill(os.getpid(), signal.SIGKILL)
     if what in ("term", "term_and_hang"):
       os.kill(os.getpid(), signal.SIGTERM)
+    if what.startswith("interrupt"):
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(1.0)  # let the main thread see it
+    if what == "interrupt_twice":
+      os.kill(os.getpid(), signal.SIGINT)
+      time.sleep(30)
     if what == "term_and_hang":
       HUNG.append(time.monotonic())
       time.sleep(30)

@@ -1,5 +1,7 @@
 """Evaluation paints the same images whatever the batch, and its grid shows all of them."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -95,6 +97,27 @@ def test_grid_enlarges_small_images_and_leaves_large_ones():
   large = evaluation.grid(np.zeros((1, 512, 512, 3), np.uint8), ["A"], columns=1)
   assert small.shape[1] == 2 * 48 + 8
   assert large.shape[1] == 512 + 8
+
+
+def test_grid_takes_captions_of_any_form_and_length():
+  images = np.zeros((3, 24, 48, 3), np.uint8)
+  captions = ["two\nlines", "long " * 10**6, ""]
+  began = time.monotonic()
+  sheet = evaluation.grid(images, captions)
+  assert time.monotonic() - began < 10  # a letter at a time it takes hours
+  one_line = evaluation.grid(images, ["two lines", "long " * 100, ""])
+  np.testing.assert_array_equal(sheet, one_line)
+
+
+def test_latents_that_are_not_finite_are_no_picture(config_in, single_mesh, tmp_path):
+  config = config_in(tmp_path, {"eval.batch": 5})
+  model = build.build_model(config, single_mesh, ())
+  params = model.params(jax.tree.map(lambda leaf: leaf * np.nan, model.trainable))
+  with (
+    jax.set_mesh(single_mesh),
+    pytest.raises(ValueError, match="'ANT': its latents are not finite"),
+  ):
+    evaluation.make_sample_fn(config, model, single_mesh, num_steps=3)(params, WORDS)
 
 
 def test_grid_cuts_a_long_caption_to_its_image():

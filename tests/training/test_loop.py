@@ -136,6 +136,7 @@ def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
   "what, call, finished",
   [
     ("term", 1 + CHUNKS + 2, 1),  # in the second epoch
+    ("interrupt", 1 + CHUNKS + 2, 1),
     ("term_and_hang", 1 + CHUNKS + 2, 1),
     ("term_and_hang", 2 * (CHUNKS + 1), 2),  # in the evaluation after it
   ],
@@ -500,3 +501,22 @@ def test_killed_command_started_again_equals_the_uninterrupted_one(
     tree = json.loads((folder / "config.json").read_text())
     configs.append(config_lib.from_config_dict(config_lib.Config, tree))
   assert_same_run(*configs)
+
+
+def test_interrupted_command_saves_and_the_same_one_goes_on(command, whole_command, tmp_path):
+  run_dir = tmp_path / "run"
+  interrupted = command(run_dir, "interrupt:2")  # in the second epoch
+  assert interrupted.returncode == 128 + signal.SIGINT, interrupted.stderr
+  assert (
+    "Ctrl-C: saves the finished epochs and ends. Once more: ends at once." in interrupted.stderr
+  )
+  assert "The same command goes on." in interrupted.stderr
+  assert "Traceback" not in interrupted.stderr
+  at_once = command(run_dir, "interrupt_twice:1")  # in the evaluation at the end
+  assert at_once.returncode == 128 + signal.SIGINT, at_once.stderr
+  assert "interrupted" in at_once.stderr and "Traceback" not in at_once.stderr
+  resumed = command(run_dir)
+  assert resumed.returncode == 0, resumed.stderr
+  folders = (run_dir, whole_command[0])
+  trees = [json.loads((folder / "config.json").read_text()) for folder in folders]
+  assert_same_run(*(config_lib.from_config_dict(config_lib.Config, tree) for tree in trees))

@@ -43,7 +43,7 @@ def tiny_text() -> Config:
     optimizer=Optimizer(learning_rate=1.5e-4, schedule="linear"),
     train=Train(epochs=120, microbatch=64, updates_per_epoch=2),
     ema=Ema(decay=0.95, every=1),
-    eval=Eval(num_steps=4, prompts=256),
+    eval=Eval(num_steps=4, prompts=256, judge_prompts=256),
     log=Log(images_every=20),
   )
 

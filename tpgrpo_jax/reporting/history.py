@@ -107,11 +107,11 @@ def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
     ValueError: as of `load_run_config`, or a run without a single row of metrics.
   """
   folder, config = epath.Path(run_dir), load_run_config(run_dir)
-  path = folder / "metrics.jsonl"
-  rows = metrics.read_rows(path) if path.is_file() else []
+  rows = metrics.rows_of(folder)
   if not rows:
+    there = (folder / "metrics.jsonl").is_file()
     raise ValueError(
-      f"run={str(run_dir)!r}: {path.name} {'is empty' if path.is_file() else 'is missing'}. "
+      f"run={str(run_dir)!r}: metrics.jsonl {'is empty' if there else 'is missing'}. "
       "Training writes its first row after the evaluation of the base model: wait for it."
     )
   train, evals = ([r for r in rows if r.get("kind") == kind] for kind in ("train", "eval"))

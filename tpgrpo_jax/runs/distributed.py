@@ -128,10 +128,15 @@ def share_programs(folder: str) -> None:
 
 
 def _in_cluster():
-  """Whether a scheduler that JAX knows started this process among others."""
+  """Whether a scheduler that JAX knows started this process among others.
+
+  One that it started alone needs no coordinator, whose port would be that of every other such process on
+  the node.
+  """
   from jax._src import clusters  # the public way to ask is to fail
 
   known = clusters.ClusterEnv._cluster_types
-  found = [e.__name__ for e in known if not e.opt_in_only_method and e.is_env_present()]
+  found = [e for e in known if not e.opt_in_only_method and e.is_env_present()]
   # Every pod of Kubernetes looks like a cluster; only those of an indexed job have peers.
-  return any(name != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ for name in found)
+  found = [e for e in found if e.__name__ != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ]
+  return bool(found) and found[0].get_process_count() > 1

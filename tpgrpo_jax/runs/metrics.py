@@ -1,5 +1,6 @@
 """What is measured in an epoch, and where the rows go."""
 
+import gzip
 import importlib.util
 import json
 import math
@@ -140,14 +141,38 @@ class MetricsLog:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; a half-written last line is left out."""
+  """The rows of a metrics.jsonl, or of a metrics.jsonl.gz; a half-written last line is left out."""
+  content = epath.Path(path).read_bytes()
+  if os.fspath(path).endswith(".gz"):
+    content = gzip.decompress(content)
   rows = []
-  for line in epath.Path(path).read_text().splitlines():
+  for line in content.decode().splitlines():
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:
       break
   return rows
+
+
+def rows_of(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The rows of a run folder, packed (`pack`) or not; [] where there are none yet."""
+  for name in ("metrics.jsonl", "metrics.jsonl.gz"):
+    path = epath.Path(run_dir) / name
+    if path.is_file():
+      return read_rows(path)
+  return []
+
+
+def pack(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+  """Keeps what a report needs of a run, in a few kilobytes: its config and its compressed metrics.
+
+  The same run gives the same bytes.
+  """
+  run_dir, output = epath.Path(run_dir), epath.Path(output)
+  output.mkdir(parents=True, exist_ok=True)
+  (output / "config.json").write_bytes((run_dir / "config.json").read_bytes())
+  rows = (run_dir / "metrics.jsonl").read_bytes()
+  (output / "metrics.jsonl.gz").write_bytes(gzip.compress(rows, mtime=0))
 
 
 def _import_tensorboardx():

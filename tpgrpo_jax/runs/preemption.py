@@ -1,4 +1,4 @@
-"""A run that is asked to end (SIGTERM) saves and goes; one that fails in a reward saves and stops."""
+"""A run that is asked to end (SIGTERM, Ctrl-C) saves and goes; one that fails in a reward saves and stops."""
 
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -16,11 +16,17 @@ from tpgrpo_jax.runs import processes
 OnChunk = Callable[[futures.Future | None], Any]
 """Called between the pieces of long work, with a scoring to wait for or None; raises to end the work."""
 
-EXIT_CODE = 128 + signal.SIGTERM  # so that schedulers start the run again
-
 
 class Preempted(Exception):
-  """The run was asked to end."""
+  """The run was asked to end.
+
+  Attributes:
+    signal: that asked.
+  """
+
+  def __init__(self, number: int = signal.SIGTERM):
+    super().__init__()
+    self.signal = number
 
 
 class Notice:
@@ -29,33 +35,50 @@ class Notice:
   Attributes:
     given: it was.
     agreed: all processes are ending the epoch together.
+    signal: that asked.
   """
 
   def __init__(self):
     self.given = self.agreed = False
+    self.signal = signal.SIGTERM
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[Notice]:
-  """Takes SIGTERM while the block lasts; call it in the main thread, after distributed.initialize."""
+  """Takes SIGTERM and SIGINT while the block lasts; call it in the main thread, after distributed.initialize.
+
+  The second SIGINT is what it always was, a KeyboardInterrupt. A process that ignores SIGINT, as those of a
+  shell's background do, goes on to.
+  """
   notice = Notice()
 
-  def take(*_):
-    notice.given = True
+  def take(number, _):
+    if number == signal.SIGINT:
+      if notice.given:
+        raise KeyboardInterrupt
+      # Not print: the signal may have come while it writes.
+      os.write(2, b"\nCtrl-C: saves the finished epochs and ends. Once more: ends at once.\n")
+    notice.given, notice.signal = True, number
 
-  before = signal.signal(signal.SIGTERM, take)
+  asking = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+  before = {number: signal.signal(number, take) for number in asking}
   try:
     yield notice
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
-def leave() -> NoReturn:
-  """Ends the process with EXIT_CODE, everything being saved and closed."""
+def leave(number: int = signal.SIGTERM) -> NoReturn:
+  """Ends the process, everything being saved and closed.
+
+  Args:
+    number: of the signal that asked; 128 + number is the status, so that schedulers start the run again.
+  """
   if jax.process_count() > 1:
     jax.distributed.shutdown()  # the others' farewell
   sys.stderr.flush()
-  os._exit(EXIT_CODE)  # without waiting for the thread of a reward that hangs
+  os._exit(128 + number)  # without waiting for the thread of a reward that hangs
 
 
 def go_on(scoring: futures.Future | None) -> None:
@@ -92,4 +115,4 @@ def agree(notice: Notice, scoring: futures.Future | None = None) -> None:
   if failed:
     raise RuntimeError("another process failed; its message says why.")
   if asked:
-    raise Preempted
+    raise Preempted(notice.signal)

@@ -38,6 +38,13 @@ _OF_STORAGE = {
   errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG
 }  # fmt: skip
 
+_WITHOUT_LOCKS = {
+  errno.ENOSYS,
+  errno.ENOLCK,
+  errno.EOPNOTSUPP,
+  errno.EINVAL,
+}  # some FUSE, NFS, Lustre
+
 
 @contextlib.contextmanager
 def named_errors(run_dir: os.PathLike | str) -> Iterator[None]:
@@ -94,6 +101,14 @@ def hold(run_dir: os.PathLike | str) -> Iterator[None]:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+      if error.errno in _WITHOUT_LOCKS:
+        warnings.warn(
+          f"{field}: its file system has no locks ({error.strerror}), so nothing keeps a second run "
+          "out. See to it that one run at a time trains in it.",
+          stacklevel=3,
+        )
+        yield
+        return
       lock.seek(0)
       raise ValueError(
         f"{field}: {lock.read().strip() or 'another process'} is training in it: must be one run at "

@@ -1,11 +1,13 @@
 """Evaluation on held-out prompts: sampling from fixed noise, scored by any rewards."""
 
+import bisect
 from collections.abc import Callable, Sequence
 from concurrent import futures
 import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -66,7 +68,8 @@ def make_sample_fn(
     x_init = jax.lax.with_sharding_constraint(x_init, jax.sharding.PartitionSpec(mesh_lib.BATCH))
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.split(key)[1]))(group[:, 0])
     latents = denoise(keys, velocity_fn, params, x_init, condition)
-    return models.images_uint8(model.pipeline.decode(params["decoder"], latents))
+    is_finite = jnp.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
+    return models.images_uint8(model.pipeline.decode(params["decoder"], latents)), is_finite
 
   def run(
     params: Any,
@@ -85,10 +88,20 @@ def make_sample_fn(
       group = np.stack([index, np.zeros_like(index)], axis=1)
       placed = (group, method_lib.build_condition(config, model, texts))
       placed = processes.put_batch(mesh, placed)
-      images.append(processes.fetch(sample(params, jax.random.key(seed), *placed)))
+      painted, is_finite = sample(params, jax.random.key(seed), *placed)
+      _check_finite(processes.fetch(is_finite), texts)
+      images.append(processes.fetch(painted))
     return np.concatenate(images)[: len(prompts)]
 
   return run
+
+
+def _check_finite(is_finite, texts):
+  if not is_finite.all():
+    raise ValueError(
+      f"the prompt {texts[int(np.argmin(is_finite))]!r}: its latents are not finite, so there is no "
+      "picture. Look at the weights, sampler.guidance_scale and model.dtype."
+    )
 
 
 def _ode(settings, sigmas):
@@ -179,6 +192,13 @@ def _numbers(info, count):
   return {n: a for n, a in arrays.items() if a.shape == (count,) and a.dtype.kind in "biuf"}
 
 
+def _cut(caption, width, draw, font):
+  """As much of a caption as one line of `width` pixels holds."""
+  line = " ".join(caption[: 16 * width].split())[:width]  # no letter is narrower than a pixel
+  length = lambda count: draw.textlength(line[:count], font=font)
+  return line[: bisect.bisect_right(range(len(line) + 1), width, key=length) - 1]
+
+
 def grid(
   images: np.ndarray, captions: Sequence[str], *, columns: int = 8, scale: int = 0
 ) -> np.ndarray:
@@ -203,7 +223,5 @@ def grid(
     sheet.paste(
       Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
     )
-    while caption and draw.textlength(caption, font=font) > width:
-      caption = caption[:-1]
-    draw.text((left, top + height), caption, fill="black", font=font)
+    draw.text((left, top + height), _cut(caption, width, draw, font), fill="black", font=font)
   return np.asarray(sheet)

@@ -166,8 +166,7 @@ def _is_due(config, done):
 
 def _last_row(run_dir, kind):
   """The newest row of this kind, with its epoch, for all processes; {} where there is none."""
-  path = run_dir / "metrics.jsonl"
-  rows = metrics.read_rows(path) if processes.is_first() and path.is_file() else []
+  rows = metrics.rows_of(run_dir) if processes.is_first() else []
   row = next((row for row in reversed(rows) if row["kind"] == kind), {})
   return processes.from_first(row)
 

@@ -116,15 +116,15 @@ def render_table(result: dict[str, Any]) -> str:
 def save_evaluation(
   result: dict[str, Any], images: np.ndarray, output: str | os.PathLike[str]
 ) -> pathlib.Path:
-  """Writes evaluation.json and grid.png (captions: first reward's score, prompt); returns the former."""
+  """Writes evaluation.json, then grid.png (captions: first reward's score, prompt); returns the former."""
   folder = pathlib.Path(output)
   folder.mkdir(parents=True, exist_ok=True)
+  path = folder / "evaluation.json"
+  path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
   captions = [
     f"{next(iter(s['scores'].values())):.2f} {s['prompt']}" for s in result["samples"][:GRID_IMAGES]
   ]
   _save_grid(folder, images, captions)
-  path = folder / "evaluation.json"
-  path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
   return path
 
 
