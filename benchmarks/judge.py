@@ -12,6 +12,7 @@ import sys
 import numpy as np
 
 from tpgrpo_jax.reporting import comparison, history
+from tpgrpo_jax.runs import distributed
 from tpgrpo_jax.training import evaluation, restore, scoring
 from tpgrpo_jax.training import session as session_lib
 
@@ -27,6 +28,7 @@ def main() -> None:
   parser.add_argument("--strengths", default=".25,.5,.75", help="with commas; 1 is always there")
   args = parser.parse_args()
   groups = history.load_runs(args.runs)
+  distributed.share_programs("")
   strengths = [float(text) for text in args.strengths.split(",") if text]
   columns = [(kind, times, 1.0) for kind in evaluation.SAMPLERS for times in (1, 2)]
   columns += [("ode", 1, strength) for strength in strengths]
