@@ -82,6 +82,7 @@ def make_weighted_sum(
     so that the sum over processes has them all, and an info is of these rows alone.
     `begin.check(prompts)` raises ValueError for a prompt that a reward cannot score: it asks those
     rewards of the host that have such an attribute, a function of one prompt and its metadata.
+    `begin.canaries` is label -> the canary.Canary that a reward brings, or None.
 
   Raises:
     ValueError: no rewards, an unknown name, a weight that is not a finite number, or an option that
@@ -136,6 +137,10 @@ def make_weighted_sum(
         getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
 
   begin.check = check  # pyright: ignore[reportFunctionMemberAccess]
+  begin.canaries = {  # pyright: ignore[reportFunctionMemberAccess]
+    label: getattr({**functions["host"], **functions["device"]}[label], "canary", None)
+    for label in weights
+  }
   return begin
 
 
