@@ -193,8 +193,8 @@ def _run_host(functions, images, prompts, metadata, rows, patience):
 
 
 def _insist(label, function, images, prompts, metadata, patience):
-  """`_score`, again after a failure that may pass."""
-  attempt = 0
+  """`_score`, again after a failure that may pass; each kind of failure is said once."""
+  attempt, said = 0, None
   while True:
     try:
       return _limit(patience.timeout, _score, label, function, images, prompts, metadata)
@@ -209,7 +209,9 @@ def _insist(label, function, images, prompts, metadata, patience):
         ) from error
       wait = patience.backoff * 2**attempt
       attempt += 1
-      log.warning("reward %r: %s: %s; again in %.3g s", label, type(error).__name__, error, wait)
+      if (problem := f"{type(error).__name__}: {error}") != said:
+        log.warning("reward %r: %s; again in %.3g s", label, problem, wait)
+        said = problem
       time.sleep(wait)
 
 
