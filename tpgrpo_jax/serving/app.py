@@ -69,6 +69,7 @@ def make_app(
   """
   from starlette import applications, responses, routing
 
+  logging.getLogger("python_multipart").setLevel(logging.ERROR)  # anyone can fill a log with bad forms
   load, telemetry = _Load(), telemetry_lib.Telemetry(scorers, lambda: load.requests)
 
   async def compute(request):
