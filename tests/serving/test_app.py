@@ -144,7 +144,8 @@ def test_a_token_is_asked_for_everywhere_but_of_the_bare_health(bright):
   right = {"Authorization": "Bearer secret-secret-sec"}
   assert compute(app, headers=right)[0] == 200
   assert ask(app, "GET", "/metrics", headers=right)[0] == 200
-  assert json.loads(ask(app, "GET", "/health")[2]) == {"status": "ok"}
+  bare = {"status": "ok", "service": "tpgrpo_jax", "protocol": 1}
+  assert json.loads(ask(app, "GET", "/health")[2]) == bare
   assert "rewards" in json.loads(ask(app, "GET", "/health", headers=right)[2])
 
 

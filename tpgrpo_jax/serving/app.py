@@ -94,7 +94,8 @@ def make_app(
 
   async def health(request):
     problems = {label: scorer.problem for label, scorer in scorers.items() if scorer.problem}
-    status = {"status": "failing" if problems else "ok"}
+    status: dict[str, Any] = {"status": "failing" if problems else "ok"}
+    status |= {"service": "tpgrpo_jax", "protocol": wire.PROTOCOL}
     for scorer in scorers.values():
       if scorer.canary is not None and scorer.canary_age() > CANARY_EVERY:
         asyncio.get_running_loop().run_in_executor(None, scorer.check_canary)
@@ -231,8 +232,6 @@ async def _wait(scorer, parse, telemetry):
 
 def _about(scorers, rules, load, versions):
   return {
-    "service": "tpgrpo_jax",
-    "protocol": wire.PROTOCOL,
     "forms": ["json", "multipart"],
     "rewards": {
       label: {
