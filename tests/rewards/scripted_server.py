@@ -49,6 +49,16 @@ class Server:
       with contextlib.suppress(OSError):
         each.shutdown(socket.SHUT_RDWR)
 
+  def die_for(self, seconds):
+    """Stops as if it was killed, and starts again on the same port later."""
+
+    def pause():
+      self.stop()
+      time.sleep(seconds)
+      self.start()
+
+    threading.Thread(target=pause, daemon=True).start()
+
   @property
   def url(self):
     return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
@@ -116,6 +126,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       "huge": lambda: self.send(200, b'{"rewards": [' + b"0," * 40_000_000 + b"0]}"),
       "truncated": lambda: self.send(200, json.dumps({"rewards": rewards}).encode(), lost=5),
       "closed": lambda: self.close(),
+      "killed": lambda: (owner.die_for(0.3), time.sleep(0.2)),
       "slow": lambda: (time.sleep(0.3), self.answer(200, {"rewards": rewards})),
       "hang": lambda: time.sleep(3),
       "drip": lambda: self.drip(),

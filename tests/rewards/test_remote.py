@@ -84,7 +84,7 @@ def test_a_server_that_is_busy_for_ever_is_given_up_in_time(server):
     ("infinite", "the score inf"), ("null", "None.*no number"), ("text", "'0.5'|no number"),
     ("true", "no number"), ("outside", r"the score 7\.5, outside 0 to 1"), ("none", "no list of rewards"),
     ("nested", "1 scores for 5 pictures"), ("error", "CUDA out of memory"), ("html", "<html><h1>Welcome"),
-    ("deep", "what is no JSON"), ("301", "answered 301"), ("401", "Set token_file"), ("404", "other rewards"),
+    ("deep", "what is no JSON"), ("301", "answered 301"), ("401", "Set token_file"), ("404", "the reward that is asked for"),
     ("413", "Set batch to fewer"), ("422", "status 422"),
   ],
 )  # fmt: skip

@@ -137,7 +137,8 @@ class Servers:
           continue
       if status >= 500 or status in (408, 425, 429):
         raise ServerError(said)
-      raise RewardError(f"{said} {_HINTS.get(status, '')}".strip())
+      hint = _HINTS.get(status, "It does not take this request.")
+      raise RewardError(f"{said} {hint} Then start the same command again.")
 
   def _exchange(self, url, method, path, body, kind, deadline):
     """(status, headers, content) of one request."""
@@ -237,7 +238,7 @@ class Servers:
 _HINTS = {
   401: "Set token_file to the token that the server was started with.",
   403: "Set token_file to the token that the server was started with.",
-  404: "It serves other rewards than the one asked for.",
+  404: "Start the server with the reward that is asked for.",
   413: "Set batch to fewer pictures.",
 }
 
