@@ -83,3 +83,10 @@ def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
   assert output_of("compare", *methods, "--", *fields) == table
   after = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]
   assert before == after and len(before) == 2
+
+
+@pytest.mark.slow
+def test_load_on_a_reward_server_loses_and_swaps_nothing():
+  (line,) = run("serve_load", "--clients=4", "--requests=20", "--pictures=2")
+  assert (line["requests"], line["pictures"]) == (80, 160)
+  assert line["lost"] == line["wrong"] == 0 and line["p50_ms"] <= line["p99_ms"]

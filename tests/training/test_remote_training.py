@@ -1,5 +1,6 @@
 """Training on a server's scores: the run is the local one, and a server that fails spoils nothing."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -122,10 +123,11 @@ def ocr_server():
 def recipe(folder, url="", **options):
   """The built-in task, small, with OCR here or behind the address."""
   fields = SIZES | {"run.dir": str(folder)}
+  config = presets.apply(presets.recipe("tiny_text", "flow_grpo"), fields)
   if url:
     spec = {"weight": 1.0, "make": "remote", "url": url, "reward": "ocr", **options}
-    fields["rewards"] = {"ocr": spec}
-  return presets.apply(presets.recipe("tiny_text", "tp_grpo"), fields)
+    config = dataclasses.replace(config, rewards={"ocr": spec})
+  return config
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def test_ocr_behind_serve_is_the_same_to_several_processes(processes, ocr_server
     arguments = [f"--config.{key}={value}" for key, value in fields.items()]
     environment = {"PYTHON": sys.executable, "PROCESSES": str(processes), "DEVICES": str(processes)}
     done = subprocess.run(
-      ["bash", ROOT / "launch" / "local.sh", "configs/tiny_text.py", *arguments],
+      ["bash", ROOT / "launch" / "local.sh", "configs/tiny_text.py:flow_grpo", *arguments],
       env={**os.environ, **environment, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
       capture_output=True,
       text=True,

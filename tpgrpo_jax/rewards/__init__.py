@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpgrpo_jax import types
-from tpgrpo_jax.rewards import aesthetic, clip_score, combine, hps, jpeg, ocr, remote
+from tpgrpo_jax.rewards import aesthetic, clip_score, combine, hps, jpeg, judge, ocr, remote
 from tpgrpo_jax.rewards.combine import (
   CombinedRewardFn,
   DeviceRewardMaker,
@@ -22,6 +22,7 @@ HOST_REWARDS: dict[str, RewardMaker] = {
   "ocr": ocr.make,
   "jpeg_compressibility": jpeg.make_compressibility,
   "jpeg_incompressibility": jpeg.make_incompressibility,
+  "judge": judge.make,
   "remote": remote.make,
   "flow_grpo_server": remote.make_flow_grpo,
 }

@@ -84,6 +84,7 @@ class Servers:
     self.timeout, self.connections = timeout, connections
     self._verify, self._lock, self._turn = verify, threading.Lock(), 0
     self._servers = [_Server(each) for each in check_urls(url)]
+    self.urls = [server.url for server in self._servers]
     token = tokens.read_token(token_file) if token_file else ""
     if token:
       _warn_of_open_roads(self._servers)
@@ -130,7 +131,7 @@ class Servers:
       if status in statuses:
         return Answer(url, status, content)
       said = f"{url}{path} answered {status}: {_message(content)}"
-      if status == 503 and "retry-after" in headers:
+      if status in (429, 503) and "retry-after" in headers:
         wait = _seconds(headers["retry-after"])
         if time.monotonic() + wait < deadline:
           time.sleep(wait)
