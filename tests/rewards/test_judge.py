@@ -117,7 +117,7 @@ def test_yes_or_no_is_read_from_the_tokens_probabilities(serve):
 
 def test_a_template_of_ones_own(serve, tmp_path):
   (tmp_path / "question.txt").write_text('Rate "{prompt}" ({metadata}) as {"score": 0 to 9}.')
-  own = {"template": str(tmp_path / "question.txt"), "low": 0, "high": 9}
+  own = {"template": str(tmp_path / "question.txt"), "low": 0.0, "high": 9.0}
   server = serve(lambda brightness, _: f'I think {{so}}. {{"scores": {{"all": [{brightness / 25}]}}}} Done.')
   assert score(server, json_path="scores.all.0", **own)[0] == [2, 4, 6, 8]
   assert 'Rate "a {red} cat" ({"index": 0}) as {"score": 0 to 9}.' in [a[0] for a in server.asked]
@@ -172,13 +172,13 @@ def test_another_model_or_another_server_ends_the_run_at_the_start(serve):
   [
     ({"template": "yes_or_no"}, "Did you mean 'yes_no'"),
     ({"template": "yes_no", "pattern": "(.)"}, "is read in its own way"),
-    ({"template": "{bare}", "pattern": "(.)", "low": 0, "high": 1}, r"has no \{prompt\}"),
-    ({"template": "{file}", "pattern": "score", "low": 0, "high": 1}, "must have one group"),
-    ({"template": "{file}", "pattern": "(a)(b)", "low": 0, "high": 1}, "must have one group"),
-    ({"template": "{file}", "pattern": "(", "low": 0, "high": 1}, "is no regular expression"),
-    ({"template": "{file}", "json_path": "a..b", "low": 0, "high": 1}, "between dots"),
-    ({"template": "{file}", "low": 0, "high": 1}, "set one of pattern and json_path"),
-    ({"template": "{file}", "pattern": "(.)", "json_path": "a", "low": 0, "high": 1}, "set one of"),
+    ({"template": "{bare}", "pattern": "(.)", "low": 0.0, "high": 1.0}, r"has no \{prompt\}"),
+    ({"template": "{file}", "pattern": "score", "low": 0.0, "high": 1.0}, "must have one group"),
+    ({"template": "{file}", "pattern": "(a)(b)", "low": 0.0, "high": 1.0}, "must have one group"),
+    ({"template": "{file}", "pattern": "(", "low": 0.0, "high": 1.0}, "is no regular expression"),
+    ({"template": "{file}", "json_path": "a..b", "low": 0.0, "high": 1.0}, "between dots"),
+    ({"template": "{file}", "low": 0.0, "high": 1.0}, "set one of pattern and json_path"),
+    ({"template": "{file}", "pattern": "(.)", "json_path": "a", "low": 0.0, "high": 1.0}, "set one of"),
     ({"template": "{file}", "pattern": "(.)"}, "must say between which"),
     ({"template": "yes_no", "tries": 0}, "tries=0"), ({"template": "yes_no", "url": "host:1"}, "must begin with"),
   ],
