@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 import numpy as np
 
 from tpgrpo_jax.rewards import wire
@@ -121,6 +121,7 @@ def main(argv: list[str]) -> None:
   """Measures and prints one JSON line."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}")
+  logging.set_verbosity(logging.WARNING)  # the client's library has a line for every request
   with server() as (pid, url):
     found = asyncio.run(load(url))
     memory = peak_mib(pid)
