@@ -252,7 +252,9 @@ def test_jobset_trains_a_recipe_in_a_bucket():
 
 
 def test_slurm_reward_server_asks_for_a_token():
-  done = launch("serve_slurm.sh", "ocr", "--workers=4", DRY_RUN="1", PORT="8091", TOKEN_FILE="my token")
+  done = launch(
+    "serve_slurm.sh", "ocr", "--workers=4", DRY_RUN="1", PORT="8091", TOKEN_FILE="my token"
+  )
   (srun,) = commands(done)
   serve = [".venv/bin/python", "-m", "tpgrpo_jax.serve", "--rewards", "ocr"]
   address = ["--host", "0.0.0.0", "--port", "8091", "--token_file", "my token"]

@@ -10,7 +10,9 @@ from absl import flags
 from tpgrpo_jax import command
 
 _OPTIONS = flags.DEFINE_string(
-  "options", "", """JSON, those of the reward: '{"url": ..., "model": ..., "template": "yes_no"}'."""
+  "options",
+  "",
+  """JSON, those of the reward: '{"url": ..., "model": ..., "template": "yes_no"}'.""",
 )
 _PICTURE = flags.DEFINE_string("picture", "", "PNG or JPEG.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What the picture should show.")

@@ -39,7 +39,9 @@ class Server:
       context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
       self.certificate.configure_cert(context)
       self.http.socket = context.wrap_socket(self.http.socket, server_side=True)
-    threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+      target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
 
   def stop(self):
     """Closes the port and every connection, as a process that is killed does."""
@@ -109,7 +111,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     rewards = [owner.score(base64.b64decode(picture)) for picture in asked["image"]]
     answers = {
       "": lambda: self.answer(200, {"rewards": rewards}),
-      "reordered": lambda: self.answer(200, {"zebra": [1, 2], "info": {}, "rewards": rewards, "a": None}),
+      "reordered": lambda: self.answer(
+        200, {"zebra": [1, 2], "info": {}, "rewards": rewards, "a": None}
+      ),
       "short": lambda: self.answer(200, {"rewards": rewards[:-1]}),
       "long": lambda: self.answer(200, {"rewards": [*rewards, 0.5]}),
       "nan": lambda: self.answer(200, {"rewards": [float("nan"), *rewards[1:]]}),

@@ -85,7 +85,9 @@ def score(server, **options):
 
 
 def test_unified_reward_is_asked_its_own_question_and_read(serve):
-  server = serve(lambda brightness, _: f"Fine. Final Score: 1 or so. Final Score: {brightness / 50}")
+  server = serve(
+    lambda brightness, _: f"Fine. Final Score: 1 or so. Final Score: {brightness / 50}"
+  )
   scores, info = score(server, template="unified_reward")
   assert scores == [1, 2, 3, 4] and info["text"][2].endswith("Final Score: 3.0")
   questions = {brightness: text for text, brightness, _ in server.asked}
@@ -118,7 +120,9 @@ def test_yes_or_no_is_read_from_the_tokens_probabilities(serve):
 def test_a_template_of_ones_own(serve, tmp_path):
   (tmp_path / "question.txt").write_text('Rate "{prompt}" ({metadata}) as {"score": 0 to 9}.')
   own = {"template": str(tmp_path / "question.txt"), "low": 0.0, "high": 9.0}
-  server = serve(lambda brightness, _: f'I think {{so}}. {{"scores": {{"all": [{brightness / 25}]}}}} Done.')
+  server = serve(
+    lambda brightness, _: f'I think {{so}}. {{"scores": {{"all": [{brightness / 25}]}}}} Done.'
+  )
   assert score(server, json_path="scores.all.0", **own)[0] == [2, 4, 6, 8]
   assert 'Rate "a {red} cat" ({"index": 0}) as {"score": 0 to 9}.' in [a[0] for a in server.asked]
   server = serve(lambda brightness, _: f"step 1 score=1\nscore={brightness / 25}")
@@ -180,7 +184,8 @@ def test_another_model_or_another_server_ends_the_run_at_the_start(serve):
     ({"template": "{file}", "low": 0.0, "high": 1.0}, "set one of pattern and json_path"),
     ({"template": "{file}", "pattern": "(.)", "json_path": "a", "low": 0.0, "high": 1.0}, "set one of"),
     ({"template": "{file}", "pattern": "(.)"}, "must say between which"),
-    ({"template": "yes_no", "tries": 0}, "tries=0"), ({"template": "yes_no", "url": "host:1"}, "must begin with"),
+    ({"template": "yes_no", "tries": 0}, "tries=0"),
+    ({"template": "yes_no", "url": "host:1"}, "must begin with"),
   ],
 )  # fmt: skip
 def test_options_that_cannot_be_are_named(options, said, tmp_path):

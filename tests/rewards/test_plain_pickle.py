@@ -148,7 +148,8 @@ def test_pickles_made_to_harm_are_refused(data, said):
 
 
 @pytest.mark.parametrize(
-  "opcode, width", [(b"X", 4), (b"B", 4), (b"T", 4), (b"\x8a", 1), (b"\x8b", 4), (b"\x8d", 8), (b"\x8e", 8), (b"\x96", 8)]
+  "opcode, width", [(b"X", 4), (b"B", 4), (b"T", 4), (b"\x8a", 1), (b"\x8b", 4),
+    (b"\x8d", 8), (b"\x8e", 8), (b"\x96", 8)]
 )  # fmt: skip
 def test_lengths_beyond_the_end_are_refused_at_once(opcode, width):
   began = time.process_time()
@@ -164,7 +165,9 @@ def array_of_shape(shape, content=b"\0" * 8):
   parts.write(b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR")
   parts.write(b"(K\x01")
   parts.write(pickle.dumps(shape, 2)[2:-1])
-  parts.write(b"cnumpy\ndtype\n(U\x02i8K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb")
+  parts.write(
+    b"cnumpy\ndtype\n(U\x02i8K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+  )
   parts.write(b"\x89" + b"T" + struct.pack("<i", len(content)) + content + b"tb.")
   return parts.getvalue()
 
@@ -179,7 +182,14 @@ def bomb(levels, width=10, leaf=b"]"):
   """Lists of the same list, level upon level: width ** levels leaves when they are unfolded."""
   data = b"\x80\x02" + leaf + b"q\x00"
   for level in range(levels):
-    data += b"](" + b"h" + bytes([level]) + (b"h" + bytes([level])) * (width - 1) + b"eq" + bytes([level + 1])
+    data += (
+      b"]("
+      + b"h"
+      + bytes([level])
+      + (b"h" + bytes([level])) * (width - 1)
+      + b"eq"
+      + bytes([level + 1])
+    )
   return data + b"."
 
 
@@ -212,7 +222,9 @@ def test_a_large_pickle_is_refused_unread():
 @hypothesis.settings(max_examples=500)
 @hypothesis.given(st.data())
 def test_a_spoiled_pickle_is_read_or_refused(data):
-  good = pickle.dumps({"outputs": [0.5, "a"], "scores": np.arange(3.0)}, data.draw(st.integers(0, 5)))
+  good = pickle.dumps(
+    {"outputs": [0.5, "a"], "scores": np.arange(3.0)}, data.draw(st.integers(0, 5))
+  )
   spoiled = bytearray(good)
   for _ in range(data.draw(st.integers(1, 4))):
     spoiled[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))

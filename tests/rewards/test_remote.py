@@ -84,7 +84,8 @@ def test_a_server_that_is_busy_for_ever_is_given_up_in_time(server):
     ("infinite", "the score inf"), ("null", "None.*no number"), ("text", "'0.5'|no number"),
     ("true", "no number"), ("outside", r"the score 7\.5, outside 0 to 1"), ("none", "no list of rewards"),
     ("nested", "1 scores for 5 pictures"), ("error", "CUDA out of memory"), ("html", "<html><h1>Welcome"),
-    ("deep", "what is no JSON"), ("301", "answered 301"), ("401", "Set token_file"), ("404", "the reward that is asked for"),
+    ("deep", "what is no JSON"), ("301", "answered 301"), ("401", "Set token_file"),
+    ("404", "the reward that is asked for"),
     ("413", "Set batch to fewer"), ("422", "status 422"),
   ],
 )  # fmt: skip
@@ -149,7 +150,12 @@ def test_a_server_that_was_away_is_asked_who_it_is_before_anything_else(server):
   spec = {"weight": 1.0, "make": "remote", "url": server.url, "timeout": 1.0}
   reward_fn = rewards.make_rewards({"mine": spec}, retries=2, backoff=0.01)
   server.stop()
-  server.health = {"status": "ok", "service": "tpgrpo_jax", "protocol": 1, "rewards": {"a": {}, "b": {}}}
+  server.health = {
+    "status": "ok",
+    "service": "tpgrpo_jax",
+    "protocol": 1,
+    "rewards": {"a": {}, "b": {}},
+  }
   threading.Timer(0.02, server.start).start()
   with pytest.raises(STOPS, match="set reward to one of them"):
     for _ in range(10):
@@ -229,7 +235,9 @@ def test_https_of_ones_own_authority(authority, tmp_path):
 
 def test_a_certificate_of_another_name_is_refused(authority, tmp_path):
   authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-  with scripted_server.Server(certificate=authority.issue_cert("rewards.example")).running() as server:
+  with scripted_server.Server(
+    certificate=authority.issue_cert("rewards.example")
+  ).running() as server:
     with pytest.raises(ValueError, match=r"no reward server answers.*127\.0\.0\.1"):
       score(server.url, ca_file=str(tmp_path / "ca.pem"))
   assert server.requests == 0

@@ -15,7 +15,9 @@ import pytest
 from tpgrpo_jax.rewards import canary as canary_lib
 from tpgrpo_jax.rewards import flow_grpo_wire, jpeg, ocr, wire
 
-PICTURES = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6).map(lambda s: (*s[:2], 3)))
+PICTURES = hnp.arrays(
+  np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6).map(lambda s: (*s[:2], 3))
+)
 
 
 def png(image):
@@ -38,7 +40,8 @@ def test_a_request_arrives_as_it_was_sent(multipart, sent):
 def test_a_form_is_smaller_than_json():
   images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
   json_body, form = (
-    wire.encode_request(images, ["p"] * 4, [{}] * 4, multipart=multipart)[0] for multipart in (False, True)
+    wire.encode_request(images, ["p"] * 4, [{}] * 4, multipart=multipart)[0]
+    for multipart in (False, True)
   )
   assert len(form) < 0.77 * len(json_body)
 
@@ -73,7 +76,10 @@ def test_what_of_an_info_json_cannot_hold_stays_behind():
 
 def test_metadata_of_numpy_are_sent_as_plain_numbers():
   body, kind = wire.encode_request(
-    np.zeros((1, 1, 1, 3), np.uint8), ["p"], [{"n": np.int64(3), "a": np.arange(2)}], multipart=False
+    np.zeros((1, 1, 1, 3), np.uint8),
+    ["p"],
+    [{"n": np.int64(3), "a": np.arange(2)}],
+    multipart=False,
   )
   assert wire.decode_request(body, kind, wire.Limits())[0].metadata == [{"n": 3, "a": [0, 1]}]
   with pytest.raises(ValueError, match="metadata of the prompts: cannot be sent as JSON.*set"):
@@ -138,7 +144,8 @@ def test_transparent_grey_and_indexed_pictures_become_rgb():
   [
     (b"", "multipart/form-data"), (b"--x\r\n", "multipart/form-data; boundary=x"),
     (b"--x--\r\n", "multipart/form-data; boundary=x"), (b"junk", "multipart/form-data; boundary=x"),
-    (b"--x\r\nContent-Disposition: form-data; name=\"request\"\r\n\r\n{}\r\n--x--\r\n", "multipart/form-data; boundary=x"),
+    (b"--x\r\nContent-Disposition: form-data; name=\"request\"\r\n\r\n{}\r\n--x--\r\n",
+     "multipart/form-data; boundary=x"),
     (b"--x\r\n\r\n{}\r\n--x--\r\n", "multipart/form-data; boundary=x"),
     (b"--x\r\n" + b"A: b\r\n" * 1000 + b"\r\n\r\n--x--", "multipart/form-data; boundary=x"),
   ],
@@ -156,7 +163,9 @@ def test_canaries_of_the_librarys_rewards_hold():
     pair, reward = canary_lib.CANARIES[name](), make()
     assert canary_lib.problem(lambda *batch, reward=reward: reward(*batch)[0], pair) == ""
     swapped = pair._replace(better=pair.worse, worse=pair.better)
-    assert "must score higher" in canary_lib.problem(lambda *batch, reward=reward: reward(*batch)[0], swapped)
+    assert "must score higher" in canary_lib.problem(
+      lambda *batch, reward=reward: reward(*batch)[0], swapped
+    )
 
 
 def test_a_canary_is_not_fooled_by_scores_that_are_none():

@@ -47,8 +47,12 @@ def check(prompt, metadata):
 
 
 def open_scorer(make=make_brightness, label="bright", **options):
-  reward_fn = rewards.make_rewards({label: {"weight": 1.0, "make": "own:make"}}) if make is None else None
-  reward_fn = reward_fn or rewards.combine.make_weighted_sum({label: 1.0}, {label: make}, {}, timeout=30.0)
+  reward_fn = (
+    rewards.make_rewards({label: {"weight": 1.0, "make": "own:make"}}) if make is None else None
+  )
+  reward_fn = reward_fn or rewards.combine.make_weighted_sum(
+    {label: 1.0}, {label: make}, {}, timeout=30.0
+  )
   return scorer.Scorer(label, reward_fn, **{"workers": 2} | options)
 
 
@@ -96,7 +100,9 @@ def ask(*args, **kwargs):
 
 
 def compute(app, prompts=PROMPTS, path="/compute", multipart=True, **kwargs):
-  body, kind = wire.encode_request(IMAGES[: len(prompts)], prompts, [{}] * len(prompts), multipart=multipart)
+  body, kind = wire.encode_request(
+    IMAGES[: len(prompts)], prompts, [{}] * len(prompts), multipart=multipart
+  )
   headers = {"Content-Type": kind, **kwargs.pop("headers", {})}
   return ask(app, "POST", path, body, headers, **kwargs)
 
@@ -113,7 +119,9 @@ def test_scores_come_back_in_order(app, multipart):
 def test_health_says_what_is_served(app):
   status, _, body = ask(app, "GET", "/health")
   said = json.loads(body)
-  assert status == 200 and said["status"] == "ok" and said["rewards"] == {"bright": {"canary": "none"}}
+  assert (
+    status == 200 and said["status"] == "ok" and said["rewards"] == {"bright": {"canary": "none"}}
+  )
   assert said["limits"]["body"] == 64 * 2**20 and said["requests"]["held"] == 0
 
 
@@ -193,7 +201,11 @@ def test_more_than_the_queue_holds_is_told_to_come_again(bright):
     return refused, await asyncio.gather(*held)
 
   (status, headers, body), answers = asyncio.run(crowd())
-  assert status == 503 and headers["retry-after"] == "1" and "3 requests wait" in json.loads(body)["error"]
+  assert (
+    status == 503
+    and headers["retry-after"] == "1"
+    and "3 requests wait" in json.loads(body)["error"]
+  )
   assert [answer[0] for answer in answers] == [200] * 3
   assert compute(app)[0] == 200
 
@@ -306,10 +318,18 @@ def test_flow_grpos_client_finds_what_it_looks_for(app):
     assert answer["group_rewards"] == {"counting": answer["scores"]}
   prompts = np.array_split(["a", "b", "c", "d", "e"], 1)[0]
   asked = {"images": pictures, "prompts": prompts}
-  assert pickle.loads(ask(app, "POST", "/", pickle.dumps(asked))[2])["outputs"] == [0, 50, 100, 150, 200]
+  assert pickle.loads(ask(app, "POST", "/", pickle.dumps(asked))[2])["outputs"] == [
+    0,
+    50,
+    100,
+    150,
+    200,
+  ]
 
 
-def test_a_malicious_request_in_flow_grpos_dialect_is_refused_and_runs_nothing(app, tmp_path, caplog):
+def test_a_malicious_request_in_flow_grpos_dialect_is_refused_and_runs_nothing(
+  app, tmp_path, caplog
+):
   class Runs:
     def __reduce__(self):
       import os
@@ -330,7 +350,9 @@ def spoiled_bodies(count, seed=0):
   requests = []
   for multipart in (False, True):
     for n in (1, 3):
-      body, kind = wire.encode_request(IMAGES[:n], PROMPTS[:n], [{"a": [1, "x"]}] * n, multipart=multipart)
+      body, kind = wire.encode_request(
+        IMAGES[:n], PROMPTS[:n], [{"a": [1, "x"]}] * n, multipart=multipart
+      )
       requests.append(("/compute", body, kind))
   pictures = [wire.encode_image(image, "JPEG") for image in IMAGES[:2]]
   for protocol in (0, 2, 4, 5):
@@ -350,7 +372,9 @@ def spoiled_bodies(count, seed=0):
       elif what == 3:
         body[place:place] = body[: int(rng.integers(1, 200))]
       elif what == 4:
-        body[place:place] = [b"null", b"[[[[", b"1e999", b"\r\n--", b"{}", b"-1", b"\x93", b"R."][rng.integers(8)]
+        body[place:place] = [b"null", b"[[[[", b"1e999", b"\r\n--", b"{}", b"-1", b"\x93", b"R."][
+          rng.integers(8)
+        ]
       else:
         body = bytearray(rng.bytes(int(rng.integers(0, 300))))
     yield path, bytes(body), kind if rng.random() < 0.9 else "text/plain"
@@ -369,7 +393,9 @@ def test_spoiled_bodies_do_no_harm(bright, caplog, count):
 
   async def feed(bodies):
     for path, body, kind in bodies:
-      status, _, answer = await ask_async(app, "POST", path, body, {"Content-Type": kind}, chunk=4096)
+      status, _, answer = await ask_async(
+        app, "POST", path, body, {"Content-Type": kind}, chunk=4096
+      )
       statuses[status] = statuses.get(status, 0) + 1
       assert status == 200 or json.loads(answer)["error"], body
 

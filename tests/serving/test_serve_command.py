@@ -103,7 +103,9 @@ def test_sigterm_lets_what_waits_finish(folder):
     url = url.replace("0.0.0.0", "127.0.0.1")
     spec = {"weight": 1.0, "make": "remote", "url": url, "token_file": str(folder / "token")}
     reward_fn = rewards.make_rewards({"mine": spec}, retries=0)
-    with pytest.raises(ValueError, match="names no rewards. If it asks for a token, set token_file"):
+    with pytest.raises(
+      ValueError, match="names no rewards. If it asks for a token, set token_file"
+    ):
       rewards.make_rewards({"mine": spec | {"token_file": ""}})
     found = {}
     asked = threading.Thread(

@@ -58,7 +58,12 @@ def server():
 
 def fields_for(server, **options):
   spec = {"weight": 1.0, "make": "remote", "url": server.url, "timeout": 1.0, **options}
-  return {"train.epochs": 2, "rewards": {"coarse": spec}, "scoring.backoff": 0.05, "scoring.retries": 4}
+  return {
+    "train.epochs": 2,
+    "rewards": {"coarse": spec},
+    "scoring.backoff": 0.05,
+    "scoring.retries": 4,
+  }
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +115,8 @@ def test_a_run_stops_with_its_finished_epochs_where_scores_are_none_and_goes_on(
 
 SIZES = {
   "train.epochs": 2, "train.prompts_per_epoch": 2, "train.group_size": 4, "train.microbatch": 8,
-  "train.updates_per_epoch": 1, "eval.prompts": 24, "eval.batch": 24, "eval.every": 1, "log.tensorboard": False,
+  "train.updates_per_epoch": 1, "eval.prompts": 24, "eval.batch": 24, "eval.every": 1,
+  "log.tensorboard": False,
 }  # fmt: skip
 
 

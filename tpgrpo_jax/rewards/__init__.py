@@ -8,7 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpgrpo_jax import types
-from tpgrpo_jax.rewards import aesthetic, clip_score, combine, hps, jpeg, judge, ocr, remote
+from tpgrpo_jax.rewards import (
+  aesthetic,
+  clip_score,
+  combine,
+  demonstrations,
+  hps,
+  jpeg,
+  judge,
+  ocr,
+  remote,
+)
 from tpgrpo_jax.rewards.combine import (
   CombinedRewardFn,
   DeviceRewardMaker,
@@ -32,6 +42,7 @@ DEVICE_REWARDS: dict[str, DeviceRewardMaker] = {
   "pickscore": clip_score.make_pickscore,
   "hpsv2": hps.make,
   "aesthetic": aesthetic.make,
+  "demonstrations": demonstrations.make,
 }
 
 REWARDS = (*HOST_REWARDS, *DEVICE_REWARDS)

@@ -103,7 +103,8 @@ def load(name: str, field: str = "canary") -> Canary:
     ) from error
   if pictures[0].shape != pictures[1].shape:
     raise ValueError(f"{field}={name!r}: better.png and worse.png must be of one size.")
-  return Canary(*pictures, prompt, metadata)
+  better, worse = pictures
+  return Canary(better, worse, prompt, metadata)
 
 
 def _read(path):

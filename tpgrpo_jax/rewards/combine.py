@@ -81,7 +81,7 @@ def make_weighted_sum(
     `rows`, bool [N], marks those that this process scores, by default all: the other scores are 0,
     so that the sum over processes has them all, and an info is of these rows alone.
     `begin.check(prompts)` raises ValueError for a prompt that a reward cannot score: it asks those
-    rewards of the host that have such an attribute, a function of one prompt and its metadata.
+    rewards that have such an attribute, a function of one prompt and its metadata.
     `begin.canaries` is label -> the canary.Canary that a reward brings, or None.
 
   Raises:
@@ -132,7 +132,7 @@ def make_weighted_sum(
     return finish
 
   def check(prompts: Sequence[types.Prompt]) -> None:
-    for function in functions["host"].values():
+    for function in (*functions["host"].values(), *functions["device"].values()):
       for prompt in prompts:
         getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
 

@@ -96,7 +96,9 @@ def make(
     picture = base64.b64encode(wire.encode_image(image)).decode()
     answer = ""
     for attempt in range(tries):
-      body = _request(model, question, picture, attempt, {"max_tokens": max_tokens} | chosen.options)
+      body = _request(
+        model, question, picture, attempt, {"max_tokens": max_tokens, **chosen.options}
+      )
       reply = pool.send("POST", _PATH, body, wire.JSON)
       choice = _choice(reply)
       try:
@@ -105,7 +107,9 @@ def make(
         answer = str(error)
         continue
       if not chosen.low <= score <= chosen.high:
-        answer = f"the score {score:g}, outside {chosen.low:g} to {chosen.high:g}, in: {_said(choice)}"
+        answer = (
+          f"the score {score:g}, outside {chosen.low:g} to {chosen.high:g}, in: {_said(choice)}"
+        )
         continue
       return Verdict(question, _said(choice), score, axes)
     raise RewardError(

@@ -86,7 +86,9 @@ def make_json_reader(path: str) -> Callable[..., tuple[float, dict[str, float]]]
   """
   steps = path.split(".")
   if not all(steps):
-    raise ValueError(f"json_path={path!r}: must be names and numbers between dots, 'scores.quality'.")
+    raise ValueError(
+      f"json_path={path!r}: must be names and numbers between dots, 'scores.quality'."
+    )
 
   def read(choice):
     text = text_of(choice)
@@ -227,7 +229,9 @@ def choose(
     registry.check(template, TEMPLATES, field="template")
   text = file.read_text(encoding="utf-8")
   if "{prompt}" not in text:
-    raise ValueError(f"template={template!r}: has no {{prompt}}. Write {{prompt}} where the prompt goes.")
+    raise ValueError(
+      f"template={template!r}: has no {{prompt}}. Write {{prompt}} where the prompt goes."
+    )
   if own != 1:
     raise ValueError(
       f"template={template!r}: set one of pattern and json_path, which says where the score is in an answer."

@@ -119,7 +119,9 @@ class _Reader:
     self.limits = limits
     self.stack: list[Any] = []
     self.memo: dict[int, Any] = {}
-    self.weights: dict[int, tuple[int, int, int]] = {}  # id -> (items, bytes, depth), all shared counted
+    self.weights: dict[
+      int, tuple[int, int, int]
+    ] = {}  # id -> (items, bytes, depth), all shared counted
     self.kept: list[Any] = []  # so that no id is used twice
     self.shared: set[int] = set()
     self.unfinished: set[int] = set()  # tuples with names or drafts in them
@@ -269,7 +271,9 @@ def _dict(reader, _):
 
 
 def _name(reader, module, name):
-  known = _GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
+  known = (
+    _GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
+  )
   if known is None:
     raise Refused(f"names {str(module)[:80]}.{str(name)[:80]}, which could run code.")
   reader.stack.append(_Name(known))

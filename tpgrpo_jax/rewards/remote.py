@@ -76,7 +76,9 @@ def make(
     most[address] = limit if isinstance(limit, int) and limit > 0 else batch
     if pair is not None:
       send = lambda *args: pool.ask(address, *args)
-      ask = lambda *given: score(send, *given, multipart[address])[0]
+      ask = lambda images, prompts, metadata: score(
+        send, images, prompts, metadata, multipart[address]
+      )[0]
       if problem := canary_lib.problem(ask, pair):
         raise RewardError(f"{address} {problem}. Is it another reward's server?")
 

@@ -284,7 +284,8 @@ def _warn_of_open_roads(servers):
       near = parts.hostname == "localhost"
     if parts.scheme == "http" and not near:
       warnings.warn(
-        f"url={server.url!r}: the token travels unencrypted. Use https, or a tunnel (ssh -L).", stacklevel=4
+        f"url={server.url!r}: the token travels unencrypted. Use https, or a tunnel (ssh -L).",
+        stacklevel=4,
       )
 
 

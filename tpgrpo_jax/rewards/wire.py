@@ -98,12 +98,15 @@ def decode_image(data: bytes, pixels: int) -> UInt8[np.ndarray, "H W 3"]:
   """
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # Pillow's own about large pictures; the limit here is the user's
+      warnings.simplefilter(
+        "ignore"
+      )  # Pillow's own about large pictures; the limit here is the user's
       with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         width, height = opened.size
         if width * height > pixels:
           raise BadRequest(
-            413, f"a picture of {width} x {height}: only {pixels} more pixels are read in this request."
+            413,
+            f"a picture of {width} x {height}: only {pixels} more pixels are read in this request.",
           )
         return np.asarray(opened.convert("RGB"))
   except BadRequest:
@@ -187,7 +190,9 @@ def decode_request(body: bytes, content_type: str, limits: Limits) -> list[Batch
   return make_batches(pictures, request.get("prompt"), request.get("metadata"), limits)
 
 
-def make_batches(pictures: Sequence[bytes], prompts: Any, metadata: Any, limits: Limits) -> list[Batch]:
+def make_batches(
+  pictures: Sequence[bytes], prompts: Any, metadata: Any, limits: Limits
+) -> list[Batch]:
   """Checks what was asked, unpacks the pictures, and puts those of one size together.
 
   Raises:
@@ -209,7 +214,9 @@ def make_batches(pictures: Sequence[bytes], prompts: Any, metadata: Any, limits:
   except RecursionError as error:
     raise BadRequest(422, '"metadata": is too deeply nested.') from error
   if characters > limits.text:
-    raise BadRequest(413, f"{characters} characters of prompts and metadata: at most {limits.text}.")
+    raise BadRequest(
+      413, f"{characters} characters of prompts and metadata: at most {limits.text}."
+    )
   sizes: dict[tuple[int, ...], list[int]] = {}
   images, left = [], limits.all_pixels
   for row, picture in enumerate(pictures):
@@ -218,7 +225,10 @@ def make_batches(pictures: Sequence[bytes], prompts: Any, metadata: Any, limits:
     sizes.setdefault(images[-1].shape, []).append(row)
   return [
     Batch(
-      np.stack([images[i] for i in rows]), [prompts[i] for i in rows], [metadata[i] for i in rows], rows
+      np.stack([images[i] for i in rows]),
+      [prompts[i] for i in rows],
+      [metadata[i] for i in rows],
+      rows,
     )
     for rows in sizes.values()
   ]
@@ -231,7 +241,7 @@ def _check_count(count, limits):
     )
 
 
-def _text_in(value):
+def _text_in(value: Any) -> int:
   """About how many characters the metadata have."""
   if isinstance(value, dict):
     return sum(_text_in(key) + _text_in(each) for key, each in value.items())
@@ -304,7 +314,9 @@ def _split_parts(body, content_type, limits):
     raise BadRequest(400, f"the body is no multipart form ({type(error).__name__}).") from error
   requests = [content for name, content in parts if name == b"request"]
   if len(requests) != 1:
-    raise BadRequest(422, 'a form must have one part "request" and a part "image" for each picture.')
+    raise BadRequest(
+      422, 'a form must have one part "request" and a part "image" for each picture.'
+    )
   return _loads(requests[0]), [content for name, content in parts if name == b"image"]
 
 

@@ -69,7 +69,9 @@ def make_app(
   """
   from starlette import applications, responses, routing
 
-  logging.getLogger("python_multipart").setLevel(logging.ERROR)  # anyone can fill a log with bad forms
+  logging.getLogger("python_multipart").setLevel(
+    logging.ERROR
+  )  # anyone can fill a log with bad forms
   load, telemetry = _Load(), telemetry_lib.Telemetry(scorers, lambda: load.requests)
 
   async def compute(request):
@@ -89,7 +91,7 @@ def make_app(
       return batches
 
     scored = await _wait(scorer, parse, telemetry)
-    answer = flow_grpo_wire.encode_answer(*scored, said[0])
+    answer = flow_grpo_wire.encode_answer(scored.scores, scored.info, said[0])
     return responses.Response(answer, media_type="application/octet-stream")
 
   async def health(request):
@@ -197,7 +199,9 @@ async def _read(request, rules, load):
   most = rules.limits.body
   said = request.headers.get("content-length", "0")
   if said.isdecimal() and int(said[:20]) > most:
-    raise _Refusal(413, f"a body of {said[:20]} bytes: at most {most}. Send fewer pictures at once.")
+    raise _Refusal(
+      413, f"a body of {said[:20]} bytes: at most {most}. Send fewer pictures at once."
+    )
   parts: list[bytes] = []
   size = 0
   async for part in request.stream():
@@ -221,7 +225,7 @@ async def _drain(request, rules):
           break
 
 
-async def _wait(scorer, parse, telemetry):
+async def _wait(scorer, parse, telemetry) -> scorer_lib.Scored:
   def counted():
     batches = parse()
     telemetry.count_pictures(scorer.label, sum(len(batch.rows) for batch in batches))

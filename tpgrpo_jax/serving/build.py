@@ -39,7 +39,9 @@ def read_specs(labels: Sequence[str], options: str) -> dict[str, dict[str, Any]]
     raise ValueError(f"--options={options!r}: must be label -> options, as {{'ocr': {{...}}}}.")
   for label in asked:
     if label not in labels:
-      raise ValueError(f"--options: {label!r} is not in --rewards.{registry.nearest(label, labels)}")
+      raise ValueError(
+        f"--options: {label!r} is not in --rewards.{registry.nearest(label, labels)}"
+      )
   return {label: {"weight": 1.0, **asked.get(label, {})} for label in labels}
 
 

@@ -41,9 +41,7 @@ def check_address(host: str, token_file: str, certificate: str, key: str) -> Non
       raise ValueError(f"{flag}={path!r}: no such file. Give a PEM file.")
 
 
-def serve(
-  app: Any, *, host: str, port: int, tls: tuple[str, str], drain: int, ready: str
-) -> None:
+def serve(app: Any, *, host: str, port: int, tls: tuple[str, str], drain: int, ready: str) -> None:
   """Listens until SIGTERM or SIGINT; then takes nothing new, and ends when what waits is answered.
 
   Args:

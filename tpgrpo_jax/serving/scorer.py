@@ -188,7 +188,8 @@ class Scorer:
     if self._together:
       extra = (1 << (count - 1).bit_length()) - count
       images = np.pad(images, [(0, extra), (0, 0), (0, 0), (0, 0)], mode="edge")
-      prompts, metadata = ([*x, *[x[-1]] * extra] for x in (prompts, metadata))
+      prompts = [*prompts, *[prompts[-1]] * extra]
+      metadata = [*metadata, *[metadata[-1]] * extra]
     _, scores, infos = self._reward_fn(images, prompts, metadata)()
     return scores[self.label][:count], infos[self.label]
 
