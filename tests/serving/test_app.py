@@ -71,6 +71,7 @@ def app(bright):
 async def ask_async(app, method, path, body=b"", headers=None, chunk=0):
   """(status, headers, body) of one request to an ASGI application."""
   path, _, query = path.partition("?")
+  headers = ({} if chunk else {"Content-Length": str(len(body))}) | (headers or {})
   parts = [body[i : i + chunk] for i in range(0, len(body), chunk)] if chunk else [body]
   parts = parts or [b""]
   sent = []
@@ -87,7 +88,7 @@ async def ask_async(app, method, path, body=b"", headers=None, chunk=0):
   scope = {
     "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
     "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "scheme": "http",
-    "headers": [(k.lower().encode(), v.encode("latin1")) for k, v in (headers or {}).items()],
+    "headers": [(k.lower().encode(), v.encode("latin1")) for k, v in headers.items()],
     "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
   }  # fmt: skip
   await app(scope, receive, send)
@@ -232,6 +233,10 @@ def test_a_reward_that_is_not_well_says_so_in_health():
   app = app_lib.make_app({"bright": ill})
   status, _, body = ask(app, "GET", "/health")
   assert status == 503 and json.loads(body)["status"] == "failing"
+  status, headers, body = compute(app)
+  assert (
+    status == 503 and "is not well" in json.loads(body)["error"] and "retry-after" not in headers
+  )
   ill.close()
 
 
@@ -315,7 +320,10 @@ def test_flow_grpos_client_finds_what_it_looks_for(app):
     answer = pickle.loads(body)
     assert status == 200 and answer["scores"] == [0, 50, 100, 150, 200]
     assert {"rewards", "strict_rewards", "group_rewards", "group_strict_rewards"} <= answer.keys()
-    assert answer["group_rewards"] == {"counting": answer["scores"]}
+    assert answer["group_rewards"]["counting"] == answer["scores"]
+    assert (
+      answer["group_strict_rewards"]["colors"] == [-10.0] * 5
+    )  # as app_geneval.py says "not this tag"
   prompts = np.array_split(["a", "b", "c", "d", "e"], 1)[0]
   asked = {"images": pictures, "prompts": prompts}
   assert pickle.loads(ask(app, "POST", "/", pickle.dumps(asked))[2])["outputs"] == [

@@ -16,6 +16,8 @@ import numpy as np
 from tpgrpo_jax.rewards import plain_pickle, wire
 
 _PROTOCOL = 4
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+OTHER_TAG = -10.0  # in a group's scores, where a picture is of another group
 
 
 def encode_request(
@@ -27,7 +29,7 @@ def encode_request(
   request = {
     "images": [wire.encode_image(image, "JPEG") for image in images],
     "prompts": list(prompts),
-    "meta_datas": [dict(each) for each in metadata],
+    "meta_datas": [{"prompt": p, **each} for p, each in zip(prompts, metadata, strict=True)],
     "only_strict": False,
   }
   return pickle.dumps(request, _PROTOCOL)
@@ -61,19 +63,20 @@ def encode_answer(scores: np.ndarray, info: Mapping[str, Any], metadata: list[An
   Args:
     scores: float32 [N].
     info: of the reward; "strict" [N], where it has it, are the strict scores.
-    metadata: [N] of a request of GenEval's kind, or None.
+    metadata: [N] of a request of GenEval's kind, or None. Such a request is also told each tag's scores, with
+      OTHER_TAG for pictures of another.
   """
   given = [float(score) for score in scores]
   answer: dict[str, Any] = {"outputs": given, "scores": given}
   if metadata is not None:
     strict = [float(score) for score in info.get("strict", given)]
-    groups: dict[str, dict[str, list[float]]] = {"rewards": {}, "strict_rewards": {}}
-    for each, score, exact in zip(metadata, given, strict, strict=True):
-      tag = str(each.get("tag", "all"))
-      groups["rewards"].setdefault(tag, []).append(score)
-      groups["strict_rewards"].setdefault(tag, []).append(exact)
-    answer |= {"rewards": given, "strict_rewards": strict}
-    answer |= {f"group_{name}": group for name, group in groups.items()}
+    tags = [str(each.get("tag", "")) for each in metadata]
+    for name, values in (("rewards", given), ("strict_rewards", strict)):
+      answer[name] = values
+      answer[f"group_{name}"] = {
+        tag: [v if own == tag else OTHER_TAG for v, own in zip(values, tags, strict=True)]
+        for tag in TAGS
+      }
   return pickle.dumps(answer, _PROTOCOL)
 
 

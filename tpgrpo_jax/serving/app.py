@@ -177,15 +177,19 @@ async def _admit(request, scorers, rules, load):
   label = label or next(iter(scorers))
   if label not in scorers:
     raise _Refusal(404, f"no reward {label[:80]!r} here, but {', '.join(scorers)}.")
-  if load.requests >= rules.waiting or load.bytes >= rules.held:
+  scorer = scorers[label]
+  if scorer.problem:
+    raise _Refusal(503, f"the reward {label!r} is not well: it {scorer.problem}.")
+  size = _size(request, rules)
+  if load.requests >= rules.waiting or load.bytes + size > rules.held:
     again = {"Retry-After": "1"}
     raise _Refusal(503, f"{load.requests} requests wait already. Come again in a second.", **again)
   load.requests += 1
-  load.bytes += 1
-  request.state.held = 1
+  load.bytes += size
+  request.state.held = size
   try:
     async with asyncio.timeout(rules.upload):
-      return await _read(request, rules, load), scorers[label]
+      return await _read(request, rules), scorer
   except TimeoutError as error:
     raise _Refusal(408, f"the body took more than {rules.upload:g} s to arrive.") from error
 
@@ -195,19 +199,25 @@ def _authorize(request, rules):
     raise _Refusal(401, "the token is missing or wrong.", **{"WWW-Authenticate": "Bearer"})
 
 
-async def _read(request, rules, load):
+def _size(request, rules):
+  """Bytes to keep room for: those that the request says it has, else the most that it may have."""
   most = rules.limits.body
-  said = request.headers.get("content-length", "0")
-  if said.isdecimal() and int(said[:20]) > most:
+  said = request.headers.get("content-length", "")
+  if not said.isdecimal():
+    return most
+  if len(said) > 18 or int(said) > most:
     raise _Refusal(
-      413, f"a body of {said[:20]} bytes: at most {most}. Send fewer pictures at once."
+      413, f"a body of {said[:18]} bytes: at most {most}. Send fewer pictures at once."
     )
+  return max(int(said), 1)
+
+
+async def _read(request, rules):
+  most = rules.limits.body
   parts: list[bytes] = []
   size = 0
   async for part in request.stream():
     size += len(part)
-    load.bytes += len(part)
-    request.state.held += len(part)
     if size > most:
       raise _Refusal(413, f"a body of more than {most} bytes. Send fewer pictures at once.")
     parts.append(part)

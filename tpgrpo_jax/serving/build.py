@@ -5,6 +5,8 @@ from importlib import metadata
 import json
 from typing import Any
 
+import jax
+
 from tpgrpo_jax import registry, rewards, types
 from tpgrpo_jax.rewards import canary as canary_lib
 from tpgrpo_jax.serving import scorer as scorer_lib
@@ -48,6 +50,11 @@ def read_specs(labels: Sequence[str], options: str) -> dict[str, dict[str, Any]]
 def uses_devices(specs: Mapping[str, Mapping[str, Any]]) -> bool:
   """Whether one of the rewards runs on JAX's devices."""
   return any(spec.get("make", label) in rewards.DEVICE_REWARDS for label, spec in specs.items())
+
+
+def stay_on_cpu() -> None:
+  """Keeps JAX off the accelerators, whose memory it would take from rewards in torch."""
+  jax.config.update("jax_platforms", "cpu")
 
 
 def open_scorers(
