@@ -13,7 +13,6 @@ import io
 import json
 import os
 from typing import Any, NamedTuple
-import warnings
 
 from jaxtyping import UInt8
 import numpy as np
@@ -97,18 +96,14 @@ def decode_image(data: bytes, pixels: int) -> UInt8[np.ndarray, "H W 3"]:
     BadRequest: another format, too many pixels, or a file that cannot be unpacked.
   """
   try:
-    with warnings.catch_warnings():
-      warnings.simplefilter(
-        "ignore"
-      )  # Pillow's own about large pictures; the limit here is the user's
-      with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        width, height = opened.size
-        if width * height > pixels:
-          raise BadRequest(
-            413,
-            f"a picture of {width} x {height}: only {pixels} more pixels are read in this request.",
-          )
-        return np.asarray(opened.convert("RGB"))
+    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+      width, height = opened.size
+      if width * height > pixels:
+        raise BadRequest(
+          413,
+          f"a picture of {width} x {height}: only {pixels} more pixels are read in this request.",
+        )
+      return np.asarray(opened.convert("RGB"))
   except BadRequest:
     raise
   except Exception as error:  # whatever Pillow's decoders make of a file that is none
