@@ -17,14 +17,16 @@ RANKS = {
     "flow": 1, "credit": 1, "objective": 1,
     "models": 2, "data": 2, "runs": 2,
     "rewards": 3, "reporting": 3,
-    "training": 4,
+    "training": 4, "serving": 4,
     "forecasting": 5, "command": 5,
     "train": 6, "evaluate": 6, "sample": 6, "pretrain": 6, "export": 6, "aot": 6, "report": 6,
+    "serve": 6, "judge": 6,
 }  # fmt: skip
 CONFIG_READERS = {"config", "runs", "reporting", "training", "forecasting"}
 HEAVY = (
     "transformers", "tensorflow_datasets", "tensorflow", "torch", "diffusers", "rapidocr",
     "onnxruntime", "rapidfuzz", "requests", "wandb", "peft",
+    "httpx2", "uvicorn", "starlette", "python_multipart", "prometheus_client",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize(

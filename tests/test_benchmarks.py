@@ -122,3 +122,10 @@ def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
   assert output_of("compare", *methods, f"--keep={packed}", "--tables") == table
   again = output_of("compare", *methods[:2], f"--output={packed}", "--tables")
   assert again.replace(str(packed), str(tmp_path)) == table
+
+
+@pytest.mark.slow
+def test_load_on_a_reward_server_loses_and_swaps_nothing():
+  (line,) = run("serve_load", "--clients=4", "--requests=20", "--pictures=2")
+  assert (line["requests"], line["pictures"]) == (80, 160)
+  assert line["lost"] == line["wrong"] == 0 and line["p50_ms"] <= line["p99_ms"]

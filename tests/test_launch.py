@@ -246,3 +246,48 @@ def test_jobset_trains_a_recipe_in_a_bucket():
   assert (ROOT / pod["containers"][0]["command"][4]).is_file()
   assert "--config.run.dir=gs://BUCKET/" in command
   assert "gcs" in re.search(r"EXTRAS=(\S+)", (LAUNCH / "Dockerfile").read_text())[1].split(",")
+
+
+# Reward servers
+
+
+def test_slurm_reward_server_asks_for_a_token():
+  done = launch(
+    "serve_slurm.sh", "ocr", "--workers=4", DRY_RUN="1", PORT="8091", TOKEN_FILE="my token"
+  )
+  (srun,) = commands(done)
+  serve = [".venv/bin/python", "-m", "tpgrpo_jax.serve", "--rewards", "ocr"]
+  address = ["--host", "0.0.0.0", "--port", "8091", "--token_file", "my token"]
+  assert srun[0] == "srun" and srun[-14:-3] == serve + address
+  assert srun[-1] == "--workers=4"
+  assert launch("serve_slurm.sh", DRY_RUN="1").returncode != 0
+
+
+def test_slurm_reward_server_makes_a_token_of_its_own_and_says_where_it_is(tmp_path):
+  stand_in(tmp_path, "srun", "")
+  path = f"{tmp_path}:{os.environ['PATH']}"
+  for _ in range(2):
+    done = launch("serve_slurm.sh", "ocr", PATH=path, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+  token = tmp_path / "reward.token"
+  assert len(token.read_text()) == 64 and token.stat().st_mode & 0o077 == 0
+  assert (tmp_path / "reward.url").read_text().strip().endswith(":8090")
+  first, second = (line for line in (tmp_path / "log").read_text().splitlines())
+  assert first == second and "--token_file reward.token" in first
+
+
+def test_kubernetes_reward_server_is_ready_when_its_canary_is():
+  deployment, service = yaml.safe_load_all((LAUNCH / "gke_rewards.yaml").read_text())
+  assert (deployment["kind"], service["kind"]) == ("Deployment", "Service")
+  pod = deployment["spec"]["template"]["spec"]
+  (container,) = pod["containers"]
+  assert container["command"][:3] == ["python", "-m", "tpgrpo_jax.serve"]
+  assert container["readinessProbe"]["httpGet"] == {"path": "/health", "port": 8090}
+  (port,) = service["spec"]["ports"]
+  assert port["targetPort"] == container["ports"][0]["containerPort"] == 8090
+  drain = next(a for a in container["command"] if a.startswith("--drain="))
+  assert int(drain.partition("=")[2]) < pod["terminationGracePeriodSeconds"]
+  (volume,) = pod["volumes"]
+  assert volume["secret"]["defaultMode"] == 0o400  # YAML's 0400 is octal
+  mount = container["volumeMounts"][0]["mountPath"]
+  assert f"--token_file={mount}/token" in container["command"]

@@ -21,8 +21,8 @@ STEP_WEIGHTS = ("none", "std", "inverse_dt", "inverse_sensitivity")
 UPDATES_BY = ("samples", "steps")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 REWARD_NAMES = (
-    "ocr", "jpeg_compressibility", "jpeg_incompressibility",
-    "clipscore", "pickscore", "hpsv2", "aesthetic",
+    "ocr", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote", "flow_grpo_server",
+    "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations",
 )  # fmt: skip
 PROMPT_SOURCES = ("words", "folder")
 DTYPES = ("float32", "bfloat16")

@@ -8,7 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpgrpo_jax import types
-from tpgrpo_jax.rewards import aesthetic, clip_score, combine, hps, jpeg, ocr
+from tpgrpo_jax.rewards import (
+  aesthetic,
+  clip_score,
+  combine,
+  demonstrations,
+  hps,
+  jpeg,
+  judge,
+  ocr,
+  remote,
+)
 from tpgrpo_jax.rewards.combine import (
   CombinedRewardFn,
   DeviceRewardMaker,
@@ -22,6 +32,9 @@ HOST_REWARDS: dict[str, RewardMaker] = {
   "ocr": ocr.make,
   "jpeg_compressibility": jpeg.make_compressibility,
   "jpeg_incompressibility": jpeg.make_incompressibility,
+  "judge": judge.make,
+  "remote": remote.make,
+  "flow_grpo_server": remote.make_flow_grpo,
 }
 
 DEVICE_REWARDS: dict[str, DeviceRewardMaker] = {
@@ -29,6 +42,7 @@ DEVICE_REWARDS: dict[str, DeviceRewardMaker] = {
   "pickscore": clip_score.make_pickscore,
   "hpsv2": hps.make,
   "aesthetic": aesthetic.make,
+  "demonstrations": demonstrations.make,
 }
 
 REWARDS = (*HOST_REWARDS, *DEVICE_REWARDS)

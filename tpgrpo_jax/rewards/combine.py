@@ -81,7 +81,8 @@ def make_weighted_sum(
     `rows`, bool [N], marks those that this process scores, by default all: the other scores are 0,
     so that the sum over processes has them all, and an info is of these rows alone.
     `begin.check(prompts)` raises ValueError for a prompt that a reward cannot score: it asks those
-    rewards of the host that have such an attribute, a function of one prompt and its metadata.
+    rewards that have such an attribute, a function of one prompt and its metadata.
+    `begin.canaries` is label -> the canary.Canary that a reward brings, or None.
 
   Raises:
     ValueError: no rewards, an unknown name, a weight that is not a finite number, or an option that
@@ -131,11 +132,15 @@ def make_weighted_sum(
     return finish
 
   def check(prompts: Sequence[types.Prompt]) -> None:
-    for function in functions["host"].values():
+    for function in (*functions["host"].values(), *functions["device"].values()):
       for prompt in prompts:
         getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
 
   begin.check = check  # pyright: ignore[reportFunctionMemberAccess]
+  begin.canaries = {  # pyright: ignore[reportFunctionMemberAccess]
+    label: getattr({**functions["host"], **functions["device"]}[label], "canary", None)
+    for label in weights
+  }
   return begin
 
 
@@ -188,8 +193,8 @@ def _run_host(functions, images, prompts, metadata, rows, patience):
 
 
 def _insist(label, function, images, prompts, metadata, patience):
-  """`_score`, again after a failure that may pass."""
-  attempt = 0
+  """`_score`, again after a failure that may pass; each kind of failure is said once."""
+  attempt, said = 0, None
   while True:
     try:
       return _limit(patience.timeout, _score, label, function, images, prompts, metadata)
@@ -204,7 +209,9 @@ def _insist(label, function, images, prompts, metadata, patience):
         ) from error
       wait = patience.backoff * 2**attempt
       attempt += 1
-      log.warning("reward %r: %s: %s; again in %.3g s", label, type(error).__name__, error, wait)
+      if (problem := f"{type(error).__name__}: {error}") != said:
+        log.warning("reward %r: %s; again in %.3g s", label, problem, wait)
+        said = problem
       time.sleep(wait)
 
 

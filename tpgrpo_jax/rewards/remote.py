@@ -1,0 +1,258 @@
+"""Rewards that a server computes: ours, Flow-Factory's, and Flow-GRPO's."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+import json
+from typing import Any
+from urllib import parse
+
+from jaxtyping import Float32, UInt8
+import numpy as np
+
+from tpgrpo_jax import registry, types
+from tpgrpo_jax.rewards import canary as canary_lib
+from tpgrpo_jax.rewards import flow_grpo_wire, servers, wire
+from tpgrpo_jax.rewards.combine import RewardError
+
+
+def make(
+  *,
+  url: str | Sequence[str],
+  reward: str = "",
+  canary: str = "",
+  token_file: str = "",
+  ca_file: str = "",
+  timeout: float = 120.0,
+  batch: int = 64,
+  connections: int = 4,
+  low: float = -np.inf,
+  high: float = np.inf,
+) -> types.RewardFn:
+  """Makes the reward that `python -m tpgrpo_jax.serve`, or a server of Flow-Factory's form, computes.
+
+  The servers are asked who they are when it is made, and whenever one was away: /health, that they have
+  the reward, and the canary.
+
+  Args:
+    url: of the server, such as "http://localhost:8090"; of several, which take turns.
+    reward: its label there; "" where the server has one alone.
+    canary: a name of canary.CANARIES or a folder, for servers that have none of their own; by default that
+      of `reward`, if there is one.
+    token_file: file of the token that the server asks for.
+    ca_file: PEM file of the authority that signed the server's certificate, where it is not a public one.
+    timeout: seconds for the answer to one request.
+    batch: pictures in one request.
+    connections: requests on their way at the same time.
+    low: the lowest score that can be true.
+    high: the highest.
+
+  Returns:
+    (images uint8 [N, H, W, 3], prompts, metadata) -> (scores float32 [N], info of the server's reward).
+
+  Raises:
+    ValueError: an option out of its range; no server that answers; or one that is not what it should be.
+    RewardError: (the reward) an answer without N finite numbers from `low` to `high`.
+    OSError: (the reward) no answer; another try may go well.
+  """
+  _check_options(batch, low, high)
+  pair = _canary(canary, reward)
+  query = f"?reward={parse.quote(reward)}" if reward else ""
+  multipart: dict[str, bool] = {}  # by server
+  most: dict[str, int] = {}
+
+  def score(send, images, prompts, metadata, as_parts):
+    body, kind = wire.encode_request(images, prompts, metadata, multipart=as_parts)
+    answer = send("POST", f"/compute{query}", body, kind)
+    with _naming(answer.url):
+      scores, info = wire.decode_answer(answer.body, len(prompts))
+      return _in_range(scores, low, high), info
+
+  def verify(pool, address):
+    about = _health(pool, address)
+    if about.get("service") == "tpgrpo_jax":
+      _check_served(about, reward, address)
+    multipart[address] = "multipart" in about.get("forms", ())
+    limit = about.get("limits", {}).get("images", batch)
+    most[address] = limit if isinstance(limit, int) and limit > 0 else batch
+    if pair is not None:
+      send = lambda *args: pool.ask(address, *args)
+      ask = lambda images, prompts, metadata: score(
+        send, images, prompts, metadata, multipart[address]
+      )[0]
+      if problem := canary_lib.problem(ask, pair):
+        raise RewardError(f"{address} {problem}. Is it another reward's server?")
+
+  pool = servers.Servers(
+    url,
+    token_file=token_file,
+    ca_file=ca_file,
+    timeout=timeout,
+    connections=connections,
+    verify=verify,
+  )
+
+  def call(images, prompts, metadata):
+    as_parts = bool(multipart) and all(multipart.values())
+    return score(pool.send, images, prompts, metadata, as_parts)
+
+  size = lambda: min([batch, *most.values()])
+  return _in_requests(call, size, connections)
+
+
+def make_flow_grpo(
+  *,
+  url: str | Sequence[str],
+  key: str = "",
+  canary: str = "",
+  timeout: float = 120.0,
+  batch: int = 64,
+  connections: int = 4,
+  low: float = -np.inf,
+  high: float = np.inf,
+) -> types.RewardFn:
+  """Makes the reward of a server that speaks Flow-GRPO's pickles (GenEval, DeQA, UnifiedReward).
+
+  Its pickles are read by a reader that knows numbers, text, lists, dicts and NumPy arrays, and runs nothing.
+  Pictures are sent as JPEG, as Flow-GRPO sends them.
+
+  Source: flow_grpo/rewards.py; github.com/yifan123/reward-server.
+
+  Args:
+    url: of the server, such as "http://localhost:18085"; of several, which take turns.
+    key: of the answer's entry that is trained on; by default "scores" (GenEval), else "outputs".
+    canary: a name of canary.CANARIES or a folder; by default none is asked.
+    timeout: seconds for the answer to one request.
+    batch: pictures in one request; Flow-GRPO's own number.
+    connections: requests on their way at the same time.
+    low: the lowest score that can be true.
+    high: the highest.
+
+  Returns:
+    (images uint8 [N, H, W, 3], prompts, metadata) -> (scores float32 [N], info, the answer's other entries).
+
+  Raises:
+    ValueError, RewardError, OSError: as `make`.
+  """
+  _check_options(batch, low, high)
+  pair = _canary(canary, "")
+
+  def score(send, images, prompts, metadata):
+    answer = send("POST", "/", flow_grpo_wire.encode_request(images, prompts, metadata))
+    with _naming(answer.url):
+      scores, info = flow_grpo_wire.decode_answer(answer.body, len(prompts), key)
+      return _in_range(scores, low, high), info
+
+  def verify(pool, address):
+    # It has no /health. Whatever answers speaks HTTP; that it speaks this dialect, a canary shows.
+    pool.ask(address, "GET", "/", statuses=range(200, 500))
+    if pair is not None:
+      ask = lambda *given: score(lambda *args: pool.ask(address, *args), *given)[0]
+      if problem := canary_lib.problem(ask, pair):
+        raise RewardError(f"{address} {problem}. Is it another reward's server?")
+
+  pool = servers.Servers(url, timeout=timeout, connections=connections, verify=verify)
+  call = lambda *given: score(pool.send, *given)
+  return _in_requests(call, lambda: batch, connections)
+
+
+def _in_requests(call, size: Callable[[], int], connections: int) -> types.RewardFn:
+  """The reward that sends at most size() pictures in a request, several of them at once, in order."""
+
+  def reward(
+    images: UInt8[np.ndarray, "N H W 3"],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+  ) -> tuple[Float32[np.ndarray, " N"], dict[str, Any]]:
+    if not len(prompts):
+      return np.zeros(0, np.float32), {}
+    step = size()
+    rows = [slice(first, first + step) for first in range(0, len(prompts), step)]
+    with futures.ThreadPoolExecutor(connections, thread_name_prefix="reward request") as pool:
+      sent = [pool.submit(call, images[r], prompts[r], metadata[r]) for r in rows]
+      try:
+        results = [each.result() for each in sent]
+      finally:
+        for each in sent:
+          each.cancel()
+    scores = np.concatenate([scores for scores, _ in results])
+    return scores.astype(np.float32), _joined([info for _, info in results])
+
+  return reward
+
+
+def _joined(infos):
+  """The entries that all have, one after another."""
+  names = [name for name in infos[0] if all(name in info for info in infos)]
+  join = lambda parts: (
+    np.concatenate(parts)
+    if all(isinstance(part, np.ndarray) for part in parts)
+    else [value for part in parts for value in part]
+  )
+  return {name: join([info[name] for info in infos]) for name in names}
+
+
+def _check_options(batch, low, high):
+  if type(batch) is not int or batch < 1:
+    raise ValueError(f"batch={batch!r}: must be an integer >= 1. 64 is usual.")
+  if any(isinstance(x, str | bool) for x in (low, high)) or not low < high:
+    raise ValueError(f"low={low!r}, high={high!r}: must be numbers, the lower one first.")
+
+
+def _canary(name, reward):
+  if not name and reward in canary_lib.CANARIES:
+    name = reward
+  return canary_lib.load(name) if name else None
+
+
+def _health(pool, address) -> dict[str, Any]:
+  answer = pool.ask(address, "GET", "/health")
+  try:
+    about = json.loads(answer.body)
+  except (ValueError, RecursionError):
+    about = None
+  if not isinstance(about, dict) or about.get("status") != "ok":
+    raise RewardError(
+      f"{address}/health answered {answer.body[:80]!r}: is no reward server that is well."
+    )
+  return about
+
+
+def _check_served(about, reward, address):
+  """Raises RewardError unless the server has the reward, or one alone where none is named."""
+  served = about.get("rewards")
+  if about.get("protocol") != wire.PROTOCOL:
+    raise RewardError(
+      f"{address} speaks protocol {about.get('protocol')!r}, and this is {wire.PROTOCOL}: install one "
+      "version of tpgrpo_jax at both ends."
+    )
+  if not isinstance(served, dict):
+    raise RewardError(f"{address}/health names no rewards. If it asks for a token, set token_file.")
+  if reward and reward not in served:
+    raise RewardError(f"{address} has no reward {reward!r}.{registry.nearest(reward, served)}")
+  if not reward and len(served) != 1:
+    raise RewardError(f"{address} has {', '.join(served)}: set reward to one of them.")
+
+
+class _naming:
+  """Turns what is wrong with an answer into a RewardError that names the server."""
+
+  def __init__(self, url):
+    self.url = url
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if isinstance(error, wire.Bad):
+      raise RewardError(
+        f"{self.url} answered with {error}. Nothing is trained on it. Mend the server, then start the same "
+        "command again: the run goes on from its last checkpoint."
+      ) from error
+    return False
+
+
+def _in_range(scores, low, high):
+  wrong = scores[(scores < low) | (scores > high)]
+  if len(wrong):
+    raise wire.Bad(f"the score {wrong[0]:g}, outside {low:g} to {high:g}")
+  return scores

@@ -1,0 +1,1 @@
+"""The server of rewards: what it is asked waits in a queue, and workers score it."""
