@@ -27,18 +27,20 @@ def plain_attention(q, k, v):
 OPERATIONS = {
   "linear": (layers.linear, lambda x, w, b: x @ w + b, [(B, N, D), (D, F), (F,)]),
   "linear_on_vectors": (layers.linear, lambda x, w, b: x @ w + b, [(B, D), (D, F), (F,)]),
+  "product": (layers.product, lambda x, w: x @ w, [(B, N, D), (D, F)]),
   "modulate": (
     layers.modulate,
     lambda x, shift, scale: plain_layer_norm(x) * (1 + scale[:, None]) + shift[:, None],
     [(B, N, D), (B, D), (B, D)],
   ),
   "rms_norm": (
-    layers.rms_norm,
+    layers.make_rms_norm(1e-6),
     lambda x, scale: scale * x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6),
     [(B, N, HEADS, D), (D,)],
   ),
   "gelu_tanh": (layers.gelu_tanh, lambda x: jax.nn.gelu(x, approximate=True), [(B, N, D)]),
   "silu": (layers.silu, jax.nn.silu, [(B, D)]),
+  "swiglu": (layers.swiglu, lambda g, v: jax.nn.silu(g) * v, [(B, N, D), (B, N, D)]),
   "gated_residual": (
     layers.gated_residual,
     lambda x, gate, y: x + gate[:, None] * y,

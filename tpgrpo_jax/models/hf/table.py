@@ -1,8 +1,9 @@
 """What every table of foreign tensor names is made of."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import os
+import re
 import typing
 from typing import Any, NamedTuple
 
@@ -97,6 +98,35 @@ def make_entry(path: str, block: int | None, name: str, shape: tuple[int, ...]) 
   if path.endswith(".kernel"):
     return Entry(path, block, name, shape[::-1], lambda x: x.T, lambda x: x.T, axes[::-1])
   return Entry(path, block, name, shape, lambda x: x, lambda x: x, axes)
+
+
+def stacked_names(
+  shapes: Mapping[str, tuple[int, ...]],
+  stacks: Sequence[str],
+  renames: Sequence[tuple[str, str]],
+) -> list[Entry]:
+  """The table of a model whose stacks are called there as here: stack.rest -> stack.number.rest.
+
+  Args:
+    shapes: shape of every tensor of ours by dotted path.
+    stacks: names of the stacks of blocks.
+    renames: (pattern of our path, replacement); the first match of each is applied, in order.
+  """
+
+  def rename(name):
+    for pattern, replacement in renames:
+      name = re.sub(pattern, replacement, name, count=1)
+    return name
+
+  entries = []
+  for path, shape in sorted(shapes.items()):
+    stack, _, rest = path.partition(".")
+    if stack not in stacks:
+      entries.append(make_entry(path, None, rename(path), shape))
+      continue
+    for i in range(shape[0]):
+      entries.append(make_entry(path, i, rename(f"{stack}.{i}.{rest}"), shape[1:]))
+  return entries
 
 
 def flatten(tree: Any) -> dict[str, Any]:
