@@ -1,7 +1,7 @@
 """Every name that a field can have; the tables of the other rooms hold what they stand for."""
 
-MODEL_VARIANTS = ("tiny", "sd3", "flux")
-SCHEDULES = ("linear", "sd3", "flux")
+MODEL_VARIANTS = ("tiny", "sd3", "flux", "flux2", "z_image")
+SCHEDULES = ("linear", "sd3", "shifted", "flux", "flux2")
 DYNAMICS = ("sde", "cps", "dance")
 SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")
 ROLLOUTS = ("trajectory", "branch", "ode")

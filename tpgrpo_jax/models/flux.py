@@ -20,6 +20,7 @@ from tpgrpo_jax.models import layers, mmdit, rotary
 
 PACK = 2  # a token is PACK x PACK latent pixels
 THETA = 10000
+SIDE = 128  # latents, as diffusers' FluxPipeline has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class FluxConfig:
   @property
   def width(self) -> int:
     return self.num_attention_heads * self.attention_head_dim
+
+  @property
+  def latents(self) -> layers.Latents:
+    return layers.Latents(self.in_channels // PACK**2, PACK, SIDE)
 
   def __post_init__(self):
     if self.patch_size != 1:

@@ -21,6 +21,7 @@ from tpgrpo_jax.models import flux, layers, mmdit, rotary
 
 # What diffusers offers and this module does not: field -> the one value it knows.
 _FIXED = {"patch_size": 1, "timestep_guidance_channels": layers.TIMESTEP_DIM, "eps": layers.EPS}
+SIDE = 64  # latents of 16 pixels, as diffusers' pipeline has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Flux2Config:
   def hidden(self) -> int:
     """Units of a feed-forward."""
     return int(self.width * self.mlp_ratio)
+
+  @property
+  def latents(self) -> layers.Latents:
+    return layers.Latents(self.in_channels, 1, SIDE)
 
   def __post_init__(self):
     for name in ("num_layers", "num_single_layers"):

@@ -12,7 +12,7 @@ accelerators the barriers vanish and XLA fuses as it likes.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -23,6 +23,22 @@ from tpgrpo_jax.models import splash
 
 TIMESTEP_DIM = 256
 EPS = 1e-6
+
+
+class Latents(NamedTuple):
+  """The latents that a transformer takes.
+
+  Attributes:
+    channels: of each.
+    patch: of them along each side of a token.
+    side: of the model's own size.
+    largest: side that it has positions for; None for any.
+  """
+
+  channels: int
+  patch: int
+  side: int
+  largest: int | None = None
 
 
 def platform() -> str:

@@ -51,6 +51,11 @@ class MMDiTConfig:
   def width(self) -> int:
     return self.num_attention_heads * self.attention_head_dim
 
+  @property
+  def latents(self) -> layers.Latents:
+    largest = self.pos_embed_max_size * self.patch_size
+    return layers.Latents(self.in_channels, self.patch_size, self.sample_size, largest)
+
   def __post_init__(self):
     if self.caption_projection_dim != self.width:
       raise ValueError(

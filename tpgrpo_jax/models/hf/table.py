@@ -80,9 +80,12 @@ def _check_sizes(cls, raw, path):
     value, kinds = raw[name], typing.get_args(hints[name]) or (hints[name],)
     if dataclasses.is_dataclass(hints[name]) or (value is None and name in _NULL_IS_DEFAULT):
       continue
-    if typing.get_origin(hints[name]) is tuple:
-      fits = isinstance(value, list | tuple) and all(type(item) is kinds[0] for item in value)
-      rule = f"a list of {kinds[0].__name__}"
+    lists = [k for k in (hints[name], *kinds) if typing.get_origin(k) is tuple]
+    if lists:
+      item = typing.get_args(lists[0])[0]
+      fits = isinstance(value, list | tuple) and all(type(part) is item for part in value)
+      fits = fits or (value is None and type(None) in kinds)
+      rule = f"a list of {item.__name__}"
     else:
       fits = type(value) in kinds or (type(value) is int and float in kinds)
       rule = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "null")
