@@ -20,7 +20,8 @@ from tpgrpo_jax.training import build, evaluation, loop
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
-FAMILIES = ("sd3", "flux")
+FAMILIES = ("sd3", "flux", "flux2")
+QWEN = [family for family in FAMILIES if family in stored.QWEN]
 TWO_LEVELS = 2 / 255  # of an 8-bit image
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts have more than.*:UserWarning")
 
@@ -62,14 +63,19 @@ def paint(config, mesh, texts, latents):
   return run(model.params(model.trainable), jnp.asarray(latents), condition)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, place", [*((f, "") for f in FAMILIES), *((f, "small/") for f in QWEN)])
 @pytest.mark.parametrize("which", [0, 1])
-def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, which):
+def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, place, which):
   scale = stored.GUIDANCE[family][which]
-  config = stored.make_config(family, folders[family], work, {"sampler.guidance_scale": scale})
-  found = paint(config, single_mesh, stored.prompts(golden), golden["latents"])
+  height, width = stored.SIZES[place]
+  fields = {
+    "sampler.guidance_scale": scale, "sampler.height": height, "sampler.width": width
+  }  # fmt: skip
+  config = stored.make_config(family, folders[family], work, fields)
+  texts, latents = stored.prompts(golden, family), stored.latents(golden, family, place)
+  found = paint(config, single_mesh, texts, latents)
   wanted, other = (
-    golden[f"{family}/images/{s}"] for s in (scale, stored.GUIDANCE[family][1 - which])
+    golden[f"{family}/{place}images/{s}"] for s in (scale, stored.GUIDANCE[family][1 - which])
   )
   assert np.abs(np.asarray(found) - wanted).max() < TWO_LEVELS
   assert np.abs(other - wanted).max() > TWO_LEVELS  # guidance is seen
@@ -77,7 +83,7 @@ def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, 
 
 def test_pictures_on_a_mesh_are_those_of_one_device(golden, folders, work, single_mesh):
   config = stored.make_config("sd3", folders["sd3"], work)
-  texts, latents = stored.prompts(golden) * 4, np.tile(golden["latents"], (4, 1, 1, 1))
+  texts, latents = stored.prompts(golden) * 4, np.tile(stored.latents(golden), (4, 1, 1, 1))
   mesh = mesh_lib.make_mesh(config_lib.Mesh(2, 2, 2))
   with jax.set_mesh(mesh):
     found = paint(config, mesh, texts, latents)
@@ -107,7 +113,7 @@ def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   (row,) = rows_of(config)
   assert row["ratio/first_update_max_abs_log"] == 0.0
   assert row["reward/pickscore/std"] > 0 and row["grad_norm"] > 0
-  assert row["evaluations_per_sample"] == 10 * (2 if family == "sd3" else 1)
+  assert row["evaluations_per_sample"] == 10 * (1 if family == "flux" else 2)
   again = stored.make_config(family, folders[family], work, fields | {"train.epochs": 2})
   loop.train(again)  # goes on from its checkpoint, with the embeddings of the new prompts
   assert len(rows_of(again)) == 2
@@ -148,7 +154,7 @@ def test_an_epoch_of_every_method_learns_and_is_on_policy(
   if config.sampler.calibration:
     config = presets.apply(config, {"sampler.calibration_rounds": 2})
   rules.validate(config)
-  assert method_lib.is_guided(config) == (family == "sd3" and config.sampler.guidance_scale != 1.0)
+  assert method_lib.is_guided(config) == (family != "flux" and config.sampler.guidance_scale != 1.0)
   loop.train(config)
   (row,) = rows_of(config)
   is_policy = config.loss.objective == "policy"
@@ -170,7 +176,7 @@ def test_quantised_base_is_on_policy_and_near_the_whole_one(
   config = stored.make_config("sd3", folders["sd3"], work, fields)
   loop.train(config)
   assert rows_of(config)[0]["ratio/first_update_max_abs_log"] == 0.0
-  found = paint(config, single_mesh, stored.prompts(golden), golden["latents"])
+  found = paint(config, single_mesh, stored.prompts(golden), stored.latents(golden))
   wanted = golden[f"sd3/images/{stored.GUIDANCE['sd3'][-1]}"]
   difference = np.abs(np.asarray(found) - wanted).mean()
   assert 0 < difference < 0.01
