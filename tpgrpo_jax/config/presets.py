@@ -89,11 +89,54 @@ def flux_pickscore() -> Config:
   )
 
 
+# What diffusers' own scripts train of FLUX.2: all that attention reads and writes, feed-forwards of the single
+# blocks with it.
+FLUX2_TARGETS = (*Lora().targets, "attn.to_qkv_mlp_proj", "attn.to_out")
+
+
+def flux2_klein() -> Config:
+  """FLUX.2-klein-base-4B at 384 x 384: steps, guidance and size of Flow-Factory's recipe."""
+  base = sd35m()
+  return dataclasses.replace(
+    base,
+    model=dataclasses.replace(
+      base.model, variant="flux2", path="black-forest-labs/FLUX.2-klein-base-4B"
+    ),
+    lora=dataclasses.replace(base.lora, targets=FLUX2_TARGETS),
+    sampler=dataclasses.replace(
+      base.sampler,
+      num_steps=8,
+      window=(0, 7),
+      schedule="flux2",
+      guidance_scale=4.0,
+      height=384,
+      width=384,
+    ),
+    eval=dataclasses.replace(base.eval, num_steps=28),
+  )
+
+
+def flux2_klein_ocr() -> Config:
+  """FLUX.2-klein-base-4B learns to render text, judged by OCR."""
+  return dataclasses.replace(
+    flux2_klein(), prompts=Prompts("folder", "datasets/ocr"), rewards=dict(OCR_SCENES)
+  )
+
+
+def flux2_klein_pickscore() -> Config:
+  """FLUX.2-klein-base-4B learns what people prefer, by PickScore."""
+  return dataclasses.replace(
+    flux2_klein(), prompts=Prompts("folder", "datasets/pickscore"), rewards=dict(PICKSCORE)
+  )
+
+
 TASKS: dict[str, Callable[[], Config]] = {
   "tiny_text": tiny_text,
   "sd35m_ocr": sd35m_ocr,
   "sd35m_pickscore": sd35m_pickscore,
   "flux_pickscore": flux_pickscore,
+  "flux2_klein_ocr": flux2_klein_ocr,
+  "flux2_klein_pickscore": flux2_klein_pickscore,
 }
 
 
