@@ -1,5 +1,6 @@
-"""Writes qwen_pipelines.npz: two complete small random pipelines of diffusers that read Qwen3, FLUX.2-klein and
-Z-Image, file by file, what they make of prompts, and the images that they paint from given initial latents.
+"""Writes qwen_pipelines.npz: two complete small random pipelines of diffusers that read Qwen3, those of
+FLUX.2-klein and Z-Image, file by file, what they make of prompts, and the images that they paint from given
+initial latents.
 
 Needs torch and diffusers (the "parity" extra): python tests/golden/make_qwen_pipelines.py
 """
@@ -27,9 +28,11 @@ QWEN_WIDTH = 16
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 # What Qwen3's own template makes of one user's turn.
 TEMPLATE = (
-  "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-  "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- if enable_thinking is "
-  "defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+  "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content }}"
+  "{{- '<|im_end|>\\n' }}{%- endfor %}"
+  "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+  "{%- if enable_thinking is defined and enable_thinking is false %}"
+  "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
 )
 
 
@@ -115,7 +118,7 @@ def make_pipeline(family, folder):
 
 
 def paint(pipe, family, latents, scale, *, size=SIZES[""]):
-  """Images [N, H, W, 3] in [0, 1] from initial latents [N, h, w, c]; ZImagePipeline counts guidance from 0."""
+  """Images [N, H, W, 3] in [0, 1] from initial latents [N, h, w, c]; Z-Image counts guidance from 0."""
   x = torch.from_numpy(np.ascontiguousarray(latents.transpose(0, 3, 1, 2)))
   with torch.no_grad():
     return pipe(

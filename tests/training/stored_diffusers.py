@@ -13,7 +13,12 @@ GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "rewards"))
 LENGTHS = {"sd3": 20, "flux": 24, "flux2": 48, "z_image": 96}
 GUIDANCE = {"sd3": (1.0, 4.5), "flux": (3.5, 1.5), "flux2": (1.0, 4.0), "z_image": (1.0, 5.0)}
-SCHEDULES = {"sd3": ("sd3", 3.0), "flux": ("flux", 3.0), "flux2": ("flux2", 3.0), "z_image": ("shifted", 6.0)}
+SCHEDULES = {
+  "sd3": ("sd3", 3.0),
+  "flux": ("flux", 3.0),
+  "flux2": ("flux2", 3.0),
+  "z_image": ("shifted", 6.0),
+}
 TARGETS = {
   "flux2": (*config_lib.Lora().targets, "attn.to_qkv_mlp_proj", "attn.to_out"),
   "z_image": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),

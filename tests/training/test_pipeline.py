@@ -63,7 +63,9 @@ def paint(config, mesh, texts, latents):
   return run(model.params(model.trainable), jnp.asarray(latents), condition)
 
 
-@pytest.mark.parametrize("family, place", [*((f, "") for f in FAMILIES), *((f, "small/") for f in QWEN)])
+@pytest.mark.parametrize(
+  "family, place", [*((f, "") for f in FAMILIES), *((f, "small/") for f in QWEN)]
+)
 @pytest.mark.parametrize("which", [0, 1])
 def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, place, which):
   scale = stored.GUIDANCE[family][which]

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from tpgrpo_jax import types
-from tpgrpo_jax.models import flux, flux2, flux2_vae, hf, lora, mmdit, tiny, vae
+from tpgrpo_jax.models import flux, flux2, flux2_vae, hf, lora, mmdit, tiny, vae, z_image
 
-Sizes = mmdit.MMDiTConfig | flux.FluxConfig | flux2.Flux2Config
+Sizes = mmdit.MMDiTConfig | flux.FluxConfig | flux2.Flux2Config | z_image.ZImageConfig
 
 
 class Variant(NamedTuple):
@@ -46,11 +46,15 @@ MODELS = {
     autoencoder=flux2_vae.Flux2VAEConfig,
     schedules=("shifted", "flux2"),
   ),
+  "z_image": Variant(
+    z_image.ZImageConfig, "classifier_free", "z_image", schedules=("shifted", "flux")
+  ),
 }
 _TRANSFORMERS: dict[type, Any] = {
   mmdit.MMDiTConfig: mmdit.MMDiT,
   flux.FluxConfig: flux.Flux,
   flux2.Flux2Config: flux2.Flux2,
+  z_image.ZImageConfig: z_image.ZImage,
 }
 _AUTOENCODERS: dict[type, Any] = {
   vae.VAEConfig: vae.AutoencoderKL,

@@ -220,8 +220,22 @@ gated_residual = island(lambda x, gate, y: x + gate[:, None] * y, _gated_backwar
 """x + gate y; x and y [B, N, D], gate [B, D]."""
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Softmax attention over all tokens; q, k, v [B, N, heads, head_dim] -> the same shape.
+def _scaled_backward(inputs, dy):
+  x, scale = inputs
+  dscale = jnp.sum(dy * x, axis=1, dtype=jnp.float32).astype(scale.dtype)
+  return dy * (1 + scale[:, None]), dscale
+
+
+scaled = island(lambda x, scale: x * (1 + scale[:, None]), _scaled_backward)
+"""x (1 + scale); x [B, N, D], scale [B, D]."""
+
+tanh = island(jnp.tanh, lambda inputs, dy: (dy * (1 - jnp.tanh(inputs[0]) ** 2),))
+
+
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, *, length: jax.Array | None = None
+) -> jax.Array:
+  """Softmax attention over all tokens, or the first `length` [B] of each sample's.
 
   | platform | dtype    | implementation                    |
   | -------- | -------- | --------------------------------- |
@@ -230,25 +244,30 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   | tpu      | any      | Pallas' splash attention          |
   | else     |          | XLA's own, with a table of logits |
 
-  The same in rollout and update, as it depends on platform and dtype alone.
+  The same in rollout and update, as it depends on platform and dtype alone. q, k, v and the result are
+  [B, N, heads, head_dim].
   """
   device = platform()
   if device == "cpu":
-    return _cpu_attention(q, k, v)
+    return _cpu_attention(q, k, v, length)
   if device == "tpu":
-    return splash.attention(q, k, v, spec=_layout(q, 2))
+    return splash.attention(q, k, v, spec=_layout(q, 2), length=length)
   cudnn = device == "gpu" and q.dtype == jnp.bfloat16
-  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else "xla")
+  kernel = "cudnn" if cudnn else "xla"
+  return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation=kernel)
 
 
 @jax.custom_vjp
-def _cpu_attention(q, k, v):
-  return _attention_forward(q, k, v)[0]
+def _cpu_attention(q, k, v, length):
+  return _attention_forward(q, k, v, length)[0]
 
 
-def _attention_forward(q, k, v):
+def _attention_forward(q, k, v, length):
   q, k, v = fence([a.swapaxes(1, 2) for a in (q, k, v)])
   logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+  if length is not None:
+    is_seen = jnp.arange(k.shape[2]) < length[:, None]
+    logits = jnp.where(is_seen[:, None, None], logits, -jnp.inf)
   p = fence(jax.nn.softmax(logits.astype(jnp.float32)).astype(q.dtype))
   return fence(jnp.einsum("bhqk,bhkd->bhqd", p, v).swapaxes(1, 2)), (q, k, v, p)
 
@@ -260,7 +279,7 @@ def _attention_backward(residuals, dy):
   dp = jnp.einsum("bhqd,bhkd->bhqk", dy, v)
   ds = fence(p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5)
   dq, dk = jnp.einsum("bhqk,bhkd->bhqd", ds, k), jnp.einsum("bhqk,bhqd->bhkd", ds, q)
-  return tuple(a.swapaxes(1, 2) for a in (dq, dk, dv))
+  return *(a.swapaxes(1, 2) for a in (dq, dk, dv)), None
 
 
 _cpu_attention.defvjp(_attention_forward, _attention_backward)

@@ -17,7 +17,6 @@ import warnings
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax import types

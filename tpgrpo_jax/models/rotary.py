@@ -1,4 +1,4 @@
-"""Rotary positions of tokens on several axes (RoPE, arXiv 2104.09864), channels turned in neighbouring pairs."""
+"""Rotary positions on several axes (RoPE, arXiv 2104.09864); neighbouring channels turn in pairs."""
 
 from collections.abc import Sequence
 

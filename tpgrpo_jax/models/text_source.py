@@ -40,12 +40,14 @@ class Family(NamedTuple):
     parts: its encoders.
     max_sequence_length: tokens a prompt (CLIP's aside, which are fixed), unless told otherwise.
     needs_t5: a pipeline that may do without T5 says False.
+    gives: fields of the Condition that they make.
   """
 
   pipeline: str
   parts: tuple[Part, ...]
   max_sequence_length: int
   needs_t5: bool = True
+  gives: tuple[str, ...] = ("text", "pooled")
 
 
 # FLUX.2 reads the states after 9, 18 and 27 layers, and Z-Image the one before the last layer; the chat
@@ -72,8 +74,15 @@ FAMILIES = {
     ),
     512,
   ),
-  "flux2": Family("Flux2Klein", (Part("qwen3", "tokenizer", "text_encoder", _FLUX2),), 512),
-  "z_image": Family("ZImagePipeline", (Part("qwen3", "tokenizer", "text_encoder", _Z_IMAGE),), 512),
+  "flux2": Family(
+    "Flux2Klein", (Part("qwen3", "tokenizer", "text_encoder", _FLUX2),), 512, gives=("text",)
+  ),
+  "z_image": Family(
+    "ZImagePipeline",
+    (Part("qwen3", "tokenizer", "text_encoder", _Z_IMAGE),),
+    512,
+    gives=("text", "length"),
+  ),
 }
 
 
