@@ -1,5 +1,6 @@
 """Layers with a hand-written backward pass have the gradient of their plain formula."""
 
+import functools
 import math
 
 from flax import nnx
@@ -12,6 +13,7 @@ from tpgrpo_jax import models
 from tpgrpo_jax.models import hf, layers, lora, tiny
 
 B, N, D, F, HEADS = 3, 5, 8, 6, 2
+LENGTH = jnp.asarray([2, 5, 1])  # of N tokens
 
 
 def plain_layer_norm(x):
@@ -46,7 +48,14 @@ OPERATIONS = {
     lambda x, gate, y: x + gate[:, None] * y,
     [(B, N, D), (B, D), (B, N, D)],
   ),
+  "scaled": (layers.scaled, lambda x, s: x * (1 + s[:, None]), [(B, N, D), (B, D)]),
+  "tanh": (layers.tanh, jnp.tanh, [(B, D)]),
   "attention": (layers.attention, plain_attention, [(B, N, HEADS, D)] * 3),
+  "attention_of_the_first": (
+    functools.partial(layers.attention, length=LENGTH),
+    lambda q, k, v: jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=LENGTH),
+    [(B, N, HEADS, D)] * 3,
+  ),
 }
 
 
