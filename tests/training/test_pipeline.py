@@ -20,8 +20,7 @@ from tpgrpo_jax.training import build, evaluation, loop
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
-FAMILIES = ("sd3", "flux", "flux2")
-QWEN = [family for family in FAMILIES if family in stored.QWEN]
+FAMILIES = stored.FAMILIES
 TWO_LEVELS = 2 / 255  # of an 8-bit image
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts have more than.*:UserWarning")
 
@@ -63,10 +62,16 @@ def paint(config, mesh, texts, latents):
   return run(model.params(model.trainable), jnp.asarray(latents), condition)
 
 
-@pytest.mark.parametrize(
-  "family, place", [*((f, "") for f in FAMILIES), *((f, "small/") for f in QWEN)]
-)
-@pytest.mark.parametrize("which", [0, 1])
+def image_cases():
+  """(family, size, guidance): all of the older families; in CI's first tier, one of the newer."""
+  for family in FAMILIES:
+    for place in stored.SIZES if family in stored.QWEN else [""]:
+      for which in (0, 1):
+        later = family in stored.QWEN and (place, which) != ("small/", 1)
+        yield pytest.param(family, place, which, marks=[pytest.mark.slow] * later)
+
+
+@pytest.mark.parametrize("family, place, which", image_cases())
 def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, place, which):
   scale = stored.GUIDANCE[family][which]
   height, width = stored.SIZES[place]
@@ -97,7 +102,10 @@ def rows_of(config):
   return [row for row in rows if row["kind"] == "train"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+  "family",
+  [pytest.param(f, marks=[pytest.mark.slow] * (f in stored.QWEN)) for f in FAMILIES],
+)
 def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   folders, work, tmp_path, one_device, family
 ):
@@ -237,6 +245,15 @@ def edit(folder, name, change):
     ("sd3", {}, lambda f: shutil.rmtree(f / "transformer"), "no config.json in it"),
     ("flux", {}, lambda f: edit(f, "transformer/config.json", {"guidance_embeds": False}), "Set it to 1."),
     ("sd3", {}, lambda f: edit(f, "vae/config.json", {"latent_channels": 8}), "the autoencoder has 8"),
+    ("flux2", {"sampler.width": 88}, None, "sampler.width=88: must be a multiple of 16"),
+    ("flux2", {"model.variant": "z_image"}, None, "Use model.variant='flux2'"),
+    ("flux2", {}, lambda f: edit(f, "vae/config.json", {"_class_name": "AutoencoderKL"}), "not fields of"),
+    ("flux2", {}, lambda f: edit(f, "vae/config.json", {"patch_size": [1, 1]}), "must be (2, 2)"),
+    ("flux2", {}, lambda f: edit(f, "model_index.json", {"is_distilled": True}), "distilled to do without"),
+    ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"axes_dims_rope": [4, 6, 6]}), "four even"),
+    ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"guidance_embeds": True}), "FLUX.2-dev"),
+    ("z_image", {}, lambda f: edit(f, "transformer/config.json", {"axes_dims": [4, 6, 4]}), "must be three"),
+    ("z_image", {"sampler.height": 272}, None, "positions for 256 pixels at most"),
   ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said(

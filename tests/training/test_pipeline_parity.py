@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", stored.FAMILIES[:3])
+@pytest.mark.parametrize("family", stored.FAMILIES)
 def test_two_updates_exported_and_loaded_give_our_image(tmp_path, one_device, family):
   import make_pipeline
   import make_qwen_pipelines

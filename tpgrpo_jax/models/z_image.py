@@ -93,7 +93,10 @@ class ZImageConfig:
     unknown = sorted(k for k in config if k[0] != "_" and k not in names | _FIXED.keys())
     if unknown:
       raise ValueError(f"{', '.join(unknown)}: not fields of ZImageTransformer2DModel.")
-    listed = lambda value: tuple(value) if isinstance(value, list) else value
+
+    def listed(value: Any) -> Any:
+      return tuple(value) if isinstance(value, list) else value
+
     for field, value in _FIXED.items():
       if listed(config.get(field, value)) != value:
         raise ValueError(f"{field}={config[field]!r}: must be {value!r}; no other is known.")

@@ -28,7 +28,10 @@ ARCHITECTURES = {
     flux.FluxConfig, flux.FluxConfig.from_diffusers, hf_flux.names
   ),
   "Flux2Transformer2DModel": Architecture(
-    flux2.Flux2Config, flux2.Flux2Config.from_diffusers, hf_flux2.names
+    flux2.Flux2Config,
+    flux2.Flux2Config.from_diffusers,
+    hf_flux2.names,
+    adapters=hf_flux2.rename_adapters,
   ),
   "ZImageTransformer2DModel": Architecture(
     z_image.ZImageConfig, z_image.ZImageConfig.from_diffusers, hf_z_image.names

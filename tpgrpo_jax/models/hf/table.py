@@ -34,6 +34,11 @@ class Entry(NamedTuple):
   axes: tuple[int, ...] | None = None
 
 
+def same_adapters(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The adapters of a model that others call by the table's names."""
+  return dict(found)
+
+
 def same_names(found: Iterable[str]) -> dict[str, str]:
   """The aliases of a model whose files agree with its table."""
   return {name: name for name in found}
@@ -48,12 +53,15 @@ class Architecture(NamedTuple):
     names: (config, {dotted path: shape} of our tensors) -> the table; any subset of the paths will do.
     aliases: names in a file -> {the table's name: the file's name}; by default they are the same.
       What it leaves out is not needed.
+    adapters: tensors of a file of adapters by name -> the same under the table's names, where other programs
+      write them under the names of the model's authors; by default they are the same.
   """
 
   config: type
   read_config: Callable[[Mapping[str, Any]], Any]
   names: Callable[[Any, Mapping[str, tuple[int, ...]]], list[Entry]]
   aliases: Callable[[Iterable[str]], dict[str, str]] = same_names
+  adapters: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = same_adapters
 
 
 _NULL_IS_DEFAULT = ("out_channels",)  # diffusers writes null for "as in_channels"
