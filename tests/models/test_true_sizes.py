@@ -24,7 +24,7 @@ FLUX = dict(
 FLUX2 = dict(in_channels=128, attention_head_dim=128, guidance_embeds=False)
 # name -> (diffusers' class, what config.json on the hub says, parameters in billions)
 MODELS = {
-  "SD3-Medium": ("SD3Transformer2DModel", MEDIUM | dict(pos_embed_max_size=192), 2.0),
+  "SD3-Medium": ("SD3Transformer2DModel", MEDIUM | dict(pos_embed_max_size=192), 2.08),
   "SD3.5-Medium": (
     "SD3Transformer2DModel",
     MEDIUM
