@@ -137,8 +137,8 @@ FAMILIES = {
   "z_image": Case(
     "ZImageTransformer2DModel",
     dict(
-      in_channels=4, dim=32, n_layers=2, n_refiner_layers=2, n_heads=2, n_kv_heads=2, cap_feat_dim=24,
-      axes_dims=(4, 6, 6), axes_lens=(128, 16, 16),
+      in_channels=4, dim=48, n_layers=2, n_refiner_layers=2, n_heads=2, n_kv_heads=2, cap_feat_dim=24,
+      axes_dims=(8, 8, 8), axes_lens=(128, 16, 16),
     ),
     tasks.Z_IMAGE_TARGETS,
     _z_image,

@@ -97,7 +97,7 @@ def test_adapters_come_back_bit_for_bit_with_their_alpha(name, tmp_path):
     ("flux2", "num_layers", 0, "must be at least 1"),
     ("flux2", "patch_size", 2, "must be 1"),
     ("flux2", "pooled_projection_dim", 4, "not fields of Flux2Transformer2DModel"),
-    ("z_image", "axes_dims", (4, 6, 8), "three even numbers that add up to dim / n_heads = 16"),
+    ("z_image", "axes_dims", (8, 8, 6), "three even numbers that add up to dim / n_heads = 24"),
     ("z_image", "n_kv_heads", 1, "must be n_heads=2"),
     ("z_image", "siglip_feat_dim", 8, "must be None"),
     ("z_image", "all_patch_size", (2, 4), "must be one number"),

@@ -72,7 +72,7 @@ class AutoencoderKLFlux2(vae.AutoencoderKL):
 
   def __init__(self, config: Flux2VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
     super().__init__(config, dtype=dtype, rngs=rngs)
-    self.bn = Statistics(config.scaled_channels)
+    self.bn, self.eps = Statistics(config.scaled_channels), config.batch_norm_eps
 
   def scale(self, latents: jax.Array) -> jax.Array:
     """Latents [N, 2 h, 2 w, c] -> packed and normalised [N, h, w, 4 c]."""
@@ -91,4 +91,4 @@ class AutoencoderKLFlux2(vae.AutoencoderKL):
     mean, variance = (
       x[...].astype(jnp.float32) for x in (self.bn.running_mean, self.bn.running_var)
     )
-    return mean, jnp.sqrt(variance + self.config.batch_norm_eps)
+    return mean, jnp.sqrt(variance + self.eps)

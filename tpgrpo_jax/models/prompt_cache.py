@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import uuid
 
 import numpy as np
@@ -143,4 +143,5 @@ def _load(folder, prompts):
         "will use to embed_prompts."
       ) from error
   stack = lambda name: np.stack([rows[prompt][name] for prompt in prompts])
-  return types.Condition(**{name: stack(name) for name in rows[prompts[0]]})
+  given: dict[str, Any] = {name: stack(name) for name in rows[prompts[0]]}
+  return types.Condition(**given)

@@ -71,7 +71,7 @@ class Qwen3Config:
     if rope.get("rope_type", rope.get("type")) not in _ROPE_SCALING:
       raise ValueError(f"rope_parameters={rope!r}: must be of rope_type 'default'.")
     names = {f.name for f in dataclasses.fields(cls)}
-    known = {k: v for k, v in config.items() if k in names}
+    known: dict[str, Any] = {k: v for k, v in config.items() if k in names}
     theta = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
     return cls(**known | {"rope_theta": float(theta)})
 

@@ -65,16 +65,22 @@ def _attention(q, k, v, length=None, *, interpret):
     block_sizes=sizes,
     interpret=interpret,
   )
-  segments, axis = None, None
+  segments: Any = None
+  axis: Any = None
   if pad or length is not None:
     place = jnp.arange(tokens + pad)
     segment = keys = (place >= tokens).astype(jnp.int32)
     if length is not None:
       keys, axis = (place >= length[:, None]).astype(jnp.int32), 0
-    segments = splash_attention.SegmentIds(segment, keys)
-    axis = splash_attention.SegmentIds(None, axis)
+    segments = (segment, keys)
+    axis = (None, axis)
   whole = lambda a: jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0)))
   scaled = (q.astype(jnp.float32) * head_dim**-0.5).astype(q.dtype)  # the kernel does not scale
-  run = lambda q, k, v, segments: kernel(q, k, v, segment_ids=segments)
+
+  def run(q, k, v, segments):
+    ids = None if segments is None else splash_attention.SegmentIds(*segments)
+    kernel_of_sample: Any = kernel
+    return kernel_of_sample(q, k, v, segment_ids=ids)
+
   y: Any = jax.vmap(run, in_axes=(0, 0, 0, axis))(*map(whole, (scaled, k, v)), segments)
   return y[:, :, :tokens].swapaxes(1, 2)
