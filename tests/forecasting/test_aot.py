@@ -187,13 +187,18 @@ def test_states_and_weights_have_the_bytes_of_real_ones():
 
 
 def test_the_released_models_have_their_released_sizes():
-  # Public model cards: SD3.5-Medium 2.5 B, FLUX.1-dev 12 B parameters, autoencoder's decoder 50 M.
+  # Public model cards: SD3.5-Medium 2.5 B, FLUX.1-dev 12 B, FLUX.2-klein 4 B, Z-Image 6 B parameters.
   mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-  for config, billions in ((tasks.sd35m(), 2.5), (tasks.flux_pickscore(), 12)):
+  for config, billions, latent in (
+    (tasks.sd35m(), 2.5, (64, 64, 16)),
+    (tasks.flux_pickscore(), 12, (64, 64, 16)),
+    (tasks.flux2_klein(), 3.88, (24, 24, 128)),
+    (tasks.z_image(), 6.15, (64, 64, 16)),
+  ):
     model = lowering.abstract_model(config, mesh)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert count(model.frozen) == pytest.approx(billions * 1e9, rel=0.15)
-    assert model.pipeline.latent_shape == (64, 64, 16)
+    assert model.pipeline.latent_shape == latent
     assert count(model.pipeline.decoder) == pytest.approx(84e6, rel=0.05)  # encoder and decoder
 
 

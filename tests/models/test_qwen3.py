@@ -67,6 +67,11 @@ def test_embeddings_equal_those_of_the_diffusers_pipeline(golden, folders, famil
   np.testing.assert_array_equal(again.embed(prompts[1:]).text, found.text[1:])
 
 
+def test_golden_data_were_made_by_the_script_beside_them(golden):
+  script = stored.GOLDEN / "make_qwen_pipelines.py"
+  assert str(golden["qwen_pipelines/script"]) == script.read_text()
+
+
 @pytest.mark.filterwarnings("ignore:.*prompts have more than.*:UserWarning")
 def test_what_was_asked_of_the_prompt_is_part_of_the_tokens(folders):
   source = TextSource(folders["flux2"], "flux2", 48)

@@ -129,6 +129,29 @@ def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   assert len(rows_of(again)) == 2
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", stored.QWEN)
+def test_a_run_on_a_mesh_that_is_resumed_equals_one_that_is_not(folders, work, tmp_path, family):
+  def train(name, epochs):
+    fields = {
+      "run.dir": str(tmp_path / name),
+      "prompts.name": "folder",
+      "prompts.path": str(work),
+      "train.epochs": epochs,
+      "eval.prompts": 4,
+      "eval.batch": 4,
+      "mesh": config_lib.Mesh(2, 2, 2),
+    }
+    config = stored.make_config(family, folders[family], work, fields)
+    loop.train(config)
+    names = ("grad_norm", "reward", "advantage/std", "ratio/first_update_max_abs_log")
+    return [{n: row.get(n) for n in names} for row in rows_of(config)]
+
+  whole = train("whole", 2)
+  assert train("parts", 1) == whole[:1]
+  assert train("parts", 2) == whole
+
+
 # In CI: one of each kind of states and completions. The rest: pytest -m exhaustive.
 IN_CI = {
   ("sd3", "tempflow"),
