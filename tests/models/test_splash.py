@@ -52,7 +52,7 @@ def check_equals_plain(found, inputs, dtype):
     assert float(error) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("shape", [(3, 333, 2, 16), (3, 512, 1, 64)])
+@pytest.mark.parametrize("shape", [(3, 333, 2, 16)])
 def test_only_the_first_tokens_of_each_sample_are_seen(shape):
   inputs, length = draw(shape, "float32"), jnp.asarray([1, 200, shape[1]])
   found = value_and_gradients(
