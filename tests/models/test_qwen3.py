@@ -236,6 +236,10 @@ def change_sizes(**changes):
     (lambda f: divide(f / "text_encoder"), "no model-00002-of-00002.safetensors in it"),
     (lambda f: drop(f / "tokenizer"), "no chat template in it"),
     (
+      change("tokenizer/tokenizer_config.json", padding_side="left"),
+      "padding_side='left': must be 'right'",
+    ),
+    (
       lambda f: (f / "tokenizer/chat_template.jinja").write_text(QWEN2_TEMPLATE),
       "not Qwen3's (that of Qwen2",
     ),

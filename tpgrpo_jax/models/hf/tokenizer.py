@@ -64,6 +64,11 @@ def render_chat(tokenizer: Any, prompt: str, *, thinking: bool) -> str:
 
 def _check_chat(tokenizer, folder):
   """Raises ValueError unless there is a chat template that knows whether to think, as Qwen3's does."""
+  if tokenizer.padding_side != "right":
+    raise ValueError(
+      f"{str(folder)!r}: padding_side={tokenizer.padding_side!r}: must be 'right', as the pipelines have it. "
+      "Fetch the tokenizer again."
+    )
   if not tokenizer.chat_template:
     raise ValueError(
       f"{str(folder)!r}: no chat template in it (chat_template.jinja, or a field of "
