@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from tpgrpo_jax import models
 from tpgrpo_jax.models import hf
@@ -88,6 +89,13 @@ def test_adapters_come_back_bit_for_bit_with_their_alpha(name, tmp_path):
   found = hf.load_lora(file, config, families.weights_of(name))
   jax.tree.map(np.testing.assert_array_equal, found.trainable, trainable)
   assert (found.rank, found.alpha, {*found.targets}) == (3, 12.0, {*case.targets})
+  # As ai-toolkit writes them: another prefix, and no alpha, which is then the rank.
+  tensors = safetensors.numpy.load_file(file)
+  theirs = {k.replace("transformer.", "diffusion_model.", 1): v for k, v in tensors.items()}
+  safetensors.numpy.save_file(theirs, file)
+  found = hf.load_lora(file, config, families.weights_of(name))
+  jax.tree.map(np.testing.assert_array_equal, found.trainable, trainable)
+  assert (found.rank, found.alpha) == (3, 3.0)
 
 
 @pytest.mark.parametrize(
