@@ -205,7 +205,7 @@ FLUX_TARGETS = (*model_fields.REFERENCE_LORA_TARGETS, "ff.net.2", "proj_mlp", "p
     ("flux", (2, 2, 2), 4),
     ("flux", (1, 2, 4), 4),
     *(
-      pytest.param(family, (2, 2, 2), rank, marks=pytest.mark.slow)
+      pytest.param(family, (2, 2, 2), rank, marks=pytest.mark.exhaustive)
       for family in ("flux2", "z_image")
       for rank in (0, 4)
     ),

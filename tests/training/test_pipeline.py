@@ -68,7 +68,7 @@ def image_cases():
     for place in stored.SIZES if family in stored.QWEN else [""]:
       for which in (0, 1):
         later = family in stored.QWEN and (place, which) != ("small/", 1)
-        yield pytest.param(family, place, which, marks=[pytest.mark.slow] * later)
+        yield pytest.param(family, place, which, marks=[pytest.mark.exhaustive] * later)
 
 
 @pytest.mark.parametrize("family, place, which", [*image_cases()])
