@@ -68,10 +68,8 @@ def test_bfloat16_model_is_near_the_float32_one(name):
   wanted = families.velocity_of(name)(weights, *inputs)
   found = families.velocity_of(name, dtype=jnp.bfloat16)(weights, *inputs)
   assert found.dtype == jnp.float32
-  # 2^-8 a rounding, through some forty independent ones: 2^-8 sqrt(40) = 0.025.
-  error = relative_error(found, np.asarray(wanted))
-  print(f"{name}: error in bfloat16 {error:.4f}")
-  assert error < 0.03
+  # 2^-8 a rounding, through some forty independent ones: 2^-8 sqrt(40) = 0.025. Measured: 0.011 and 0.016.
+  assert relative_error(found, np.asarray(wanted)) < 0.03
 
 
 @pytest.mark.parametrize("name", NEW)
