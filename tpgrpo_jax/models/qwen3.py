@@ -73,7 +73,8 @@ class Qwen3Config:
     names = {f.name for f in dataclasses.fields(cls)}
     known: dict[str, Any] = {k: v for k, v in config.items() if k in names}
     theta = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
-    return cls(**known | {"rope_theta": float(theta)})
+    known["rope_theta"] = float(theta)
+    return cls(**known)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:

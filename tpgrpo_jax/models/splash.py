@@ -60,7 +60,7 @@ def _attention(q, k, v, length=None, *, interpret):
     block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
   )  # fmt: skip
   mask = splash_attention.FullMask((tokens + pad,) * 2)
-  kernel = splash_attention.make_splash_mha_single_device(
+  kernel: Any = splash_attention.make_splash_mha_single_device(
     splash_attention.MultiHeadMask([mask] * heads),
     block_sizes=sizes,
     interpret=interpret,
@@ -79,8 +79,8 @@ def _attention(q, k, v, length=None, *, interpret):
 
   def run(q, k, v, segments):
     ids = None if segments is None else splash_attention.SegmentIds(*segments)
-    kernel_of_sample: Any = kernel
-    return kernel_of_sample(q, k, v, segment_ids=ids)
+    return kernel(q, k, v, segment_ids=ids)
 
-  y: Any = jax.vmap(run, in_axes=(0, 0, 0, axis))(*map(whole, (scaled, k, v)), segments)
+  inputs = (*map(whole, (scaled, k, v)), segments)
+  y: Any = jax.vmap(run, in_axes=(0, 0, 0, axis))(*inputs)
   return y[:, :, :tokens].swapaxes(1, 2)
