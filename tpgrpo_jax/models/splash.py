@@ -81,6 +81,6 @@ def _attention(q, k, v, length=None, *, interpret):
     ids = None if segments is None else splash_attention.SegmentIds(*segments)
     return kernel(q, k, v, segment_ids=ids)
 
-  inputs = (*map(whole, (scaled, k, v)), segments)
-  y: Any = jax.vmap(run, in_axes=(0, 0, 0, axis))(*inputs)
+  batched: Any = jax.vmap(run, in_axes=(0, 0, 0, axis))
+  y = batched(*map(whole, (scaled, k, v)), segments)
   return y[:, :, :tokens].swapaxes(1, 2)
