@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from tpgrpo_jax.config import presets
+from tpgrpo_jax.config import tasks
 from tpgrpo_jax.forecasting import forecast, lowering
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -31,7 +31,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--microbatch", type=int, default=1024)
   args = parser.parse_args()
-  base = presets.tiny_text()
+  base = tasks.tiny_text()
   sizes = dataclasses.replace(
     base.train, prompts_per_epoch=2, group_size=args.microbatch, microbatch=args.microbatch
   )

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from tpgrpo_jax import rewards
-from tpgrpo_jax.config import presets
+from tpgrpo_jax.config import presets, tasks
 from tpgrpo_jax.reporting import history
 from tpgrpo_jax.runs import best, checkpoint, metrics
 from tpgrpo_jax.training import session as session_lib
@@ -123,7 +123,7 @@ def kill_runs(folder: pathlib.Path, method: str, kills: int, rng: random.Random)
 
 def small_fields(method: str) -> dict[str, Any]:
   """FIELDS, and what the method makes of them where a recipe's own sizes are larger."""
-  small = presets.apply(presets.tiny_text(), {n: v for n, v in FIELDS.items() if "." in n})
+  small = presets.apply(tasks.tiny_text(), {n: v for n, v in FIELDS.items() if "." in n})
   row = presets.METHODS[method]
   return FIELDS | {name: value(small) for name, value in row.items() if callable(value)}
 

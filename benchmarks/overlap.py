@@ -16,7 +16,7 @@ import numpy as np
 import timing
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.config import presets
+from tpgrpo_jax.config import tasks
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 def make_config(folder: str, chunks: int, microbatch: int) -> config_lib.Config:
   """The built-in task with a reward that waits."""
-  base = presets.tiny_text()
+  base = tasks.tiny_text()
   train = dataclasses.replace(
     base.train, prompts_per_epoch=chunks, group_size=microbatch, microbatch=microbatch
   )

@@ -343,7 +343,7 @@ def plain_layers():
     fence=lambda tree: tree,
     linear=lambda x, kernel, bias: x @ kernel + bias,
     modulate=lambda x, shift, scale: norm(x) * (1 + scale[:, None]) + shift[:, None],
-    rms_norm=rms_norm,
+    make_rms_norm=lambda eps: rms_norm,
     gelu_tanh=lambda x: jax.nn.gelu(x, approximate=True),
     silu=jax.nn.silu,
     gated_residual=lambda x, gate, y: x + gate[:, None] * y,

@@ -2,7 +2,7 @@
 
 Command: python -m tpgrpo_jax.train --config configs/flux_pickscore.py[:METHOD]
 Needs accelerators, and the prompts of Flow-GRPO (dataset/pickscore of its repository) in
-datasets/pickscore: docs/fine_tune_sd35.md. No result of ours yet.
+datasets/pickscore: docs/fine_tune.md. No result of ours yet.
 """
 
 from tpgrpo_jax import config as config_lib

@@ -2,7 +2,7 @@
 
 Command: python -m tpgrpo_jax.train --config configs/sd35m_ocr.py[:METHOD]
 Needs accelerators, and the prompts of Flow-GRPO (dataset/ocr of its repository) in datasets/ocr:
-docs/fine_tune_sd35.md. No result of ours yet.
+docs/fine_tune.md. No result of ours yet.
 """
 
 from tpgrpo_jax import config as config_lib

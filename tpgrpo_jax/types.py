@@ -25,11 +25,13 @@ class Condition:
 
   Attributes:
     text: [B, L, E] sequence embedding.
-    pooled: [B, F] pooled embedding.
+    pooled: [B, F] pooled embedding; None for models that read none.
+    length: [B] int32, how many of the L tokens are the prompt's; None for models that read all of them.
   """
 
   text: jax.Array
-  pooled: jax.Array
+  pooled: jax.Array | None = None
+  length: jax.Array | None = None
 
 
 @_pytree

@@ -136,7 +136,12 @@ BAD = {
   ),
   "unknown_model": (
     {"model.variant": "tinny"},
-    ("model.variant='tinny':", "unknown name", "Did you mean 'tiny'?", "Choices: flux, sd3, tiny"),
+    (
+      "model.variant='tinny':",
+      "unknown name",
+      "Did you mean 'tiny'?",
+      "Choices: flux, flux2, sd3, tiny, z_image",
+    ),
   ),
   "pipeline_without_a_path": (
     {"model.variant": "sd3"},
@@ -148,7 +153,15 @@ BAD = {
   ),
   "schedule_of_another_model": (
     {"sampler.schedule": "flux"},
-    ("sampler.schedule='flux':", "FLUX.1's tokens", "Use 'sd3'"),
+    ("sampler.schedule='flux':", "the model of that name", "Use 'sd3'"),
+  ),
+  "schedule_of_flux_1": (
+    {"sampler.schedule": "flux", "model.variant": "flux2", "model.path": "x"},
+    ("sampler.schedule='flux':", "model.variant='flux2' was made for another", "Use 'flux2'"),
+  ),
+  "t5_of_a_model_without": (
+    {"model.variant": "z_image", "model.path": "x", "text.t5": False},
+    ("text.t5=False:", "no T5 to leave out", "Set it to True"),
   ),
   "too_many_tokens": (
     {"text.max_sequence_length": 600},

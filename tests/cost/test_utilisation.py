@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.config import presets
+from tpgrpo_jax.config import tasks
 from tpgrpo_jax.cost import flops, hardware, utilisation
 from tpgrpo_jax.forecasting import lowering
 from tpgrpo_jax.training import build, step
@@ -39,7 +39,7 @@ def test_unknown_devices_have_no_share():
 
 def test_what_rematerialisation_repeats_is_no_work_of_the_model():
   mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-  base, found = presets.tiny_text(), {}
+  base, found = tasks.tiny_text(), {}
   for remat in ("none", "full"):
     config = dataclasses.replace(base, model=dataclasses.replace(base.model, remat=remat))
     plan = lowering.open_plan(config, mesh)

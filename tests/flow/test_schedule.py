@@ -255,3 +255,38 @@ def test_stratified_levels_are_the_same_for_all_samples():
 def test_as_many_levels_as_the_window_has_are_all_of_them(name):
   levels = schedule.LEVEL_DRAWS[name](np.random.default_rng(0), FOURTEEN, (2, 9), 7, 4)
   np.testing.assert_array_equal(np.sort(numbers_of(levels), axis=0).T, [range(2, 9)] * 4)
+
+
+def test_flux2_mu_lies_on_the_lines_that_its_authors_fitted():
+  assert schedule.flux2_mu(10, 1024) == pytest.approx(1.9878, abs=1e-4)  # of 10 steps
+  assert schedule.flux2_mu(200, 1024) == pytest.approx(0.00016927 * 1024 + 0.45666666)
+  half = schedule.flux2_mu(105, 1024)
+  assert half == pytest.approx((schedule.flux2_mu(10, 1024) + schedule.flux2_mu(200, 1024)) / 2)
+  assert schedule.flux2_mu(10, 5000) == schedule.flux2_mu(200, 5000)
+
+
+def test_shifted_grid_is_the_even_one_shifted_once():
+  found = schedule.SCHEDULES["shifted"](4, 6.0, 0)
+  even = np.asarray([1, 0.75, 0.5, 0.25, 0])
+  np.testing.assert_allclose(found, 6 * even / (1 + 5 * even))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("num_steps", [4, 8, 50])
+def test_flux2_and_z_image_grids_are_those_of_the_installed_diffusers(num_steps):
+  diffusers = pytest.importorskip("diffusers")
+  from diffusers.pipelines.flux2 import pipeline_flux2_klein
+  from diffusers.pipelines.z_image import pipeline_z_image
+
+  kind = diffusers.FlowMatchEulerDiscreteScheduler
+  for tokens in (576, 1024, 4096, 4400):
+    mu = pipeline_flux2_klein.compute_empirical_mu(tokens, num_steps)
+    scheduler = kind(shift=3.0, use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+    ours = schedule.SCHEDULES["flux2"](num_steps, 3.0, tokens)
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)
+  for shift in (3.0, 6.0):
+    scheduler = kind(shift=shift)
+    scheduler.set_timesteps(sigmas=pipeline_z_image.get_default_z_image_sigmas(num_steps), mu=1.0)
+    ours = schedule.SCHEDULES["shifted"](num_steps, shift, 0)
+    np.testing.assert_allclose(ours, scheduler.sigmas.numpy(), atol=1e-6)

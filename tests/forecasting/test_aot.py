@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.config import presets
+from tpgrpo_jax.config import tasks
 from tpgrpo_jax.cost import collectives, flops, hardware
 from tpgrpo_jax.forecasting import forecast, lowering, reward_program
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -33,7 +33,7 @@ SHORT = (
 
 
 def small_config(**sampler):
-  base = presets.tiny_text()
+  base = tasks.tiny_text()
   return dataclasses.replace(
     base,
     sampler=dataclasses.replace(base.sampler, num_steps=2, window=(0, 1), **sampler),
@@ -106,7 +106,7 @@ def test_a_mesh_that_does_not_divide_the_devices_is_refused():
 
 
 def test_a_hub_id_of_unknown_sizes_is_refused():
-  config = dataclasses.replace(presets.sd35m(), model=config_lib.Model("sd3", "someone/some-model"))
+  config = dataclasses.replace(tasks.sd35m(), model=config_lib.Model("sd3", "someone/some-model"))
   with pytest.raises(ValueError, match="no folder here"):
     lowering.load_sizes(config)
 
@@ -187,13 +187,18 @@ def test_states_and_weights_have_the_bytes_of_real_ones():
 
 
 def test_the_released_models_have_their_released_sizes():
-  # Public model cards: SD3.5-Medium 2.5 B, FLUX.1-dev 12 B parameters, autoencoder's decoder 50 M.
+  # Public model cards: SD3.5-Medium 2.5 B, FLUX.1-dev 12 B, FLUX.2-klein 4 B, Z-Image 6 B parameters.
   mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-  for config, billions in ((presets.sd35m(), 2.5), (presets.flux_pickscore(), 12)):
+  for config, billions, latent in (
+    (tasks.sd35m(), 2.5, (64, 64, 16)),
+    (tasks.flux_pickscore(), 12, (64, 64, 16)),
+    (tasks.flux2_klein(), 3.88, (24, 24, 128)),
+    (tasks.z_image(), 6.15, (64, 64, 16)),
+  ):
     model = lowering.abstract_model(config, mesh)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     assert count(model.frozen) == pytest.approx(billions * 1e9, rel=0.15)
-    assert model.pipeline.latent_shape == (64, 64, 16)
+    assert model.pipeline.latent_shape == latent
     assert count(model.pipeline.decoder) == pytest.approx(84e6, rel=0.05)  # encoder and decoder
 
 
@@ -288,7 +293,7 @@ def test_a_bound_is_the_longest_of_three_times():
 
 
 def test_candidates_divide_devices_and_updates_and_begin_with_the_least_fsdp():
-  found = list(forecast.candidates(presets.sd35m(), 16))  # 576 samples an update
+  found = list(forecast.candidates(tasks.sd35m(), 16))  # 576 samples an update
   sizes = [(c.mesh.fsdp, c.train.microbatch) for c in found]
   assert sizes[:4] == [(1, 96), (1, 64), (1, 48), (1, 32)]
   assert sorted({fsdp for fsdp, _ in sizes}) == [1, 2, 4, 8, 16]

@@ -2,6 +2,7 @@
 
 import json
 
+import families
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import safetensors.numpy
 from tpgrpo_jax import models, types
 from tpgrpo_jax.config import model_fields
 from tpgrpo_jax.models import flux, hf, lora, mmdit
+from tpgrpo_jax.models.hf import flux2 as hf_flux2
 
 RANK, ALPHA = 3, 12.0
 CONFIG = mmdit.MMDiTConfig(
@@ -508,3 +510,56 @@ def test_adapters_of_peft_give_their_output_here(theirs, weights, abstract, tmp_
   assert jax.tree.structure(shapes) == jax.tree.structure(found.trainable)
   ours, inputs = run(graphdef, {"frozen": weights, "trainable": found.trainable})
   assert relative_error(ours, run_theirs(model, inputs)) < TOLERANCE
+
+
+# FLUX.2's authors' names, as ai-toolkit writes them.
+
+
+def authors_file(path, rank=4):
+  """Adapters of the small FLUX.2 of families.py, under the names of its authors."""
+  rng, width = np.random.default_rng(0), 32
+  shapes = {
+    f"double_blocks.{i}.{name}": shape
+    for i in range(2)
+    for name, shape in {
+      "img_attn.qkv": (3 * width, width), "txt_attn.qkv": (3 * width, width),
+      "img_attn.proj": (width, width), "txt_attn.proj": (width, width),
+      "img_mlp.0": (6 * width, width), "txt_mlp.2": (width, 3 * width),
+    }.items()
+  } | {f"single_blocks.{i}.linear1": (9 * width, width) for i in range(2)}  # fmt: skip
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  tensors = {}
+  for name, (out, inside) in shapes.items():
+    tensors[f"diffusion_model.{name}.lora_A.weight"] = draw(rank, inside)
+    tensors[f"diffusion_model.{name}.lora_B.weight"] = draw(out, rank)
+  safetensors.numpy.save_file(tensors, path)
+  return tensors
+
+
+def test_adapters_under_the_names_of_flux_2s_authors_are_read(tmp_path):
+  tensors = authors_file(tmp_path / "theirs.safetensors")
+  config = families.config_of(families.FAMILIES["flux2"])
+  found = hf.load_lora(tmp_path / "theirs.safetensors", config, families.weights_of("flux2"))
+  assert (found.rank, found.alpha) == (4, 4.0)
+  attention = found.trainable["transformer_blocks"]["attn"]
+  fused = "diffusion_model.double_blocks.1.img_attn.qkv"
+  b = [attention[name]["lora_b"][1].T for name in ("to_q", "to_k", "to_v")]
+  np.testing.assert_array_equal(np.concatenate(b), tensors[f"{fused}.lora_B.weight"])
+  for name in ("to_q", "to_k", "to_v"):
+    np.testing.assert_array_equal(attention[name]["lora_a"][1].T, tensors[f"{fused}.lora_A.weight"])
+  assert {"attn.to_q", "attn.add_v_proj", "attn.to_qkv_mlp_proj", "ff.linear_in"} <= {
+    *found.targets
+  }
+
+
+@pytest.mark.parity
+def test_names_of_flux_2s_authors_become_diffusers_own(tmp_path):
+  torch = pytest.importorskip("torch")
+  utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+  tensors = authors_file(tmp_path / "theirs.safetensors")
+  convert = utils._convert_non_diffusers_flux2_lora_to_diffusers
+  wanted = convert({k: torch.from_numpy(v) for k, v in tensors.items()})
+  found = hf_flux2.rename_adapters(tensors)
+  assert {f"transformer.{name}" for name in found} == wanted.keys()
+  for name, tensor in found.items():
+    np.testing.assert_array_equal(tensor, wanted[f"transformer.{name}"].numpy())

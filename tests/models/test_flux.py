@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from tpgrpo_jax import models, types
-from tpgrpo_jax.models import flux, hf, lora
+from tpgrpo_jax.models import flux, hf, lora, rotary
 from tpgrpo_jax.models.hf import flux as table
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -208,7 +208,7 @@ def turned():
   cos, sin = flux.rotary_tables((4, 6, 6), 3, 4, 5)
   q, k = np.random.default_rng(0).standard_normal((2, 16)).astype(np.float32)
   spread = lambda a: jnp.broadcast_to(a, (1, len(cos), 1, 16))
-  return q, k, *(flux.rotate(spread(a), cos, sin)[0, :, 0] for a in (q, k))
+  return q, k, *(rotary.rotate(spread(a), cos, sin)[0, :, 0] for a in (q, k))
 
 
 def test_text_is_not_turned(turned):
@@ -233,7 +233,7 @@ def test_gradient_of_rotation_is_that_of_the_plain_formula():
     turned = (pairs[..., 0] + 1j * pairs[..., 1]) * (cos + 1j * sin)[:, None, 1::2]
     return jnp.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
 
-  found, pull = jax.vjp(lambda x: flux.rotate(x, cos, sin), x)
+  found, pull = jax.vjp(lambda x: rotary.rotate(x, cos, sin), x)
   wanted, plain_pull = jax.vjp(plain, x)
   np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(pull(dy)[0], plain_pull(dy)[0], rtol=1e-5, atol=1e-6)

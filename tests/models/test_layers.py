@@ -1,5 +1,6 @@
 """Layers with a hand-written backward pass have the gradient of their plain formula."""
 
+import functools
 import math
 
 from flax import nnx
@@ -12,6 +13,7 @@ from tpgrpo_jax import models
 from tpgrpo_jax.models import hf, layers, lora, tiny
 
 B, N, D, F, HEADS = 3, 5, 8, 6, 2
+LENGTH = jnp.asarray([2, 5, 1])  # of N tokens
 
 
 def plain_layer_norm(x):
@@ -27,24 +29,33 @@ def plain_attention(q, k, v):
 OPERATIONS = {
   "linear": (layers.linear, lambda x, w, b: x @ w + b, [(B, N, D), (D, F), (F,)]),
   "linear_on_vectors": (layers.linear, lambda x, w, b: x @ w + b, [(B, D), (D, F), (F,)]),
+  "product": (layers.product, lambda x, w: x @ w, [(B, N, D), (D, F)]),
   "modulate": (
     layers.modulate,
     lambda x, shift, scale: plain_layer_norm(x) * (1 + scale[:, None]) + shift[:, None],
     [(B, N, D), (B, D), (B, D)],
   ),
   "rms_norm": (
-    layers.rms_norm,
+    layers.make_rms_norm(1e-6),
     lambda x, scale: scale * x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6),
     [(B, N, HEADS, D), (D,)],
   ),
   "gelu_tanh": (layers.gelu_tanh, lambda x: jax.nn.gelu(x, approximate=True), [(B, N, D)]),
   "silu": (layers.silu, jax.nn.silu, [(B, D)]),
+  "swiglu": (layers.swiglu, lambda g, v: jax.nn.silu(g) * v, [(B, N, D), (B, N, D)]),
   "gated_residual": (
     layers.gated_residual,
     lambda x, gate, y: x + gate[:, None] * y,
     [(B, N, D), (B, D), (B, N, D)],
   ),
+  "scaled": (layers.scaled, lambda x, s: x * (1 + s[:, None]), [(B, N, D), (B, D)]),
+  "tanh": (layers.tanh, jnp.tanh, [(B, D)]),
   "attention": (layers.attention, plain_attention, [(B, N, HEADS, D)] * 3),
+  "attention_of_the_first": (
+    functools.partial(layers.attention, length=LENGTH),
+    lambda q, k, v: jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=LENGTH),
+    [(B, N, HEADS, D)] * 3,
+  ),
 }
 
 

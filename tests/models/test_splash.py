@@ -52,6 +52,19 @@ def check_equals_plain(found, inputs, dtype):
     assert float(error) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("shape", [(3, 333, 2, 16)])
+def test_only_the_first_tokens_of_each_sample_are_seen(shape):
+  inputs, length = draw(shape, "float32"), jnp.asarray([1, 200, shape[1]])
+  found = value_and_gradients(
+    lambda *qkv: splash.attention(*qkv, spec=None, length=length, interpret=True)
+  )(*inputs)
+  wanted = value_and_gradients(
+    lambda *qkv: jax.nn.dot_product_attention(*qkv, key_value_seq_lengths=length)
+  )(*inputs)
+  for a, b in zip(found, wanted, strict=True):
+    assert float(jnp.abs(a - b).max() / jnp.abs(b).max()) < TOLERANCE["float32"]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
   "shape", [(2, 7, 2, 64), (1, 333, 3, 16), (1, 600, 1, 128), (1, 512, 1, 64)]

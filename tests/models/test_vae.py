@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import models
 from tpgrpo_jax.models import hf, vae
 from tpgrpo_jax.models.hf import vae as hf_vae
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -37,7 +38,7 @@ def golden():
 
 def abstract_model(config, dtype=jnp.float32):
   """(structure, nested dict of shapes)."""
-  abstract = nnx.eval_shape(vae.build_autoencoder(config, dtype=dtype), jax.random.key(0))
+  abstract = nnx.eval_shape(models.build_autoencoder(config, dtype=dtype), jax.random.key(0))
   graphdef, params = nnx.split(abstract)
   return graphdef, nnx.to_pure_dict(params)
 
@@ -309,7 +310,7 @@ def test_saved_by_our_table_the_model_has_the_same_output_in_diffusers(golden):
   torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
   raw = json.loads(str(golden["sd3_like/config"]))
   config = vae.VAEConfig.from_diffusers(raw)
-  graphdef, params = nnx.split(vae.build_autoencoder(config)(jax.random.key(5)))
+  graphdef, params = nnx.split(models.build_autoencoder(config)(jax.random.key(5)))
   params = nnx.to_pure_dict(params)
   flat = hf.flatten(params)
   state = {e.name: torch.tensor(e.to_foreign(np.asarray(flat[e.path]))) for e in table(config)}

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import re
+import sys
 
 from flax import nnx
 import jax
@@ -20,6 +21,9 @@ from tpgrpo_jax.training import build, state
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))
+import families
 
 SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
 
@@ -200,6 +204,11 @@ FLUX_TARGETS = (*model_fields.REFERENCE_LORA_TARGETS, "ff.net.2", "proj_mlp", "p
     ("flux", (2, 2, 2), 0),
     ("flux", (2, 2, 2), 4),
     ("flux", (1, 2, 4), 4),
+    *(
+      pytest.param(family, (2, 2, 2), rank, marks=pytest.mark.exhaustive)
+      for family in ("flux2", "z_image")
+      for rank in (0, 4)
+    ),
   ],
 )
 def test_gradient_on_a_mesh_equals_that_of_a_single_device(family, shape, rank, single_mesh):
@@ -257,7 +266,20 @@ def flux_family():
   return create, options, (4, 6, 4), types.Condition(text, pooled)
 
 
-FAMILIES = {"mmdit": mmdit_family, "flux": flux_family}
+def family_of(name):
+  """One of the harness of tests/models."""
+  case = families.FAMILIES[name]
+  x, _, condition = families.draw_inputs(case, batch=8)
+  options = {"targets": case.targets}
+  return families.create_of(case), options, x.shape[1:], condition
+
+
+FAMILIES = {
+  "mmdit": mmdit_family,
+  "flux": flux_family,
+  "flux2": functools.partial(family_of, "flux2"),
+  "z_image": functools.partial(family_of, "z_image"),
+}
 
 
 def tiny_state(rank):
@@ -287,6 +309,25 @@ def test_every_matrix_is_divided_over_the_mesh(rank):
       if "kernel" in name or "lora" in name:
         assert not sharding.is_fully_replicated, name
       assert len(sharding.shard_shape(leaf.shape)) == len(leaf.shape)
+
+
+@pytest.mark.parametrize(
+  "name, rows",
+  [
+    ("flux2", r"(\btransformer_blocks\.attn\.(to_out|to_add_out)|linear_out)\.kernel"),
+    ("z_image", r"(to_out|w2)\.kernel"),
+  ],
+)
+def test_every_matrix_of_a_block_is_divided_over_fsdp_and_tensor(name, rows):
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(2, 2, 2))
+  weights = families.split(name)[1]
+  flat = hf.flatten(mesh_lib.param_shardings(mesh, weights))
+  stacked = [
+    p for p, leaf in hf.flatten(weights).items() if p.endswith("kernel") and leaf.ndim == 3
+  ]
+  for path in (path for path in stacked if "modulation" not in path):
+    order = ("tensor", "fsdp") if re.search(rows, path) else ("fsdp", "tensor")
+    assert flat[path].spec == P(None, *order), path
 
 
 def test_every_matrix_of_a_flux_block_is_divided_over_fsdp_and_tensor():

@@ -20,7 +20,7 @@ from tpgrpo_jax.training import build, evaluation, loop
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
-FAMILIES = ("sd3", "flux")
+FAMILIES = stored.FAMILIES
 TWO_LEVELS = 2 / 255  # of an 8-bit image
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts have more than.*:UserWarning")
 
@@ -62,14 +62,27 @@ def paint(config, mesh, texts, latents):
   return run(model.params(model.trainable), jnp.asarray(latents), condition)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("which", [0, 1])
-def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, which):
+def image_cases():
+  """(family, size, guidance): all of the older families; in CI's first tier, one of the newer."""
+  for family in FAMILIES:
+    for place in stored.SIZES if family in stored.QWEN else [""]:
+      for which in (0, 1):
+        later = family in stored.QWEN and (place, which) != ("small/", 1)
+        yield pytest.param(family, place, which, marks=[pytest.mark.exhaustive] * later)
+
+
+@pytest.mark.parametrize("family, place, which", [*image_cases()])
+def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, place, which):
   scale = stored.GUIDANCE[family][which]
-  config = stored.make_config(family, folders[family], work, {"sampler.guidance_scale": scale})
-  found = paint(config, single_mesh, stored.prompts(golden), golden["latents"])
+  height, width = stored.SIZES[place]
+  fields = {
+    "sampler.guidance_scale": scale, "sampler.height": height, "sampler.width": width
+  }  # fmt: skip
+  config = stored.make_config(family, folders[family], work, fields)
+  texts, latents = stored.prompts(golden, family), stored.latents(golden, family, place)
+  found = paint(config, single_mesh, texts, latents)
   wanted, other = (
-    golden[f"{family}/images/{s}"] for s in (scale, stored.GUIDANCE[family][1 - which])
+    golden[f"{family}/{place}images/{s}"] for s in (scale, stored.GUIDANCE[family][1 - which])
   )
   assert np.abs(np.asarray(found) - wanted).max() < TWO_LEVELS
   assert np.abs(other - wanted).max() > TWO_LEVELS  # guidance is seen
@@ -77,7 +90,7 @@ def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, 
 
 def test_pictures_on_a_mesh_are_those_of_one_device(golden, folders, work, single_mesh):
   config = stored.make_config("sd3", folders["sd3"], work)
-  texts, latents = stored.prompts(golden) * 4, np.tile(golden["latents"], (4, 1, 1, 1))
+  texts, latents = stored.prompts(golden) * 4, np.tile(stored.latents(golden), (4, 1, 1, 1))
   mesh = mesh_lib.make_mesh(config_lib.Mesh(2, 2, 2))
   with jax.set_mesh(mesh):
     found = paint(config, mesh, texts, latents)
@@ -89,7 +102,10 @@ def rows_of(config):
   return [row for row in rows if row["kind"] == "train"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+  "family",
+  [pytest.param(f, marks=[pytest.mark.slow] * (f in stored.QWEN)) for f in FAMILIES],
+)
 def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   folders, work, tmp_path, one_device, family
 ):
@@ -107,10 +123,33 @@ def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   (row,) = rows_of(config)
   assert row["ratio/first_update_max_abs_log"] == 0.0
   assert row["reward/pickscore/std"] > 0 and row["grad_norm"] > 0
-  assert row["evaluations_per_sample"] == 10 * (2 if family == "sd3" else 1)
+  assert row["evaluations_per_sample"] == 10 * (1 if family == "flux" else 2)
   again = stored.make_config(family, folders[family], work, fields | {"train.epochs": 2})
   loop.train(again)  # goes on from its checkpoint, with the embeddings of the new prompts
   assert len(rows_of(again)) == 2
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", stored.QWEN)
+def test_a_run_on_a_mesh_that_is_resumed_equals_one_that_is_not(folders, work, tmp_path, family):
+  def train(name, epochs):
+    fields = {
+      "run.dir": str(tmp_path / name),
+      "prompts.name": "folder",
+      "prompts.path": str(work),
+      "train.epochs": epochs,
+      "eval.prompts": 4,
+      "eval.batch": 4,
+      "mesh": config_lib.Mesh(2, 2, 2),
+    }
+    config = stored.make_config(family, folders[family], work, fields)
+    loop.train(config)
+    kept = ("grad_norm", "reward/", "advantage/", "ratio/")
+    return [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows_of(config)]
+
+  whole = train("whole", 2)
+  assert train("parts", 1) == whole[:1]
+  assert train("parts", 2) == whole
 
 
 # In CI: one of each kind of states and completions. The rest: pytest -m exhaustive.
@@ -148,7 +187,7 @@ def test_an_epoch_of_every_method_learns_and_is_on_policy(
   if config.sampler.calibration:
     config = presets.apply(config, {"sampler.calibration_rounds": 2})
   rules.validate(config)
-  assert method_lib.is_guided(config) == (family == "sd3" and config.sampler.guidance_scale != 1.0)
+  assert method_lib.is_guided(config) == (family != "flux" and config.sampler.guidance_scale != 1.0)
   loop.train(config)
   (row,) = rows_of(config)
   is_policy = config.loss.objective == "policy"
@@ -170,7 +209,7 @@ def test_quantised_base_is_on_policy_and_near_the_whole_one(
   config = stored.make_config("sd3", folders["sd3"], work, fields)
   loop.train(config)
   assert rows_of(config)[0]["ratio/first_update_max_abs_log"] == 0.0
-  found = paint(config, single_mesh, stored.prompts(golden), golden["latents"])
+  found = paint(config, single_mesh, stored.prompts(golden), stored.latents(golden))
   wanted = golden[f"sd3/images/{stored.GUIDANCE['sd3'][-1]}"]
   difference = np.abs(np.asarray(found) - wanted).mean()
   assert 0 < difference < 0.01
@@ -229,6 +268,15 @@ def edit(folder, name, change):
     ("sd3", {}, lambda f: shutil.rmtree(f / "transformer"), "no config.json in it"),
     ("flux", {}, lambda f: edit(f, "transformer/config.json", {"guidance_embeds": False}), "Set it to 1."),
     ("sd3", {}, lambda f: edit(f, "vae/config.json", {"latent_channels": 8}), "the autoencoder has 8"),
+    ("flux2", {"sampler.width": 88}, None, "sampler.width=88: must be a multiple of 16"),
+    ("flux2", {"model.variant": "z_image"}, None, "Use model.variant='flux2'"),
+    ("flux2", {}, lambda f: edit(f, "vae/config.json", {"_class_name": "AutoencoderKL"}), "not fields of"),
+    ("flux2", {}, lambda f: edit(f, "vae/config.json", {"patch_size": [1, 1]}), "must be (2, 2)"),
+    ("flux2", {}, lambda f: edit(f, "model_index.json", {"is_distilled": True}), "distilled to do without"),
+    ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"axes_dims_rope": [4, 6, 6]}), "four even"),
+    ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"guidance_embeds": True}), "FLUX.2-dev"),
+    ("z_image", {}, lambda f: edit(f, "transformer/config.json", {"axes_dims": [4, 6, 4]}), "must be three"),
+    ("z_image", {"sampler.height": 272}, None, "positions for 256 pixels at most"),
   ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said(

@@ -19,15 +19,18 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", stored.FAMILIES)
 def test_two_updates_exported_and_loaded_give_our_image(tmp_path, one_device, family):
   import make_pipeline
+  import make_qwen_pipelines
   from test_pipeline import paint
+
+  script = make_qwen_pipelines if family in stored.QWEN else make_pipeline
 
   golden = stored.load()
   folder = stored.write_pipeline(golden, family, tmp_path / "pipeline")
   for split in ("train", "test"):
-    (tmp_path / f"{split}.txt").write_text("\n".join(make_pipeline.PROMPTS))
+    (tmp_path / f"{split}.txt").write_text("\n".join(script.PROMPTS))
   fields = {
     "prompts.name": "folder",
     "prompts.path": str(tmp_path),
@@ -51,13 +54,13 @@ def test_two_updates_exported_and_loaded_give_our_image(tmp_path, one_device, fa
   for name, value in ours.items():
     np.testing.assert_array_equal(value, theirs[name])
   scale = stored.GUIDANCE[family][-1]
-  found = paint(saved, one_device, list(make_pipeline.PROMPTS), golden["latents"])
+  found = paint(saved, one_device, list(script.PROMPTS), stored.latents(golden, family))
 
   import diffusers
 
   pipe = diffusers.DiffusionPipeline.from_pretrained(pathlib.Path(folder))
   pipe.load_lora_weights(str(exported))
-  wanted = make_pipeline.paint(pipe, family, golden["latents"], scale)
+  wanted = script.paint(pipe, family, stored.latents(golden, family), scale)
   assert np.abs(np.asarray(found) - wanted).max() < 2 / 255
   base = golden[f"{family}/images/{scale}"]
   assert np.abs(wanted - base).max() > 4 / 255  # the adapters are seen

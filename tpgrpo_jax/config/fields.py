@@ -56,11 +56,13 @@ class Sampler:
       (DenseGRPO); 0 does not. noise_level is where they start.
     calibration_rounds: how many.
     latents: dtype that latents are kept in; they are rounded to it before they are scored.
-    schedule: noise levels: linear, sd3 (diffusers' FlowMatchEulerDiscreteScheduler with a fixed
-      shift), flux (the same with a shift that grows with the image, as FLUX.1-dev).
-    shift: of the sd3 schedule; the others do not use it.
-    guidance_scale: 1 is no guidance. For tiny and sd3 another value costs two model evaluations a
-      step instead of one; FLUX.1-dev is told it, and FLUX.1-schnell knows none.
+    schedule: noise levels: linear; sd3 (diffusers' FlowMatchEulerDiscreteScheduler with a fixed shift, as
+      SD3's pipeline uses it); shifted (the same as Z-Image's does); flux and flux2 (with a shift that grows
+      with the image, as FLUX.1-dev; and falls with the steps, as FLUX.2).
+    shift: of the schedules sd3 and shifted; the others do not use it.
+    guidance_scale: 1 is no guidance. Another value costs two model evaluations a step instead of one, but
+      FLUX.1-dev is told it, and FLUX.1-schnell knows none. Z-Image's pipeline counts it from 0: its
+      guidance_scale=4 is 5 here.
     same_latent: the samples of one prompt start from the same noise.
     height: of an image in pixels; 0 is the model's own.
     width: likewise.

@@ -14,7 +14,7 @@ class Model:
 
   Attributes:
     variant: a name of tpgrpo_jax.models.MODELS; "tiny" ships with its weights. "sd3" is Stable
-      Diffusion 3 and 3.5, "flux" is FLUX.1.
+      Diffusion 3 and 3.5, "flux" FLUX.1, "flux2" FLUX.2-klein, "z_image" Z-Image.
     path: a pipeline in diffusers' layout: a folder or a hub id "owner/name". For "tiny" a transformer
       alone will do (config.json + safetensors); empty for the one that ships.
     dtype: compute dtype; trainable weights are float32 always.
@@ -35,7 +35,7 @@ class Text:
   """The text encoders of a pipeline; they are loaded for new prompts only, and freed before training.
 
   Attributes:
-    max_sequence_length: T5 tokens a prompt; 0 is the pipeline's own (SD3 256, FLUX.1 512).
+    max_sequence_length: tokens of T5 or Qwen3 a prompt; 0 is the pipeline's own (SD3 256, the others 512).
     t5: False leaves T5 out, as SD3 allows.
     dtype: of the encoders and the embeddings.
     device: "mesh" divides them over each process's own devices, "cpu" keeps them on the host.

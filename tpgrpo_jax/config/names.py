@@ -1,7 +1,9 @@
 """Every name that a field can have; the tables of the other rooms hold what they stand for."""
 
-MODEL_VARIANTS = ("tiny", "sd3", "flux")
-SCHEDULES = ("linear", "sd3", "flux")
+MODEL_VARIANTS = ("tiny", "sd3", "flux", "flux2", "z_image")
+SCHEDULES = ("linear", "sd3", "shifted", "flux", "flux2")
+OWN_SCHEDULES = ("flux", "flux2")  # of the model variant of that name alone
+USUAL_SCHEDULES = {"sd3": "sd3", "flux": "flux", "flux2": "flux2", "z_image": "shifted"}
 DYNAMICS = ("sde", "cps", "dance")
 SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")
 ROLLOUTS = ("trajectory", "branch", "ode")

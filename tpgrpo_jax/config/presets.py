@@ -1,100 +1,16 @@
 """What recipes are made of: tasks x methods.
 
-A task (a function without arguments) says what is trained on what; a method is a row of METHODS, the few
+A task (tasks.py) says what is trained on what; a method is a row of METHODS, the few
 fields that it sets. `recipe(task, method)` is the config of both. A row's value may be a function of the
 task's config, where a method asks for a share of it.
 """
 
-from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 from tpgrpo_jax import registry
-from tpgrpo_jax.config.fields import (
-  Checkpoint,
-  Config,
-  Ema,
-  Eval,
-  Log,
-  Lora,
-  Model,
-  Optimizer,
-  Prompts,
-  Sampler,
-  Text,
-  Train,
-  Vae,
-)
-
-PICKSCORE = {
-  "pickscore": {
-    "weight": 1.0,
-    "path": "yuvalkirstain/PickScore_v1",
-    "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-  }
-}
-OCR_SCENES = {"ocr": {"weight": 1.0, "detect": True, "rule": "flow_grpo", "text_score": 0.5}}
-
-
-def tiny_text() -> Config:
-  """The built-in task: spell a word; settings found on two CPU cores."""
-  return Config(
-    sampler=Sampler(num_steps=4, window=(0, 3)),
-    optimizer=Optimizer(learning_rate=1.5e-4, schedule="linear"),
-    train=Train(epochs=120, microbatch=64, updates_per_epoch=2),
-    ema=Ema(decay=0.95, every=1),
-    eval=Eval(num_steps=4, prompts=256, judge_prompts=256),
-    log=Log(images_every=20),
-  )
-
-
-def sd35m() -> Config:
-  """SD3.5-Medium at 512 x 512: the settings of arXiv 2602.06422, Sec. 5.1, without its KL."""
-  return Config(
-    model=Model("sd3", "stabilityai/stable-diffusion-3.5-medium", dtype="bfloat16", remat="full"),
-    text=Text(dtype="bfloat16"),
-    vae=Vae(dtype="bfloat16"),
-    lora=Lora(rank=32, alpha=64.0),
-    sampler=Sampler(schedule="sd3", guidance_scale=4.5, height=512, width=512),
-    train=Train(epochs=1000, prompts_per_epoch=48, group_size=24, microbatch=32),
-    eval=Eval(every=30, num_steps=40, batch=32),
-    checkpoint=Checkpoint(every=5),
-  )
-
-
-def sd35m_ocr() -> Config:
-  """SD3.5-Medium learns to render text, judged by OCR."""
-  return dataclasses.replace(
-    sd35m(), prompts=Prompts("folder", "datasets/ocr"), rewards=dict(OCR_SCENES)
-  )
-
-
-def sd35m_pickscore() -> Config:
-  """SD3.5-Medium learns what people prefer, by PickScore."""
-  return dataclasses.replace(
-    sd35m(), prompts=Prompts("folder", "datasets/pickscore"), rewards=dict(PICKSCORE)
-  )
-
-
-def flux_pickscore() -> Config:
-  """FLUX.1-dev learns what people prefer: the settings of arXiv 2602.06422, App. B."""
-  base = sd35m_pickscore()
-  return dataclasses.replace(
-    base,
-    model=dataclasses.replace(base.model, variant="flux", path="black-forest-labs/FLUX.1-dev"),
-    sampler=dataclasses.replace(
-      base.sampler, num_steps=6, window=(0, 5), schedule="flux", guidance_scale=3.5
-    ),
-    eval=dataclasses.replace(base.eval, num_steps=28),
-  )
-
-
-TASKS: dict[str, Callable[[], Config]] = {
-  "tiny_text": tiny_text,
-  "sd35m_ocr": sd35m_ocr,
-  "sd35m_pickscore": sd35m_pickscore,
-  "flux_pickscore": flux_pickscore,
-}
+from tpgrpo_jax.config.fields import Config
+from tpgrpo_jax.config.tasks import TASKS
 
 
 def _all_steps(task: Config) -> tuple[int, int]:

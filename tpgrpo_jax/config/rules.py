@@ -73,17 +73,19 @@ def _pipeline(config) -> Iterator[str]:
       f"text.max_sequence_length={text.max_sequence_length}: must be 1 ... 512, as in diffusers, or 0 for "
       "the pipeline's own."
     )
-  if variant in ("sd3", "flux") and not config.model.path:
+  if variant != "tiny" and not config.model.path:
     yield (
       f"model.path='': model.variant={variant!r} needs a pipeline in diffusers' layout, a folder or a "
       "hub id such as 'stabilityai/stable-diffusion-3.5-medium'. Set model.path."
     )
   if variant == "flux" and not text.t5:
     yield "text.t5=False: FLUX.1 reads nothing but T5's tokens. Set it to True."
-  if variant != "flux" and s.schedule == "flux":
+  if variant in ("flux2", "z_image") and not text.t5:
+    yield f"text.t5=False: model.variant={variant!r} has no T5 to leave out. Set it to True."
+  if s.schedule in names.OWN_SCHEDULES and variant != s.schedule:
     yield (
-      f"sampler.schedule='flux': its shift grows with FLUX.1's tokens, and model.variant={variant!r} was "
-      "made for another. Use 'sd3'."
+      f"sampler.schedule={s.schedule!r}: its shift grows with the tokens of the model of that name, and "
+      f"model.variant={variant!r} was made for another. Use {names.USUAL_SCHEDULES.get(variant, 'sd3')!r}."
     )
 
 

@@ -70,11 +70,43 @@ def flux_sigmas(
   return shift_sigmas(linear_sigmas(num_steps), np.exp(mu))
 
 
+def flux2_mu(num_steps: int, image_tokens: int) -> float:
+  """log of FLUX.2's shift, fitted by its authors to steps and image size, as diffusers' compute_empirical_mu.
+
+  Two lines in the tokens, of 10 and of 200 steps, and in between the line through both; above 4300 tokens
+  the line of 200 steps whatever the steps.
+
+  Args:
+    num_steps: T.
+    image_tokens: of one image; a token is 16 x 16 pixels.
+  """
+  at_200 = 0.00016927 * image_tokens + 0.45666666
+  if image_tokens > 4300:
+    return at_200
+  at_10 = 8.73809524e-05 * image_tokens + 1.89833333
+  return at_200 + (at_200 - at_10) / 190 * (num_steps - 200)
+
+
+def flux2_sigmas(num_steps: int, image_tokens: int) -> np.ndarray:
+  """The grid of FLUX.2: the even one shifted by exp(`flux2_mu`), as `flux_sigmas` is by its own.
+
+  Args:
+    num_steps: T.
+    image_tokens: of one image.
+
+  Returns:
+    [T + 1] float64, from 1 to 0.
+  """
+  return shift_sigmas(linear_sigmas(num_steps), np.exp(flux2_mu(num_steps, image_tokens)))
+
+
 # name -> function of (num_steps, shift, image_tokens)
 SCHEDULES = {
   "linear": lambda num_steps, shift, image_tokens: linear_sigmas(num_steps),
   "sd3": lambda num_steps, shift, image_tokens: sd3_sigmas(num_steps, shift=shift),
+  "shifted": lambda num_steps, shift, image_tokens: shift_sigmas(linear_sigmas(num_steps), shift),
   "flux": lambda num_steps, shift, image_tokens: flux_sigmas(num_steps, image_tokens),
+  "flux2": lambda num_steps, shift, image_tokens: flux2_sigmas(num_steps, image_tokens),
 }
 
 

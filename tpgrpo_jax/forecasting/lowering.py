@@ -14,7 +14,18 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
-from tpgrpo_jax.models import flux, hf, lora, mmdit, prompt_embedding, quantize, vae
+from tpgrpo_jax.models import (
+  flux,
+  flux2,
+  flux2_vae,
+  hf,
+  lora,
+  mmdit,
+  quantize,
+  text_source,
+  vae,
+  z_image,
+)
 from tpgrpo_jax.training import build, losses, pipeline, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
@@ -26,6 +37,14 @@ _VAE: dict[str, Any] = dict(
   latent_channels=16,
   use_quant_conv=False,
   use_post_quant_conv=False,
+)
+_FLUX_VAE = vae.VAEConfig(scaling_factor=0.3611, shift_factor=0.1159, **_VAE)
+_KLEIN_4B = flux2.Flux2Config(
+  num_layers=5,
+  num_single_layers=20,
+  num_attention_heads=24,
+  joint_attention_dim=7680,
+  guidance_embeds=False,
 )
 # The released models of the recipes, as config.json on the hub has them: (transformer, autoencoder).
 HUB_SIZES: dict[str, tuple[models.Sizes, vae.VAEConfig]] = {
@@ -40,10 +59,21 @@ HUB_SIZES: dict[str, tuple[models.Sizes, vae.VAEConfig]] = {
     ),
     vae.VAEConfig(scaling_factor=1.5305, shift_factor=0.0609, **_VAE),
   ),
-  "black-forest-labs/FLUX.1-dev": (
-    flux.FluxConfig(guidance_embeds=True),
-    vae.VAEConfig(scaling_factor=0.3611, shift_factor=0.1159, **_VAE),
+  "black-forest-labs/FLUX.1-dev": (flux.FluxConfig(guidance_embeds=True), _FLUX_VAE),
+  "black-forest-labs/FLUX.2-klein-base-4B": (_KLEIN_4B, flux2_vae.Flux2VAEConfig()),
+  "black-forest-labs/FLUX.2-klein-4B": (_KLEIN_4B, flux2_vae.Flux2VAEConfig()),
+  "black-forest-labs/FLUX.2-klein-base-9B": (
+    flux2.Flux2Config(
+      num_layers=8,
+      num_single_layers=24,
+      num_attention_heads=32,
+      joint_attention_dim=12288,
+      guidance_embeds=False,
+    ),
+    flux2_vae.Flux2VAEConfig(),
   ),
+  "Tongyi-MAI/Z-Image": (z_image.ZImageConfig(), _FLUX_VAE),
+  "Tongyi-MAI/Z-Image-Turbo": (z_image.ZImageConfig(), _FLUX_VAE),
 }
 
 
@@ -179,17 +209,21 @@ def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
   """`encode` gives shapes, of one prompt's embedding."""
   if decoder_sizes is None:
     return pipeline.tiny_pipeline(sizes)
-  family = models.MODELS[config.model.variant].pipeline
-  tokens = config.text.max_sequence_length or prompt_embedding.FAMILIES[family].max_sequence_length
-  tokens += 77 if family == "sd3" else 0  # CLIP's tokens stand before T5's, or zeros in their place
-  dtype = jnp.dtype(config.text.dtype)
+  name = models.MODELS[config.model.variant].pipeline
+  family, dtype = text_source.FAMILIES[name], jnp.dtype(config.text.dtype)
+  tokens = config.text.max_sequence_length or family.max_sequence_length
+  tokens += 77 if name == "sd3" else 0  # CLIP's tokens stand before T5's, or zeros in their place
+  shapes = {
+    "text": ((tokens, sizes.joint_attention_dim), dtype),
+    "pooled": ((getattr(sizes, "pooled_projection_dim", 0),), dtype),
+    "length": ((), jnp.dtype("int32")),
+  }
 
   def encode(prompts):
-    count = len(prompts)
-    return types.Condition(
-      jax.ShapeDtypeStruct((count, tokens, sizes.joint_attention_dim), dtype),  # pyright: ignore
-      jax.ShapeDtypeStruct((count, sizes.pooled_projection_dim), dtype),  # pyright: ignore
-    )
+    made = {
+      n: jax.ShapeDtypeStruct((len(prompts), *shapes[n][0]), shapes[n][1]) for n in family.gives
+    }
+    return types.Condition(**made)  # pyright: ignore[reportArgumentType]
 
   decode, abstract = pipeline.decoder_outline(config.vae, decoder_sizes)
   decoder = mesh_lib.abstract(mesh, _stored(abstract, config.vae.dtype))

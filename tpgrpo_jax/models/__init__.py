@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from tpgrpo_jax import types
-from tpgrpo_jax.models import flux, hf, lora, mmdit, tiny
+from tpgrpo_jax.models import flux, flux2, flux2_vae, hf, lora, mmdit, tiny, vae, z_image
 
-Sizes = mmdit.MMDiTConfig | flux.FluxConfig
+Sizes = mmdit.MMDiTConfig | flux.FluxConfig | flux2.Flux2Config | z_image.ZImageConfig
 
 
 class Variant(NamedTuple):
@@ -21,27 +21,51 @@ class Variant(NamedTuple):
     sizes: the class of a transformer's config.
     guidance: "classifier_free" evaluates the model with and without the prompt; "embedded" tells it the
       scale, where it was made for that (FLUX.1-dev).
-    pipeline: family of the pipeline around it, of models.prompt_embedding.FAMILIES; "" for none.
+    pipeline: family of the pipeline around it, of models.text_source.FAMILIES; "" for none.
     path: the weights that ship with the package; "" where none do.
+    autoencoder: the class of its autoencoder's config.
+    schedules: flow.schedule's names of what its pipeline calls a fixed and a dynamic shift.
   """
 
   sizes: type
   guidance: str
   pipeline: str
-  path: str
+  path: str = ""
+  autoencoder: type = vae.VAEConfig
+  schedules: tuple[str, str] = ("sd3", "flux")
 
 
 MODELS = {
   "tiny": Variant(mmdit.MMDiTConfig, "classifier_free", "", str(tiny.FOLDER)),
-  "sd3": Variant(mmdit.MMDiTConfig, "classifier_free", "sd3", ""),
-  "flux": Variant(flux.FluxConfig, "embedded", "flux", ""),
+  "sd3": Variant(mmdit.MMDiTConfig, "classifier_free", "sd3"),
+  "flux": Variant(flux.FluxConfig, "embedded", "flux"),
+  "flux2": Variant(
+    flux2.Flux2Config,
+    "classifier_free",
+    "flux2",
+    autoencoder=flux2_vae.Flux2VAEConfig,
+    schedules=("shifted", "flux2"),
+  ),
+  "z_image": Variant(
+    z_image.ZImageConfig, "classifier_free", "z_image", schedules=("shifted", "flux")
+  ),
+}
+_TRANSFORMERS: dict[type, Any] = {
+  mmdit.MMDiTConfig: mmdit.MMDiT,
+  flux.FluxConfig: flux.Flux,
+  flux2.Flux2Config: flux2.Flux2,
+  z_image.ZImageConfig: z_image.ZImage,
+}
+_AUTOENCODERS: dict[type, Any] = {
+  vae.VAEConfig: vae.AutoencoderKL,
+  flux2_vae.Flux2VAEConfig: flux2_vae.AutoencoderKLFlux2,
 }
 
 
 def build_transformer(
   config: Sizes, *, dtype=jnp.float32, remat: str = "none", guidance: float | None = None
 ) -> Callable[[jax.Array], nnx.Module]:
-  """Returns a function key -> MMDiT or Flux, pure, so that jax.eval_shape serves it.
+  """Returns a function key -> transformer, pure, so that jax.eval_shape serves it.
 
   Args:
     config: sizes.
@@ -51,10 +75,20 @@ def build_transformer(
   """
 
   def create(key):
+    told = {} if guidance is None else {"guidance": guidance}
     options = dict(dtype=dtype, remat=remat, rngs=nnx.Rngs(params=key))
-    if isinstance(config, flux.FluxConfig):
-      return flux.Flux(config, guidance=guidance, **options)
-    return mmdit.MMDiT(config, **options)
+    return _TRANSFORMERS[type(config)](config, **options, **told)
+
+  return create
+
+
+def build_autoencoder(
+  config: vae.VAEConfig, *, dtype=jnp.float32
+) -> Callable[[jax.Array], vae.AutoencoderKL]:
+  """Returns a function key -> autoencoder, pure, so that jax.eval_shape serves it."""
+
+  def create(key):
+    return _AUTOENCODERS[type(config)](config, dtype=dtype, rngs=nnx.Rngs(params=key))
 
   return create
 
@@ -67,7 +101,8 @@ def velocity_fn(graphdef: Any, params: Any, x, sigma, condition: types.Condition
     params: {"frozen": tree, "trainable": tree}; the two together are the model's weights.
   """
   model = nnx.merge(graphdef, lora.merge_trees(params["frozen"], params["trainable"]))
-  return model(x, sigma, condition.text, condition.pooled)
+  given = {name: value for name, value in vars(condition).items() if value is not None}
+  return model(x, sigma, **given)
 
 
 def make_velocity_fn(graphdef: Any) -> types.VelocityFn:
@@ -83,6 +118,7 @@ def images_uint8(images: jax.Array) -> jax.Array:
 __all__ = [
   "MODELS",
   "Variant",
+  "build_autoencoder",
   "build_transformer",
   "hf",
   "lora",

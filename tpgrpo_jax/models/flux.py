@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax.models import layers, mmdit
+from tpgrpo_jax.models import layers, mmdit, rotary
 
 PACK = 2  # a token is PACK x PACK latent pixels
 THETA = 10000
+SIDE = 128  # latents, as diffusers' FluxPipeline has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,10 @@ class FluxConfig:
   @property
   def width(self) -> int:
     return self.num_attention_heads * self.attention_head_dim
+
+  @property
+  def latents(self) -> layers.Latents:
+    return layers.Latents(self.in_channels // PACK**2, PACK, SIDE)
 
   def __post_init__(self):
     if self.patch_size != 1:
@@ -101,10 +106,7 @@ def unpack_latents(x: jax.Array, height: int, width: int) -> jax.Array:
 def rotary_tables(
   axes: tuple[int, ...], tokens: int, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cosine and signed sine of every token's rotation angles (RoPE, arXiv 2104.09864), text first.
-
-  The ids of a text token are (0, 0, 0), those of an image token (0, row, column). Id p of an axis with d
-  channels turns its channels 2i and 2i + 1 by p / 10000^(2i / d).
+  """`rotary.tables` of text tokens (0, 0, 0), then of image tokens (0, row, column).
 
   Args:
     axes: channels of a head for each of the three ids.
@@ -113,47 +115,21 @@ def rotary_tables(
     width: columns of image tokens.
 
   Returns:
-    Two [L + height width, head_dim] float32, of float64 angles; the sines of channels 2i are negative.
+    Two [L + height width, head_dim] float32.
   """
-  image = np.stack(np.broadcast_arrays(0, *np.ogrid[:height, :width]), axis=-1)
-  ids = np.concatenate([np.zeros((tokens, 3)), image.reshape(-1, 3)])
-  frequencies = [THETA ** -(np.arange(0, dim, 2) / dim) for dim in axes]
-  angle = np.concatenate([ids[:, i, None] * f for i, f in enumerate(frequencies)], axis=-1)
-  cos, sin = np.cos(angle), np.sin(angle)
-  pair = lambda a, b: np.stack([a, b], axis=-1).reshape(len(ids), -1).astype(np.float32)
-  return pair(cos, cos), pair(-sin, sin)
-
-
-def _turn(x, cos, sin):
-  """Elementwise but for a flip of pairs, so that XLA makes one loop of it, and rounds alike, anywhere."""
-  partner = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-  y = x.astype(jnp.float32) * cos[:, None] + partner.astype(jnp.float32) * sin[:, None]
-  return y.astype(x.dtype)
-
-
-@jax.custom_vjp
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Turns channels 2i and 2i + 1 of x [B, N, heads, head_dim], in float32, as `rotary_tables` say."""
-  return layers.fence(_turn(x, cos, sin))
-
-
-def _rotate_forward(x, cos, sin):
-  return rotate(x, cos, sin), (cos, sin)
-
-
-def _rotate_backward(tables, dy):
-  cos, sin = tables
-  return _turn(layers.fence(dy), cos, -sin), None, None
-
-
-rotate.defvjp(_rotate_forward, _rotate_backward)
+  ids = np.concatenate([np.zeros((tokens, 3)), rotary.grid(height, width)])
+  return rotary.tables(ids, axes, THETA)
 
 
 class Attention(nnx.Module):
-  """Attention within one stream, [B, N, D] -> [B, N, D]; its block projects what comes out."""
+  """Attention within one stream, [B, N, D] -> [B, N, D]; its block projects what comes out.
 
-  def __init__(self, config: FluxConfig, *, dtype, rngs):
-    linear = functools.partial(layers.Linear, config.width, config.width, dtype=dtype, rngs=rngs)
+  `config` holds the sizes of a FLUX.1 or a FLUX.2.
+  """
+
+  def __init__(self, config: Any, *, dtype, rngs, use_bias=True):
+    kw = dict(dtype=dtype, rngs=rngs, use_bias=use_bias)
+    linear = functools.partial(layers.Linear, config.width, config.width, **kw)
     norm = functools.partial(layers.RMSNorm, config.attention_head_dim, rngs=rngs)
     self.heads = config.num_attention_heads
     self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
@@ -167,7 +143,7 @@ class Attention(nnx.Module):
     return self.norm_q(q), self.norm_k(k), v
 
   def _attend(self, q, k, v, rotation):
-    y = layers.attention(rotate(q, *rotation), rotate(k, *rotation), v)
+    y = layers.attention(rotary.rotate(q, *rotation), rotary.rotate(k, *rotation), v)
     y = layers.lay_out(y, tensor=2)
     return y.reshape(*y.shape[:2], -1)
 
@@ -178,9 +154,10 @@ class Attention(nnx.Module):
 class JointAttention(Attention):
   """Attention over text and image, the text first; each has projections of its own, before and after."""
 
-  def __init__(self, config: FluxConfig, *, dtype, rngs):
-    super().__init__(config, dtype=dtype, rngs=rngs)
-    linear = functools.partial(layers.Linear, config.width, config.width, dtype=dtype, rngs=rngs)
+  def __init__(self, config: Any, *, dtype, rngs, use_bias=True):
+    kw = dict(dtype=dtype, rngs=rngs, use_bias=use_bias)
+    super().__init__(config, **kw)
+    linear = functools.partial(layers.Linear, config.width, config.width, **kw)
     norm = functools.partial(layers.RMSNorm, config.attention_head_dim, rngs=rngs)
     self.to_out, self.to_add_out = linear(), linear()
     self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
@@ -212,12 +189,13 @@ class DoubleBlock(nnx.Module):
     c_shift, c_scale, c_gate, *c_mlp = self.norm1_context(conditioning)
     y, c = layers.modulate(x, shift, scale), layers.modulate(context, c_shift, c_scale)
     y, c = self.attn(y, c, rotation)
-    x = _feed_forward(self.ff, layers.gated_residual(x, gate, y), *mlp)
-    context = _feed_forward(self.ff_context, layers.gated_residual(context, c_gate, c), *c_mlp)
+    x = feed_forward(self.ff, layers.gated_residual(x, gate, y), *mlp)
+    context = feed_forward(self.ff_context, layers.gated_residual(context, c_gate, c), *c_mlp)
     return x, context
 
 
-def _feed_forward(mlp, x, shift, scale, gate):
+def feed_forward(mlp, x, shift, scale, gate):
+  """x + gate mlp(norm(x) (1 + scale) + shift)."""
   return layers.gated_residual(x, gate, mlp(layers.modulate(x, shift, scale)))
 
 
@@ -265,7 +243,7 @@ class Flux(nnx.Module):
     width = config.width
     kw = dict(dtype=dtype, rngs=rngs)
     self.config, self.dtype, self.remat, self.guidance = config, dtype, remat, guidance
-    self._check_guidance(guidance, wanted=False)
+    check_guidance(config, guidance, wanted=False)
     mlp = functools.partial(layers.MLP, activation=layers.silu, **kw)
     self.x_embedder = layers.Linear(config.in_channels, width, **kw)
     self.context_embedder = layers.Linear(config.joint_attention_dim, width, **kw)
@@ -310,23 +288,29 @@ class Flux(nnx.Module):
 
   def _conditioning(self, sigma, pooled, guidance):
     """[B, D] from time, guidance and pooled text."""
-    self._check_guidance(guidance, wanted=True)
+    check_guidance(self.config, guidance, wanted=True)
     vector = self.timestep_embedder(layers.timestep_embedding(sigma).astype(self.dtype))
     if self.config.guidance_embeds:
-      # Behind a fence, a bound scale is not folded into a constant, which other functions would round.
-      scale = layers.fence(jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), sigma.shape))
-      told = self.guidance_embedder(layers.timestep_embedding(scale).astype(self.dtype))
-      vector = layers.fence(vector + told)
+      vector = layers.fence(vector + tell(self.guidance_embedder, guidance, sigma, self.dtype))
     return layers.fence(vector + self.text_embedder(pooled))
 
-  def _check_guidance(self, guidance, *, wanted):
-    if guidance is not None and not self.config.guidance_embeds:
-      raise ValueError(
-        f"guidance={guidance}: this model has no guidance embedding (config.json: guidance_embeds is "
-        "false, as in FLUX.1-schnell). Leave guidance None."
-      )
-    if wanted and guidance is None and self.config.guidance_embeds:
-      raise ValueError(
-        "guidance=None: this model is told its guidance scale (config.json: guidance_embeds is true, as "
-        "in FLUX.1-dev). Give one to the model or the call, such as 3.5."
-      )
+
+def tell(embedder, guidance, sigma, dtype):
+  """The guidance scale, a scalar or [B], as a vector [B, D]."""
+  # Behind a fence, a bound scale is not folded into a constant, which other functions would round.
+  scale = layers.fence(jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), sigma.shape))
+  return embedder(layers.timestep_embedding(scale).astype(dtype))
+
+
+def check_guidance(config: Any, guidance: Any, *, wanted: bool) -> None:
+  """Raises ValueError for a guidance scale that a model cannot be told, or that is wanted and missing."""
+  if guidance is not None and not config.guidance_embeds:
+    raise ValueError(
+      f"guidance={guidance}: this model has no guidance embedding (config.json: guidance_embeds is "
+      "false, as in FLUX.1-schnell). Leave guidance None."
+    )
+  if wanted and guidance is None and config.guidance_embeds:
+    raise ValueError(
+      "guidance=None: this model is told its guidance scale (config.json: guidance_embeds is true, as "
+      "in FLUX.1-dev). Give one to the model or the call, such as 3.5."
+    )

@@ -10,8 +10,9 @@ exactly 0, and forward plus backward of the tiny model takes about two thirds of
 accelerators the barriers vanish and XLA fuses as it likes.
 """
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -22,6 +23,22 @@ from tpgrpo_jax.models import splash
 
 TIMESTEP_DIM = 256
 EPS = 1e-6
+
+
+class Latents(NamedTuple):
+  """The latents that a transformer takes.
+
+  Attributes:
+    channels: of each.
+    patch: of them along each side of a token.
+    side: of the model's own size.
+    largest: side that it has positions for; None for any.
+  """
+
+  channels: int
+  patch: int
+  side: int
+  largest: int | None = None
 
 
 def platform() -> str:
@@ -93,6 +110,20 @@ linear = island(_linear, _linear_backward)
 """x [..., D] @ kernel [D, F] + bias [F]."""
 
 
+def _product(x, kernel):
+  return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+def _product_backward(inputs, dy):
+  x, kernel = inputs
+  x2, dy2 = x.reshape(-1, x.shape[-1]), fence(dy.reshape(-1, dy.shape[-1]))
+  return (dy2 @ kernel.T).reshape(x.shape), x2.T @ dy2
+
+
+product = island(_product, _product_backward)
+"""x [..., D] @ kernel [D, F]."""
+
+
 def _standardize(x):
   """((x - mean) / std, 1 / std) over the last axis, in float32."""
   y = x.astype(jnp.float32)
@@ -121,23 +152,25 @@ modulate = island(_modulate, _modulate_backward)
 """layer_norm(x) (1 + scale) + shift; x [B, N, D], shift and scale [B, D]; the norm is in float32."""
 
 
-def _rms_norm(x, scale):
-  y = x.astype(jnp.float32)
-  inverse = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPS)
-  return (y * inverse * scale).astype(x.dtype)
+@functools.cache
+def make_rms_norm(eps: float):
+  """Returns (x [..., D], scale [D] float32) -> x / rms(x) * scale over the last axis, in float32."""
+  inverse_rms = lambda y: jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
 
+  def forward(x, scale):
+    y = x.astype(jnp.float32)
+    return (y * inverse_rms(y) * scale).astype(x.dtype)
 
-def _rms_norm_backward(inputs, dy):
-  x, scale = inputs
-  y, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
-  inverse = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + EPS)
-  y, g = y * inverse, dy * scale
-  dx = inverse * (g - y * jnp.mean(g * y, axis=-1, keepdims=True))
-  return dx.astype(x.dtype), jnp.sum(dy * y, axis=tuple(range(x.ndim - 1)))
+  def backward(inputs, dy):
+    x, scale = inputs
+    y, dy = x.astype(jnp.float32), dy.astype(jnp.float32)
+    inverse = inverse_rms(y)
+    y, g = y * inverse, dy * scale
+    dx = inverse * (g - y * jnp.mean(g * y, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(dy * y, axis=tuple(range(x.ndim - 1)))
 
+  return island(forward, backward)
 
-rms_norm = island(_rms_norm, _rms_norm_backward)
-"""x / rms(x) * scale over the last axis, computed in float32; x [..., D], scale [D] float32."""
 
 _GELU_A, _GELU_B = math.sqrt(2 / math.pi), 0.044715
 
@@ -167,6 +200,16 @@ silu = island(lambda x: x * jax.nn.sigmoid(x), _silu_backward)
 """x sigmoid(x)."""
 
 
+def _swiglu_backward(inputs, dy):
+  gate, value = inputs
+  s = jax.nn.sigmoid(gate)
+  return dy * value * (s * (1 + gate * (1 - s))), dy * (gate * s)
+
+
+swiglu = island(lambda gate, value: gate * jax.nn.sigmoid(gate) * value, _swiglu_backward)
+"""silu(gate) value (arXiv 2002.05202)."""
+
+
 def _gated_backward(inputs, dy):
   x, gate, y = inputs
   dgate = jnp.sum(dy * y, axis=1, dtype=jnp.float32).astype(gate.dtype)
@@ -177,8 +220,22 @@ gated_residual = island(lambda x, gate, y: x + gate[:, None] * y, _gated_backwar
 """x + gate y; x and y [B, N, D], gate [B, D]."""
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Softmax attention over all tokens; q, k, v [B, N, heads, head_dim] -> the same shape.
+def _scaled_backward(inputs, dy):
+  x, scale = inputs
+  dscale = jnp.sum(dy * x, axis=1, dtype=jnp.float32).astype(scale.dtype)
+  return dy * (1 + scale[:, None]), dscale
+
+
+scaled = island(lambda x, scale: x * (1 + scale[:, None]), _scaled_backward)
+"""x (1 + scale); x [B, N, D], scale [B, D]."""
+
+tanh = island(jnp.tanh, lambda inputs, dy: (dy * (1 - jnp.tanh(inputs[0]) ** 2),))
+
+
+def attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, *, length: jax.Array | None = None
+) -> jax.Array:
+  """Softmax attention over all tokens, or the first `length` [B] of each sample's.
 
   | platform | dtype    | implementation                    |
   | -------- | -------- | --------------------------------- |
@@ -187,25 +244,30 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   | tpu      | any      | Pallas' splash attention          |
   | else     |          | XLA's own, with a table of logits |
 
-  The same in rollout and update, as it depends on platform and dtype alone.
+  The same in rollout and update, as it depends on platform and dtype alone. q, k, v and the result are
+  [B, N, heads, head_dim].
   """
   device = platform()
   if device == "cpu":
-    return _cpu_attention(q, k, v)
+    return _cpu_attention(q, k, v, length)
   if device == "tpu":
-    return splash.attention(q, k, v, spec=_layout(q, 2))
+    return splash.attention(q, k, v, spec=_layout(q, 2), length=length)
   cudnn = device == "gpu" and q.dtype == jnp.bfloat16
-  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn" if cudnn else "xla")
+  kernel = "cudnn" if cudnn else "xla"
+  return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=length, implementation=kernel)
 
 
 @jax.custom_vjp
-def _cpu_attention(q, k, v):
-  return _attention_forward(q, k, v)[0]
+def _cpu_attention(q, k, v, length):
+  return _attention_forward(q, k, v, length)[0]
 
 
-def _attention_forward(q, k, v):
+def _attention_forward(q, k, v, length):
   q, k, v = fence([a.swapaxes(1, 2) for a in (q, k, v)])
   logits = jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5
+  if length is not None:
+    is_seen = jnp.arange(k.shape[2]) < length[:, None]
+    logits = jnp.where(is_seen[:, None, None], logits, -jnp.inf)
   p = fence(jax.nn.softmax(logits.astype(jnp.float32)).astype(q.dtype))
   return fence(jnp.einsum("bhqk,bhkd->bhqd", p, v).swapaxes(1, 2)), (q, k, v, p)
 
@@ -217,7 +279,7 @@ def _attention_backward(residuals, dy):
   dp = jnp.einsum("bhqd,bhkd->bhqk", dy, v)
   ds = fence(p * (dp - jnp.sum(dp * p, axis=-1, keepdims=True)) * q.shape[-1] ** -0.5)
   dq, dk = jnp.einsum("bhqk,bhkd->bhqd", ds, k), jnp.einsum("bhqk,bhqd->bhkd", ds, q)
-  return tuple(a.swapaxes(1, 2) for a in (dq, dk, dv))
+  return *(a.swapaxes(1, 2) for a in (dq, dk, dv)), None
 
 
 _cpu_attention.defvjp(_attention_forward, _attention_backward)
@@ -240,15 +302,26 @@ class LoraParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-  """y = x kernel + bias, on the last axis."""
+  """y = x kernel + bias, on the last axis; `bias` is None where there is none."""
 
-  def __init__(self, d_in, d_out, *, dtype, rngs, kernel_init=nnx.initializers.xavier_uniform()):
+  def __init__(
+    self,
+    d_in,
+    d_out,
+    *,
+    dtype,
+    rngs,
+    use_bias=True,
+    kernel_init=nnx.initializers.xavier_uniform(),
+  ):
     self.dtype = dtype
     self.kernel = nnx.Param(kernel_init(rngs.params(), (d_in, d_out), jnp.float32))
-    self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32))
+    self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32)) if use_bias else None
 
   def __call__(self, x):
     cast = lambda a: a.astype(self.dtype)
+    if self.bias is None:
+      return product(cast(x), cast(self.kernel[...]))
     return linear(cast(x), cast(self.kernel[...]), cast(self.bias[...]))
 
 
@@ -274,21 +347,22 @@ class LoraLinear(Linear):
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale over the last axis."""
 
-  def __init__(self, dim, *, rngs):
+  def __init__(self, dim, *, rngs, eps=EPS):
     del rngs
+    self.eps = eps
     self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
   def __call__(self, x):
-    return rms_norm(x, self.scale[...])
+    return make_rms_norm(self.eps)(x, self.scale[...])
 
 
 class MLP(nnx.Module):
   """Two Linears with an activation between them."""
 
-  def __init__(self, d_in, d_hidden, d_out, *, activation, dtype, rngs):
+  def __init__(self, d_in, d_hidden, d_out, *, activation, dtype, rngs, use_bias=True):
     self.activation = activation
-    self.linear_1 = Linear(d_in, d_hidden, dtype=dtype, rngs=rngs)
-    self.linear_2 = Linear(d_hidden, d_out, dtype=dtype, rngs=rngs)
+    self.linear_1 = Linear(d_in, d_hidden, dtype=dtype, rngs=rngs, use_bias=use_bias)
+    self.linear_2 = Linear(d_hidden, d_out, dtype=dtype, rngs=rngs, use_bias=use_bias)
 
   def __call__(self, x):
     hidden = lay_out(self.activation(self.linear_1(x)), tensor=x.ndim - 1)

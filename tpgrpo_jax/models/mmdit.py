@@ -51,6 +51,11 @@ class MMDiTConfig:
   def width(self) -> int:
     return self.num_attention_heads * self.attention_head_dim
 
+  @property
+  def latents(self) -> layers.Latents:
+    largest = self.pos_embed_max_size * self.patch_size
+    return layers.Latents(self.in_channels, self.patch_size, self.sample_size, largest)
+
   def __post_init__(self):
     if self.caption_projection_dim != self.width:
       raise ValueError(
@@ -117,10 +122,11 @@ class PatchEmbed(nnx.Module):
 class AdaNorm(nnx.Module):
   """`chunks` vectors of width D from the conditioning vector (adaLN-zero)."""
 
-  def __init__(self, width, chunks, *, dtype, rngs):
+  def __init__(self, width, chunks, *, dtype, rngs, use_bias=True):
     self.chunks = chunks
+    kw = dict(dtype=dtype, rngs=rngs, use_bias=use_bias)
     zeros = nnx.initializers.zeros_init()
-    self.linear = layers.Linear(width, chunks * width, dtype=dtype, rngs=rngs, kernel_init=zeros)
+    self.linear = layers.Linear(width, chunks * width, kernel_init=zeros, **kw)
 
   def __call__(self, conditioning):
     chunks = layers.lay_out(self.linear(layers.silu(conditioning)))

@@ -2,7 +2,8 @@
 
 One file a prompt, below a folder named after all that decides an embedding: the encoders' and
 tokenizers' files, the length, the dtype. So a prompt is found again by every set that holds it. With the
-sizes of SD3 a file has 2.7 MB in bfloat16, with those of FLUX 4.2 MB.
+sizes of SD3 a file has 2.7 MB in bfloat16, with those of FLUX.1 4.2 MB, of FLUX.2-klein-4B 7.9 MB, and of
+Z-Image 2.6 MB.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import uuid
 
 import numpy as np
@@ -20,7 +21,7 @@ import safetensors.numpy
 import tqdm
 
 from tpgrpo_jax import types
-from tpgrpo_jax.models import prompt_embedding
+from tpgrpo_jax.models import prompt_embedding, text_source
 from tpgrpo_jax.models.hf import encoder as hf_encoder
 from tpgrpo_jax.models.hf import files as hf_files
 
@@ -42,7 +43,7 @@ class EmbeddedPrompts(NamedTuple):
 
 
 def embed_prompts(
-  source: prompt_embedding.TextSource,
+  source: text_source.TextSource,
   prompts: Sequence[str],
   *,
   cache: str | os.PathLike[str],
@@ -81,7 +82,7 @@ def embed_prompts(
   return EmbeddedPrompts(functools.partial(_load, folder), len(missing), counts)
 
 
-def identity(source: prompt_embedding.TextSource) -> str:
+def identity(source: text_source.TextSource) -> str:
   """Names all that decides an embedding, the prompt aside: 32 hex digits.
 
   As `hf.files.fingerprint`: a copy of the folder has the same identity.
@@ -89,13 +90,11 @@ def identity(source: prompt_embedding.TextSource) -> str:
   Raises:
     ValueError: a wrong or partial folder.
   """
-  family, folder = prompt_embedding.FAMILIES[source.family], pathlib.Path(source.folder)
-  has_t5 = source.has_t5()
-  facts = [FORMAT, source.family, source.length, source.dtype, has_t5]
-  names = [name for pair in family.clips for name in pair]
-  if has_t5:
-    names += family.t5
-  else:
+  folder, parts = pathlib.Path(source.folder), source.parts()
+  is_whole = len(parts) == len(text_source.FAMILIES[source.family].parts)
+  facts = [FORMAT, source.family, source.length, source.dtype, is_whole]
+  names = [name for part in parts for name in (part.tokenizer, part.encoder)]
+  if not is_whole:
     facts.append(hf_encoder.load_json(folder / "transformer").get("joint_attention_dim"))
   for name in names:
     if not (folder / name).is_dir():
@@ -121,10 +120,11 @@ def _load_cut(path):
 
 def _save(folder, prompts, cuts, condition):
   """Writes each prompt's file whole or not at all."""
-  for prompt, cut, text, pooled in zip(prompts, cuts, condition.text, condition.pooled):
+  given = {name: value for name, value in vars(condition).items() if value is not None}
+  for i, (prompt, cut) in enumerate(zip(prompts, cuts)):
     path = _path(folder, prompt)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"text": np.ascontiguousarray(text), "pooled": np.ascontiguousarray(pooled)}
+    tensors = {name: np.array(value[i], order="C") for name, value in given.items()}
     content = safetensors.numpy.save(tensors, metadata={"cut": json.dumps(cut)})
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     temporary.write_bytes(content)
@@ -143,4 +143,5 @@ def _load(folder, prompts):
         "will use to embed_prompts."
       ) from error
   stack = lambda name: np.stack([rows[prompt][name] for prompt in prompts])
-  return types.Condition(stack("text"), stack("pooled"))  # pyright: ignore[reportArgumentType]
+  given: dict[str, Any] = {name: stack(name) for name in rows[prompts[0]]}
+  return types.Condition(**given)

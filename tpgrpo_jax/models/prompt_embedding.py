@@ -1,34 +1,32 @@
-"""Prompt embeddings of Stable Diffusion 3 and FLUX.1, as diffusers' two pipelines build them.
+"""Prompt embeddings as diffusers' pipelines build them.
 
 SD3 (StableDiffusion3Pipeline.encode_prompt): the penultimate states of CLIP-L and CLIP-G side by side,
 padded with zeros to T5's width, then T5's tokens after them; pooled: both projections side by side.
-FLUX (FluxPipeline.encode_prompt): T5's tokens; pooled: CLIP-L's, without a projection.
+FLUX.1 (FluxPipeline.encode_prompt): T5's tokens; pooled: CLIP-L's, without a projection.
+FLUX.2 (Flux2KleinPipeline.encode_prompt): three states of Qwen3 side by side, those of padding too.
+Z-Image (ZImagePipeline.encode_prompt): one state of Qwen3, and how many tokens are the prompt's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
-import dataclasses
 import functools
 import math
-import os
 import pathlib
 from typing import Any, NamedTuple
 import warnings
 
 from flax import nnx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax import registry, types
+from tpgrpo_jax import types
 from tpgrpo_jax.models.hf import clip as hf_clip
 from tpgrpo_jax.models.hf import encoder as hf_encoder
+from tpgrpo_jax.models.hf import qwen3 as hf_qwen3
 from tpgrpo_jax.models.hf import t5 as hf_t5
 from tpgrpo_jax.models.hf import tokenizer as hf_tokenizer
+from tpgrpo_jax.models.text_source import DTYPES, FAMILIES, Part, TextSource
 
-MAX_LENGTH = 512  # diffusers refuses more
-INDEX_FILE = "model_index.json"
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BATCH_SIZE = 8
 """Prompts at once; T5-XXL's attention takes 64 MiB of float32 for each at 512 tokens."""
 
@@ -36,111 +34,42 @@ Shardings = Callable[[Any], Any]
 """Tree of shapes -> tree of NamedShardings on one mesh."""
 
 
-class Family(NamedTuple):
-  """Where a pipeline keeps its encoders.
+class Kind(NamedTuple):
+  """What a kind of text encoder does.
 
   Attributes:
-    pipeline: what the class name in model_index.json starts with.
-    clips: (tokenizer's folder, encoder's folder) of each CLIP.
-    t5: the same of T5.
-    projected: whether the pooled embedding is CLIP's projection.
-    max_sequence_length: T5 tokens a prompt, unless told otherwise.
+    load: (folder, dtype, shardings, part) -> encoder.
+    tokenize: (opened, prompts) -> (inputs of `run` with leading axis N, tokens of each whole prompt).
+    run: (graphdef, weights, inputs) -> a tree of outputs with leading axis N.
   """
 
-  pipeline: str
-  clips: tuple[tuple[str, str], ...]
-  t5: tuple[str, str]
-  projected: bool
-  max_sequence_length: int
-
-
-FAMILIES = {
-  "sd3": Family(
-    "StableDiffusion3",
-    (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")),
-    ("tokenizer_3", "text_encoder_3"),
-    True,
-    256,
-  ),
-  "flux": Family(
-    "Flux", (("tokenizer", "text_encoder"),), ("tokenizer_2", "text_encoder_2"), False, 512
-  ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSource:
-  """Which text encoders, and what decides their output.
-
-  Attributes:
-    folder: a pipeline as the hub stores it, with model_index.json.
-    family: "sd3" or "flux".
-    max_sequence_length: T5 tokens a prompt; None for the pipeline's default (SD3 256, FLUX 512; FLUX
-      schnell was made for 256).
-    dtype: "float32" or "bfloat16", of weights, computation and embeddings.
-    use_t5: False puts zeros in T5's place, as SD3 allows, even where T5 is in the folder.
-  """
-
-  folder: str | os.PathLike[str]
-  family: str
-  max_sequence_length: int | None = None
-  dtype: str = "float32"
-  use_t5: bool = True
-
-  def __post_init__(self):
-    registry.check(self.family, FAMILIES, field="family")
-    registry.check(self.dtype, DTYPES, field="dtype")
-    if self.family == "flux" and not self.use_t5:
-      raise ValueError("use_t5=False: FLUX reads nothing but T5's tokens. Set it to True.")
-    if not 1 <= self.length <= MAX_LENGTH:
-      raise ValueError(
-        f"max_sequence_length={self.length}: must be 1 to {MAX_LENGTH}, as in diffusers."
-      )
-
-  @property
-  def length(self) -> int:
-    """T5 tokens a prompt."""
-    default = FAMILIES[self.family].max_sequence_length
-    return default if self.max_sequence_length is None else self.max_sequence_length
-
-  def has_t5(self) -> bool:
-    """Reads from model_index.json whether T5 is to be used.
-
-    Raises:
-      ValueError: no pipeline folder, one of another family, or a FLUX pipeline without T5.
-    """
-    index = hf_encoder.load_json(self.folder, INDEX_FILE)
-    family, found = FAMILIES[self.family], index.get("_class_name", "")
-    if not found.startswith(family.pipeline):
-      raise ValueError(
-        f"{str(self.folder)!r}: holds a {found}, but family={self.family!r} reads a "
-        f"{family.pipeline}Pipeline. Set family to what the folder holds."
-      )
-    stored = bool((index.get(family.t5[1]) or [None])[-1])
-    if self.family == "flux" and not stored:
-      raise ValueError(f"{str(self.folder)!r}: FLUX needs {family.t5[1]}, which it has not.")
-    return stored and self.use_t5
+  load: Callable[..., hf_encoder.Encoder]
+  tokenize: Callable[..., tuple[Any, list[int]]]
+  run: Callable[[Any, Any, Any], Any]
 
 
 class _Opened(NamedTuple):
-  """A tokenizer and its encoder; `run` is (graphdef, weights, ids) -> the encoder's output."""
+  """A tokenizer and its encoder."""
 
-  name: str
+  part: Part
   tokenizer: Any
   length: int
   encoder: hf_encoder.Encoder
-  run: Callable[[Any, Any, Any], Any]
+
+  @property
+  def name(self) -> str:
+    return self.part.encoder
 
 
 class Tokens(NamedTuple):
   """Tokenized prompts.
 
   Attributes:
-    ids: for each encoder by its folder, int32 [N, length].
+    inputs: for each encoder by its folder, what it reads: arrays with leading axis N.
     cut: for each prompt, {encoder that does not see its end: tokens that this encoder reads}.
   """
 
-  ids: Mapping[str, np.ndarray]
+  inputs: Mapping[str, Any]
   cut: Sequence[Mapping[str, int]]
 
 
@@ -151,9 +80,9 @@ class TextEncoders:
     truncated: for each encoder by its folder, how many of the prompts embedded so far were too long.
   """
 
-  def __init__(self, source: TextSource, clips: list[_Opened], t5: _Opened | None, t5_width: int):
-    self.source, self._clips, self._t5, self._t5_width = source, clips, t5, t5_width
-    self.truncated = {opened.name: 0 for opened in self._all()}
+  def __init__(self, source: TextSource, opened: list[_Opened], t5_width: int = 0):
+    self.source, self._opened, self._t5_width = source, opened, t5_width
+    self.truncated = {part.name: 0 for part in opened}
 
   def __enter__(self) -> "TextEncoders":
     return self
@@ -163,10 +92,10 @@ class TextEncoders:
 
   def close(self) -> None:
     """Frees the weights on the devices at once; the encoders cannot be used afterwards."""
-    for opened in self._all():
+    for opened in self._opened:
       for leaf in jax.tree.leaves(opened.encoder.weights):
         leaf.delete()
-    self._clips, self._t5 = [], None
+    self._opened = []
 
   def embed(self, prompts: Sequence[str], *, batch_size: int = BATCH_SIZE) -> types.Condition:
     """Embeds prompts as encode_prompt of the pipeline does; "" is the empty negative prompt.
@@ -179,7 +108,8 @@ class TextEncoders:
 
     Returns:
       Condition of NumPy arrays in the source's dtype: SD3 text [N, 77 + length, 4096] and pooled
-      [N, 2048]; FLUX text [N, length, 4096] and pooled [N, 768].
+      [N, 2048]; FLUX.1 text [N, length, 4096] and pooled [N, 768]; FLUX.2 text [N, length, 3 D] and Z-Image
+      text [N, length, D], D being Qwen3's width, the latter with its own length [N] int32.
 
     Raises:
       ValueError: no prompts, closed encoders, or a tokenizer that does not belong to its encoder.
@@ -191,33 +121,30 @@ class TextEncoders:
 
   def tokenize(self, prompts: Sequence[str]) -> Tokens:
     """Prompts -> the ids that each encoder reads; raises as `embed`."""
-    if not self._clips:
+    if not self._opened:
       raise ValueError("these text encoders are closed. Open them again with load_text_encoders.")
     if not prompts:
       raise ValueError("prompts=[]: must be at least one.")
-    ids, cut = {}, [{} for _ in prompts]
-    for opened in self._all():
-      ids[opened.name], whole = _tokenize(opened, list(prompts))
+    inputs, cut = {}, [{} for _ in prompts]
+    for opened in self._opened:
+      inputs[opened.name], whole = KINDS[opened.part.kind].tokenize(opened, list(prompts))
       for mark, tokens in zip(cut, whole):
         if tokens > opened.length:
           mark[opened.name] = opened.length
-    return Tokens(ids, cut)
+    return Tokens(inputs, cut)
 
   def encode(self, tokens: Tokens, *, batch_size: int = BATCH_SIZE) -> types.Condition:
     """Tokens -> what `embed` returns."""
-    combine = {"sd3": _combine_sd3, "flux": _combine_flux}[self.source.family]
-    run = lambda opened: _run(opened, tokens.ids[opened.name], batch_size)
-    clips = [run(opened) for opened in self._clips]
-    if self._t5 is not None:
-      return combine(clips, run(self._t5))
-    shape = (len(tokens.cut), self.source.length, self._t5_width)
-    return combine(clips, np.zeros(shape, DTYPES[self.source.dtype]))
-
-  def _all(self):
-    return [*self._clips, *([self._t5] if self._t5 else [])]
+    outputs = {o.name: _run(o, tokens.inputs[o.name], batch_size) for o in self._opened}
+    if not FAMILIES[self.source.family].needs_t5:
+      shape = (len(tokens.cut), self.source.length, self._t5_width)
+      outputs.setdefault("text_encoder_3", np.zeros(shape, DTYPES[self.source.dtype]))
+    return _COMBINE[self.source.family](outputs, tokens.inputs)
 
 
-def _combine_sd3(clips, t5):
+def _combine_sd3(outputs, inputs):
+  del inputs
+  clips, t5 = [outputs[n] for n in ("text_encoder", "text_encoder_2")], outputs["text_encoder_3"]
   side_by_side = np.concatenate([output["penultimate"] for output in clips], axis=-1)
   missing = t5.shape[-1] - side_by_side.shape[-1]
   padded = np.pad(side_by_side, ((0, 0), (0, 0), (0, missing)))
@@ -226,8 +153,27 @@ def _combine_sd3(clips, t5):
   return types.Condition(text, pooled)  # pyright: ignore[reportArgumentType]
 
 
-def _combine_flux(clips, t5):
-  return types.Condition(t5, clips[0]["pooled"])
+def _combine_flux(outputs, inputs):
+  del inputs
+  return types.Condition(outputs["text_encoder_2"], outputs["text_encoder"]["pooled"])
+
+
+def _combine_flux2(outputs, inputs):
+  del inputs  # padding is read too
+  return types.Condition(outputs["text_encoder"])
+
+
+def _combine_z_image(outputs, inputs):
+  _, length = inputs["text_encoder"]
+  return types.Condition(outputs["text_encoder"], length=length)
+
+
+_COMBINE = {
+  "sd3": _combine_sd3,
+  "flux": _combine_flux,
+  "flux2": _combine_flux2,
+  "z_image": _combine_z_image,
+}
 
 
 def count_truncated(cut: Sequence[Mapping[str, int]]) -> dict[str, int]:
@@ -258,25 +204,21 @@ def load_text_encoders(source: TextSource, *, shardings: Shardings | None = None
   Raises:
     ValueError: a wrong or partial folder, or weights that do not fit; the file is named.
   """
-  family, folder, dtype = FAMILIES[source.family], pathlib.Path(source.folder), DTYPES[source.dtype]
-  kw = dict(dtype=dtype, shardings=shardings)
-  has_t5 = source.has_t5()
-  clips = []
-  for tokenizer_name, name in family.clips:
-    encoder = hf_clip.load_text(folder / name, projected=family.projected, **kw)
-    tokenizer = hf_tokenizer.load_tokenizer("clip", folder / tokenizer_name)
-    # Both pipelines cut every CLIP's prompts to the length of the first tokenizer.
-    length = clips[0].length if clips else tokenizer.model_max_length
-    length = min(length, encoder.config.max_position_embeddings)
-    clips.append(_Opened(name, tokenizer, length, encoder, _run_clip))
-  if not has_t5:
-    transformer = hf_encoder.load_json(folder / "transformer")
-    return TextEncoders(source, clips, None, transformer["joint_attention_dim"])
-  tokenizer_name, name = family.t5
-  tokenizer = hf_tokenizer.load_tokenizer("t5", folder / tokenizer_name)
-  encoder = hf_t5.load_t5(folder / name, **kw)
-  t5 = _Opened(name, tokenizer, source.length, encoder, _run_t5)
-  return TextEncoders(source, clips, t5, encoder.config.d_model)
+  folder, dtype, opened = pathlib.Path(source.folder), DTYPES[source.dtype], []
+  parts = source.parts()
+  for part in parts:
+    tokenizer = hf_tokenizer.load_tokenizer(part.kind, folder / part.tokenizer)
+    encoder = KINDS[part.kind].load(folder / part.encoder, dtype, shardings, part)
+    length = source.length
+    if part.kind == "clip":
+      # Both pipelines cut every CLIP's prompts to the length of the first tokenizer.
+      length = opened[0].length if opened else tokenizer.model_max_length
+      length = min(length, encoder.config.max_position_embeddings)
+    opened.append(_Opened(part, tokenizer, length, encoder))
+  width = 0
+  if len(parts) < len(FAMILIES[source.family].parts):  # zeros in T5's place
+    width = hf_encoder.load_json(folder / "transformer")["joint_attention_dim"]
+  return TextEncoders(source, opened, width)
 
 
 def on_cpu(tree: Any) -> Any:
@@ -290,18 +232,30 @@ def on_cpu(tree: Any) -> Any:
 def _tokenize(opened, prompts):
   """(ids int32 [N, length], how many tokens each whole prompt has)."""
   options = dict(padding="max_length", max_length=opened.length, truncation=True)
-  ids = np.asarray(opened.tokenizer(prompts, **options)["input_ids"], np.int32)
-  size = opened.encoder.config.vocab_size
+  ids = _check_ids(opened, opened.tokenizer(prompts, **options)["input_ids"])
+  return ids, [len(row) for row in opened.tokenizer(prompts, verbose=False)["input_ids"]]
+
+
+def _tokenize_chat(opened, prompts):
+  """((ids int32 [N, length], the prompt's share of them int32 [N]), tokens of each whole prompt)."""
+  thinking = opened.part.options["thinking"]
+  chats = [hf_tokenizer.render_chat(opened.tokenizer, p, thinking=thinking) for p in prompts]
+  ids, whole = _tokenize(opened, chats)
+  return (ids, np.minimum(whole, opened.length).astype(np.int32)), whole
+
+
+def _check_ids(opened, ids):
+  ids, size = np.asarray(ids, np.int32), opened.encoder.config.vocab_size
   if ids.max() >= size:
     raise ValueError(
       f"{opened.name}: its tokenizer gives id {ids.max()}, but vocab_size={size}. The tokenizer is "
       "another model's: fetch the folder again."
     )
-  return ids, [len(row) for row in opened.tokenizer(prompts, verbose=False)["input_ids"]]
+  return ids
 
 
-def _run(opened, ids, batch_size):
-  """The encoder's output of all ids, as NumPy arrays.
+def _run(opened, inputs, batch_size):
+  """The encoder's output of all inputs, as NumPy arrays.
 
   Every batch has the same size: one compilation serves all, and an embedding has the same bits
   whichever prompts are beside it.
@@ -310,13 +264,17 @@ def _run(opened, ids, batch_size):
   mesh = getattr(leaf.sharding, "mesh", None)
   shards = 1 if mesh is None else math.prod(n for a, n in mesh.shape.items() if a != "tensor")
   size = -(-batch_size // shards) * shards
+  count = len(jax.tree.leaves(inputs)[0])
+  run = functools.partial(
+    KINDS[opened.part.kind].run, opened.encoder.graphdef, opened.encoder.weights
+  )
+  pad = lambda x: np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
   outputs = []
   with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-    for start in range(0, len(ids), size):
-      batch = ids[start : start + size]
-      padded = np.pad(batch, ((0, size - len(batch)), (0, 0)), mode="edge")
-      output = jax.device_get(opened.run(opened.encoder.graphdef, opened.encoder.weights, padded))
-      outputs.append(jax.tree.map(lambda x, n=len(batch): x[:n], output))
+    for start in range(0, count, size):
+      batch = jax.tree.map(lambda x, i=start: pad(x[i : i + size]), inputs)
+      output = jax.device_get(run(batch))
+      outputs.append(jax.tree.map(lambda x, n=count - start: x[:n], output))
   return jax.tree.map(lambda *parts: np.concatenate(parts), *outputs)
 
 
@@ -330,3 +288,30 @@ def _run_clip(graphdef, weights, ids):
 @functools.partial(jax.jit, static_argnums=0)
 def _run_t5(graphdef, weights, ids):
   return nnx.merge(graphdef, weights)(ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_qwen3(graphdef, weights, inputs):
+  return nnx.merge(graphdef, weights)(*inputs)
+
+
+def _load_clip(folder, dtype, shardings, part):
+  projected = part.options["projected"]
+  return hf_clip.load_text(folder, projected=projected, dtype=dtype, shardings=shardings)
+
+
+def _load_t5(folder, dtype, shardings, part):
+  del part
+  return hf_t5.load_t5(folder, dtype=dtype, shardings=shardings)
+
+
+def _load_qwen3(folder, dtype, shardings, part):
+  states = part.options["states"]
+  return hf_qwen3.load_qwen3(folder, states, dtype=dtype, shardings=shardings)
+
+
+KINDS = {
+  "clip": Kind(_load_clip, _tokenize, _run_clip),
+  "t5": Kind(_load_t5, _tokenize, _run_t5),
+  "qwen3": Kind(_load_qwen3, _tokenize_chat, _run_qwen3),
+}

@@ -5,8 +5,6 @@ short table; no more than three neighbouring blocks are alike, so they are not s
 and everything outside the network are float32; the convolutions compute in `dtype`.
 """
 
-from collections.abc import Mapping
-import dataclasses
 import math
 from typing import Any
 
@@ -15,80 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from tpgrpo_jax.models import layers
+from tpgrpo_jax.models.vae_config import VAEConfig
 
 _QUERIES = 1024  # attention rows computed at a time: 16 MiB of float32 logits an image of 512 x 512
-# What diffusers offers and this module does not: field -> the one value it knows.
-_FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
-_BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-# Of diffusers' own tiling and upcasting: they say nothing about the weights.
-_UNUSED = ("sample_size", "force_upcast")
-
-
-@dataclasses.dataclass(frozen=True)
-class VAEConfig:
-  """Sizes, under the names (and with the defaults) of diffusers' config.json.
-
-  Attributes:
-    block_out_channels: channels at each resolution, the image's own first.
-    layers_per_block: residual blocks at each resolution of the encoder; the decoder has one more.
-    scaling_factor: scaled latent = (latent - shift_factor) x scaling_factor.
-    shift_factor: None is 0.
-    use_quant_conv: a 1 x 1 convolution after the encoder; SD3 and FLUX.1 have none.
-    use_post_quant_conv: a 1 x 1 convolution before the decoder; likewise.
-  """
-
-  in_channels: int = 3
-  out_channels: int = 3
-  block_out_channels: tuple[int, ...] = (64,)
-  layers_per_block: int = 1
-  latent_channels: int = 4
-  norm_num_groups: int = 32
-  scaling_factor: float = 0.18215
-  shift_factor: float | None = None
-  use_quant_conv: bool = True
-  use_post_quant_conv: bool = True
-  mid_block_add_attention: bool = True
-
-  @property
-  def downscale(self) -> int:
-    """Pixels a latent, along each side."""
-    return 2 ** (len(self.block_out_channels) - 1)
-
-  def __post_init__(self):
-    wrong = [c for c in self.block_out_channels if c % self.norm_num_groups]
-    if wrong or not self.block_out_channels:
-      raise ValueError(
-        f"block_out_channels={self.block_out_channels}: must be one or more multiples of "
-        f"norm_num_groups={self.norm_num_groups}. Change either."
-      )
-
-  @classmethod
-  def from_diffusers(cls, config: Mapping[str, Any]) -> "VAEConfig":
-    """Reads diffusers' config.json; fields that start with "_" describe the file, not the model.
-
-    Raises:
-      ValueError: a field that AutoencoderKL lacks, or a kind of block that is not known here.
-    """
-    names = {f.name for f in dataclasses.fields(cls)}
-    known_names = names.union(_FIXED, _BLOCK_TYPES, _UNUSED)
-    unknown = sorted(k for k in config if not k.startswith("_") and k not in known_names)
-    if unknown:
-      raise ValueError(f"{', '.join(unknown)}: not fields of AutoencoderKL.")
-    for field, value in _FIXED.items():
-      if config.get(field, value) != value:
-        raise ValueError(f"{field}={config[field]!r}: must be {value!r}; no other kind is known.")
-    known = {k: v for k, v in config.items() if k in names}
-    if "block_out_channels" in known:
-      known["block_out_channels"] = tuple(known["block_out_channels"])
-    made = cls(**known)
-    for field, kind in _BLOCK_TYPES.items():
-      wanted = (kind,) * len(made.block_out_channels)
-      if tuple(config.get(field, wanted)) != wanted:
-        raise ValueError(
-          f"{field}={config[field]!r}: must be {kind!r} for each of block_out_channels="
-          f"{made.block_out_channels}; no other kind is known."
-        )
-    return made
 
 
 class Conv(nnx.Module):
@@ -297,7 +224,7 @@ class AutoencoderKL(nnx.Module):
   def __init__(self, config: VAEConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
     kw = dict(dtype=dtype, rngs=rngs)
     self.config, self.dtype = config, dtype
-    self.encoder, self.decoder = Encoder(config, **kw), Decoder(config, **kw)
+    self.encoder, self.decoder = Encoder(config, **kw), Decoder(config.decoder, **kw)
     if config.use_quant_conv:
       self.quant_conv = Conv(2 * config.latent_channels, 2 * config.latent_channels, size=1, **kw)
     if config.use_post_quant_conv:
@@ -316,14 +243,13 @@ class AutoencoderKL(nnx.Module):
     x = self.post_quant_conv(x) if self.config.use_post_quant_conv else x
     return self.decoder(x).astype(jnp.float32)
 
+  def scale(self, latents: jax.Array) -> jax.Array:
+    """Latents as the encoder makes them -> as the diffusion model makes them."""
+    return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
 
-def build_autoencoder(config: VAEConfig, *, dtype=jnp.float32) -> Any:
-  """Returns a function key -> AutoencoderKL, pure, so that jax.eval_shape serves it."""
-
-  def create(key):
-    return AutoencoderKL(config, dtype=dtype, rngs=nnx.Rngs(params=key))
-
-  return create
+  def unscale(self, latents: jax.Array) -> jax.Array:
+    """The inverse of `scale`."""
+    return latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)
 
 
 def decode(graphdef: Any, params: Any, latents: jax.Array) -> jax.Array:
@@ -332,12 +258,11 @@ def decode(graphdef: Any, params: Any, latents: jax.Array) -> jax.Array:
   Args:
     graphdef: of an AutoencoderKL, as nnx.split gives it.
     params: all its weights, a nested dict.
-    latents: (latent - shift_factor) x scaling_factor, as the diffusion model makes them.
+    latents: scaled, as the diffusion model makes them.
   """
   model = nnx.merge(graphdef, params)
-  config = model.config
   latents = layers.lay_out(latents.astype(jnp.float32))
-  pixels = model.pixels(latents / config.scaling_factor + (config.shift_factor or 0.0))
+  pixels = model.pixels(model.unscale(latents))
   return jnp.clip(pixels * 0.5 + 0.5, 0.0, 1.0)
 
 
@@ -390,9 +315,8 @@ def encode(graphdef: Any, params: Any, images: jax.Array, key: Any = None) -> ja
     key: draws from the posterior; None takes its mean.
   """
   model = nnx.merge(graphdef, params)
-  config = model.config
   latents, log_variance = model.moments(layers.lay_out(images.astype(jnp.float32)) * 2.0 - 1.0)
   if key is not None:
     noise = jax.random.normal(key, latents.shape)
     latents = latents + jnp.exp(0.5 * log_variance) * noise
-  return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+  return model.scale(latents)

@@ -177,6 +177,11 @@ def _told_guidance(config, sizes):
   """The guidance scale that is an input of the model, or None."""
   scale = config.sampler.guidance_scale
   if models.MODELS[config.model.variant].guidance != "embedded":
+    if getattr(sizes, "guidance_embeds", False):
+      raise ValueError(
+        f"model.path={config.model.path!r}: its transformer is told a guidance scale (config.json: "
+        "guidance_embeds is true, as in FLUX.2-dev), which is not trained here. Use a FLUX.2-klein."
+      )
     return None
   if sizes.guidance_embeds:
     return scale

@@ -21,20 +21,26 @@ BATCH = ("data", "fsdp")  # the axes that a batch of samples is divided over
 
 # pattern of a weight's path -> how its LAST dimensions lie on the mesh (leading axes are stacks).
 # Optimizer moments and EMA hold the same paths, so the same rules serve them.
-# A single block of FLUX projects attention and hidden units together (proj_out); each part is divided for
-# itself, so no division of the kernel's rows fits both: its columns are divided.
-_BLOCKS = r"\b(blocks_\d+|(single_)?transformer_blocks)\."
-_COLUMNS = r".*(linear_1|to_q|to_k|to_v|_proj|linear|proj_mlp|proj_out)"
+# A single block of FLUX projects attention and hidden units together (proj_out of FLUX.1, to_out of FLUX.2);
+# each part is divided for itself, so no division of the kernel's rows fits both: its columns are divided.
+_BLOCKS = r"\b(blocks_\d+|(single_)?transformer_blocks|layers|noise_refiner|context_refiner)\."
+_COLUMNS = r".*(linear_1|linear_in|to_q|to_k|to_v|_proj|linear|proj_mlp|proj_out|w1|w3)"
+_ROWS = r"(to_out|to_add_out|linear_2|linear_out|down_proj|w2)"
+_BOTH = r"single_transformer_blocks\.attn\.to_out"
 _QUANTIZED = r"(\.codes|\.scale)?"  # of models.quantize, in a kernel's place
 RULES = (
-  (rf"(to_out|to_add_out|linear_2)\.kernel{_QUANTIZED}$", P("tensor", "fsdp")),
+  (rf"{_BOTH}\.kernel{_QUANTIZED}$", P("fsdp", "tensor")),
+  (rf"{_BOTH}\.lora_a$", P("fsdp", None)),
+  (rf"{_BOTH}\.lora_b$", P(None, "tensor")),
+  (rf"{_ROWS}\.kernel{_QUANTIZED}$", P("tensor", "fsdp")),
   (rf"{_BLOCKS}{_COLUMNS}\.kernel{_QUANTIZED}$", P("fsdp", "tensor")),
   (rf"{_BLOCKS}{_COLUMNS}\.bias$", P("tensor")),
-  (r"(to_out|to_add_out|linear_2)\.lora_a$", P("tensor", None)),
-  (r"(to_out|to_add_out|linear_2)\.lora_b$", P(None, "fsdp")),
+  (rf"{_ROWS}\.lora_a$", P("tensor", None)),
+  (rf"{_ROWS}\.lora_b$", P(None, "fsdp")),
   (r"\.lora_a$", P("fsdp", None)),
   (r"\.lora_b$", P(None, "tensor")),
   (rf"\.kernel{_QUANTIZED}$", P("fsdp", None)),
+  (r"token_embedding$", P(None, "fsdp")),  # 0.7 GiB of Qwen3's in bfloat16
 )
 
 

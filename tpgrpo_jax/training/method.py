@@ -218,7 +218,7 @@ def bind_dynamics(
 def make_sigmas(sampler: config_lib.Sampler, model: build.Model, num_steps: int) -> np.ndarray:
   """The grid of noise levels, [num_steps + 1]."""
   height, width, _ = model.pipeline.latent_shape
-  image_tokens = height * width // 4  # of a FLUX.1, whose patches are 2 x 2; no one else asks
+  image_tokens = height * width // model.config.latents.patch**2
   return schedule.SCHEDULES[sampler.schedule](num_steps, sampler.shift, image_tokens)
 
 

@@ -12,12 +12,11 @@ from jax.sharding import AxisType
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
-from tpgrpo_jax.models import byte_text, flux, hf, prompt_cache, prompt_embedding, tiny, vae
-from tpgrpo_jax.models.hf import files
+from tpgrpo_jax.models import byte_text, hf, prompt_cache, prompt_embedding, text_source, tiny, vae
+from tpgrpo_jax.models.hf import encoder, files
 from tpgrpo_jax.training import mesh as mesh_lib
 
 CACHE = pathlib.Path("~/.cache/tpgrpo_jax/prompts")
-FLUX_SAMPLE_SIZE = 128  # latents a side, as diffusers' FluxPipeline has it
 
 
 class Pipeline(NamedTuple):
@@ -86,11 +85,15 @@ def _open_diffusers(config, mesh, sizes, prompts):
   """A pipeline as the hub stores it."""
   root = _fetch(config)
   folder = root / "vae"
+  variant = models.MODELS[config.model.variant]
   vae_config = hf.load_config(folder)
-  if not isinstance(vae_config, vae.VAEConfig):
-    raise ValueError(f"{folder}: holds a {hf.class_name(vae_config)}, must be an AutoencoderKL.")
+  if type(vae_config) is not variant.autoencoder:
+    raise ValueError(
+      f"{folder}: holds a {hf.class_name(vae_config)}, must be an {variant.autoencoder.CLASS}."
+    )
+  check_distilled(config.sampler, root)
   shape = latent_shape(config.sampler, sizes, vae_config)
-  check_scheduler(config.sampler, root)
+  check_scheduler(config.sampler, variant, root)
   source = _text_source(config, root)
   embedded = prompt_cache.embed_prompts(
     source,
@@ -108,7 +111,7 @@ def _open_diffusers(config, mesh, sizes, prompts):
 
 def decoder_outline(config: config_lib.Vae, sizes: vae.VAEConfig) -> tuple[Callable[..., Any], Any]:
   """(`decode` of a Pipeline, the shapes of the weights it takes); nothing is computed."""
-  create = vae.build_autoencoder(sizes, dtype=jnp.dtype(config.dtype))
+  create = models.build_autoencoder(sizes, dtype=jnp.dtype(config.dtype))
   model = jax.eval_shape(create, jax.random.key(0))
   graphdef, _, abstract = models.lora.split_trainable(model, rank=1)  # nothing of it is trained
   decode = functools.partial(vae.decode_chunked, graphdef, images_per_chunk=config.images_per_chunk)
@@ -120,15 +123,15 @@ def _fetch(config):
   path = config.model.path
   if pathlib.Path(path).is_dir():
     return pathlib.Path(path)
-  family = prompt_embedding.FAMILIES[models.MODELS[config.model.variant].pipeline]
-  encoders = [name for _, name in family.clips] + [family.t5[1]] * config.text.t5
+  family = text_source.FAMILIES[models.MODELS[config.model.variant].pipeline]
+  encoders = [part.encoder for part in family.parts if config.text.t5 or part.kind != "t5"]
   folders = [hf.resolve(path, subfolder=name) for name in ("vae", *encoders)]
   return folders[0].parent
 
 
 def _text_source(config, root):
   text = config.text
-  return prompt_embedding.TextSource(
+  return text_source.TextSource(
     root,
     models.MODELS[config.model.variant].pipeline,
     max_sequence_length=text.max_sequence_length or None,
@@ -154,15 +157,11 @@ def latent_shape(
     ValueError: a height or width that the patches do not divide or that the transformer has no
       positions for, or an autoencoder of other channels.
   """
-  if isinstance(sizes, flux.FluxConfig):
-    patch, own, largest, channels = flux.PACK, FLUX_SAMPLE_SIZE, None, sizes.in_channels // 4
-  else:
-    patch, own, channels = sizes.patch_size, sizes.sample_size, sizes.in_channels
-    largest = sizes.pos_embed_max_size * patch
-  if channels != vae_config.latent_channels:
+  channels, patch, own, largest = sizes.latents
+  if channels != vae_config.scaled_channels:
     raise ValueError(
       f"the transformer takes latents of {channels} channels, the autoencoder has "
-      f"{vae_config.latent_channels}: they belong to different models. Fetch the folder again."
+      f"{vae_config.scaled_channels}: they belong to different models. Fetch the folder again."
     )
   pixels, sides = vae_config.downscale, []
   for name in ("height", "width"):
@@ -182,7 +181,20 @@ def latent_shape(
   return sides[0], sides[1], channels
 
 
-def check_scheduler(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
+def check_distilled(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
+  """Raises ValueError for a guidance scale where the pipeline was distilled to do without."""
+  index = encoder.load_json(root, text_source.INDEX_FILE)
+  if index.get("is_distilled") and sampler.guidance_scale != 1.0:
+    raise ValueError(
+      f"sampler.guidance_scale={sampler.guidance_scale}: this pipeline was distilled to do without guidance "
+      f"({text_source.INDEX_FILE}: is_distilled is true, as in FLUX.2-klein-4B). Set it to 1, or take the "
+      "base model."
+    )
+
+
+def check_scheduler(
+  sampler: config_lib.Sampler, variant: models.Variant, root: pathlib.Path
+) -> None:
   """Warns when a pipeline's scheduler has other noise levels than the config asks for."""
   path = root / "scheduler" / "scheduler_config.json"
   if not path.is_file():
@@ -191,13 +203,14 @@ def check_scheduler(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
   shift = stored.get("shift", 1.0)
   if type(shift) not in (int, float):
     raise ValueError(f"{path}: shift={shift!r}: must be a number. Fetch the file again.")
-  found = ("sd3", shift) if shift != 1.0 else ("linear", shift)
+  fixed, dynamic = variant.schedules
+  found = (fixed, shift) if shift != 1.0 else ("linear", shift)
   if stored.get("use_dynamic_shifting"):
-    found = ("flux", sampler.shift)
-  asked = (sampler.schedule, sampler.shift if sampler.schedule == "sd3" else found[1])
+    found = (dynamic, sampler.shift)
+  asked = (sampler.schedule, sampler.shift if sampler.schedule == fixed else found[1])
   if asked != found:
     warnings.warn(
       f"sampler.schedule={sampler.schedule!r}, shift={sampler.shift}: the pipeline was made for "
-      f"{found[0]!r}" + (f", shift={shift}" if found[0] == "sd3" else "") + f" ({path}).",
+      f"{found[0]!r}" + (f", shift={shift}" if found[0] == fixed else "") + f" ({path}).",
       stacklevel=2,
     )

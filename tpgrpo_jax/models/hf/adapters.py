@@ -135,7 +135,7 @@ def _from_foreign(entry: Entry, side: str, x: np.ndarray) -> np.ndarray:
 
 
 def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapter:
-  """Reads adapters that `save_lora`, diffusers or PEFT wrote; kohya's names too where they fit.
+  """Reads adapters that `save_lora`, diffusers or PEFT wrote; ai-toolkit's and kohya's where names fit.
 
   Rank and alpha are those of the file's metadata, of adapter_config.json beside it, or of its alpha
   tensors; without any of them alpha = rank, as diffusers takes it.
@@ -154,6 +154,7 @@ def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapt
   kernels = {k: tuple(v.shape) for k, v in flatten(abstract).items() if k.endswith(".kernel")}
   entries = architectures.names(config, kernels)
   found, settings = _read(path)
+  found = architectures.ARCHITECTURES[architectures.class_name(config)].adapters(found)
   adapted, problems = _match(entries, found)
   if not adapted:
     problems.append("  it adapts none of the model's modules")

@@ -6,12 +6,14 @@ import os
 import pathlib
 from typing import Any
 
-from tpgrpo_jax.models import clip, flux, mmdit, t5, vae
+from tpgrpo_jax.models import clip, flux, flux2, flux2_vae, mmdit, t5, vae, z_image
 from tpgrpo_jax.models.hf import clip as hf_clip
 from tpgrpo_jax.models.hf import files, sd3
 from tpgrpo_jax.models.hf import flux as hf_flux
+from tpgrpo_jax.models.hf import flux2 as hf_flux2
 from tpgrpo_jax.models.hf import t5 as hf_t5
 from tpgrpo_jax.models.hf import vae as hf_vae
+from tpgrpo_jax.models.hf import z_image as hf_z_image
 from tpgrpo_jax.models.hf.table import Architecture, Entry, read_sizes
 
 _CLIP_TEXT = Architecture(
@@ -24,6 +26,18 @@ ARCHITECTURES = {
   ),
   "FluxTransformer2DModel": Architecture(
     flux.FluxConfig, flux.FluxConfig.from_diffusers, hf_flux.names
+  ),
+  "Flux2Transformer2DModel": Architecture(
+    flux2.Flux2Config,
+    flux2.Flux2Config.from_diffusers,
+    hf_flux2.names,
+    adapters=hf_flux2.rename_adapters,
+  ),
+  "ZImageTransformer2DModel": Architecture(
+    z_image.ZImageConfig, z_image.ZImageConfig.from_diffusers, hf_z_image.names
+  ),
+  "AutoencoderKLFlux2": Architecture(
+    flux2_vae.Flux2VAEConfig, flux2_vae.Flux2VAEConfig.from_diffusers, hf_vae.names, hf_vae.aliases
   ),
   "AutoencoderKL": Architecture(
     vae.VAEConfig, vae.VAEConfig.from_diffusers, hf_vae.names, hf_vae.aliases

@@ -1,10 +1,10 @@
 """The names of diffusers' FluxTransformer2DModel."""
 
 from collections.abc import Mapping
-import re
 
 from tpgrpo_jax.models import flux
-from tpgrpo_jax.models.hf.table import Entry, make_entry
+from tpgrpo_jax.models.hf import table
+from tpgrpo_jax.models.hf.table import Entry
 
 # (pattern of our path, replacement); the first match of each pattern is applied, in order.
 RENAMES = (
@@ -14,6 +14,7 @@ RENAMES = (
   (r"\bto_out\b", "to_out.0"),
   (r"\.(kernel|scale)$", ".weight"),
 )
+STACKS = ("transformer_blocks", "single_transformer_blocks")
 
 
 def names(config: flux.FluxConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
@@ -24,20 +25,4 @@ def names(config: flux.FluxConfig, shapes: Mapping[str, tuple[int, ...]]) -> lis
     shapes: shape of every tensor of ours by dotted path.
   """
   del config
-  entries = []
-  for path, shape in sorted(shapes.items()):
-    stack = re.match(r"((?:single_)?transformer_blocks)\.(.*)", path)
-    if not stack:
-      entries.append(make_entry(path, None, rename(path), shape))
-      continue
-    for i in range(shape[0]):
-      name = rename(f"{stack[1]}.{i}.{stack[2]}")
-      entries.append(make_entry(path, i, name, shape[1:]))
-  return entries
-
-
-def rename(path: str) -> str:
-  """Our dotted path -> diffusers' name, block numbers aside."""
-  for pattern, replacement in RENAMES:
-    path = re.sub(pattern, replacement, path, count=1)
-  return path
+  return table.stacked_names(shapes, STACKS, RENAMES)

@@ -1,8 +1,9 @@
 """What every table of foreign tensor names is made of."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import os
+import re
 import typing
 from typing import Any, NamedTuple
 
@@ -33,6 +34,11 @@ class Entry(NamedTuple):
   axes: tuple[int, ...] | None = None
 
 
+def same_adapters(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The adapters of a model that others call by the table's names."""
+  return dict(found)
+
+
 def same_names(found: Iterable[str]) -> dict[str, str]:
   """The aliases of a model whose files agree with its table."""
   return {name: name for name in found}
@@ -47,12 +53,15 @@ class Architecture(NamedTuple):
     names: (config, {dotted path: shape} of our tensors) -> the table; any subset of the paths will do.
     aliases: names in a file -> {the table's name: the file's name}; by default they are the same.
       What it leaves out is not needed.
+    adapters: tensors of a file of adapters by name -> the same under the table's names, where other programs
+      write them under the names of the model's authors; by default they are the same.
   """
 
   config: type
   read_config: Callable[[Mapping[str, Any]], Any]
   names: Callable[[Any, Mapping[str, tuple[int, ...]]], list[Entry]]
   aliases: Callable[[Iterable[str]], dict[str, str]] = same_names
+  adapters: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = same_adapters
 
 
 _NULL_IS_DEFAULT = ("out_channels",)  # diffusers writes null for "as in_channels"
@@ -79,9 +88,12 @@ def _check_sizes(cls, raw, path):
     value, kinds = raw[name], typing.get_args(hints[name]) or (hints[name],)
     if dataclasses.is_dataclass(hints[name]) or (value is None and name in _NULL_IS_DEFAULT):
       continue
-    if typing.get_origin(hints[name]) is tuple:
-      fits = isinstance(value, list | tuple) and all(type(item) is kinds[0] for item in value)
-      rule = f"a list of {kinds[0].__name__}"
+    lists = [k for k in (hints[name], *kinds) if typing.get_origin(k) is tuple]
+    if lists:
+      item = typing.get_args(lists[0])[0]
+      fits = isinstance(value, list | tuple) and all(type(part) is item for part in value)
+      fits = fits or (value is None and type(None) in kinds)
+      rule = f"a list of {item.__name__}"
     else:
       fits = type(value) in kinds or (type(value) is int and float in kinds)
       rule = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "null")
@@ -97,6 +109,35 @@ def make_entry(path: str, block: int | None, name: str, shape: tuple[int, ...]) 
   if path.endswith(".kernel"):
     return Entry(path, block, name, shape[::-1], lambda x: x.T, lambda x: x.T, axes[::-1])
   return Entry(path, block, name, shape, lambda x: x, lambda x: x, axes)
+
+
+def stacked_names(
+  shapes: Mapping[str, tuple[int, ...]],
+  stacks: Sequence[str],
+  renames: Sequence[tuple[str, str]],
+) -> list[Entry]:
+  """The table of a model whose stacks are called there as here: stack.rest -> stack.number.rest.
+
+  Args:
+    shapes: shape of every tensor of ours by dotted path.
+    stacks: names of the stacks of blocks.
+    renames: (pattern of our path, replacement); the first match of each is applied, in order.
+  """
+
+  def rename(name):
+    for pattern, replacement in renames:
+      name = re.sub(pattern, replacement, name, count=1)
+    return name
+
+  entries = []
+  for path, shape in sorted(shapes.items()):
+    stack, _, rest = path.partition(".")
+    if stack not in stacks:
+      entries.append(make_entry(path, None, rename(path), shape))
+      continue
+    for i in range(shape[0]):
+      entries.append(make_entry(path, i, rename(f"{stack}.{i}.{rest}"), shape[1:]))
+  return entries
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 KINDS = {
   "clip": ("CLIPTokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt"))),
   "t5": ("T5Tokenizer", (("tokenizer.json",), ("spiece.model",))),
+  "qwen3": ("Qwen2Tokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt"))),
 }
 
 
@@ -25,7 +26,8 @@ def load_tokenizer(kind: str, folder: str | os.PathLike[str]) -> Any:
     folder: holds its files.
 
   Raises:
-    ValueError: files that are missing or cannot be read.
+    ValueError: files that are missing or cannot be read; of "qwen3", no chat template, or one of another
+      model.
   """
   import transformers
 
@@ -36,6 +38,45 @@ def load_tokenizer(kind: str, folder: str | os.PathLike[str]) -> Any:
       f"{str(folder)!r}: no {wanted} in it. Point it at a complete folder of the hub."
     )
   try:
-    return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+    tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
   except Exception as error:  # the tokenizers package raises bare Exceptions
     raise ValueError(f"{folder}: not a readable tokenizer ({error}). Fetch it again.") from error
+  if kind == "qwen3":
+    _check_chat(tokenizer, folder)
+  return tokenizer
+
+
+def render_chat(tokenizer: Any, prompt: str, *, thinking: bool) -> str:
+  """The prompt as the user's turn of a chat, and the beginning of the answer.
+
+  Args:
+    tokenizer: with a chat template of Qwen3.
+    prompt: of one image.
+    thinking: False begins the answer behind an empty thought.
+  """
+  return tokenizer.apply_chat_template(
+    [{"role": "user", "content": prompt}],
+    tokenize=False,
+    add_generation_prompt=True,
+    enable_thinking=thinking,
+  )
+
+
+def _check_chat(tokenizer, folder):
+  """Raises ValueError unless there is a chat template that knows whether to think, as Qwen3's does."""
+  if tokenizer.padding_side != "right":
+    raise ValueError(
+      f"{str(folder)!r}: padding_side={tokenizer.padding_side!r}: must be 'right', as the pipelines have it. "
+      "Fetch the tokenizer again."
+    )
+  if not tokenizer.chat_template:
+    raise ValueError(
+      f"{str(folder)!r}: no chat template in it (chat_template.jinja, or a field of "
+      "tokenizer_config.json). Point it at a complete folder of the hub."
+    )
+  thoughtful, thoughtless = (render_chat(tokenizer, "", thinking=t) for t in (True, False))
+  if thoughtful == thoughtless:
+    raise ValueError(
+      f"{str(folder)!r}: its chat template knows no enable_thinking, so it is not Qwen3's (that of Qwen2 "
+      "knows none). Fetch the tokenizer of the pipeline again."
+    )

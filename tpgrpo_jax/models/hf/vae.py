@@ -1,4 +1,4 @@
-"""The names of diffusers' AutoencoderKL."""
+"""The names of diffusers' AutoencoderKL and AutoencoderKLFlux2."""
 
 from collections.abc import Iterable, Mapping
 import re
@@ -10,6 +10,7 @@ from tpgrpo_jax.models.hf.table import Entry, make_entry
 RENAMES = ((r"\.to_out\.", ".to_out.0."), (r"\.(kernel|scale)$", ".weight"))
 # Attention of checkpoints that older versions of diffusers wrote, by its present name.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+UNUSED = ("bn.num_batches_tracked",)  # torch counts what the statistics of FLUX.2 were made of
 
 
 def names(config: vae.VAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
@@ -31,7 +32,7 @@ def current_name(name: str) -> str:
 
 def aliases(found: Iterable[str]) -> dict[str, str]:
   """{the table's name: the file's name} of the tensors in a file."""
-  return {current_name(name): name for name in found}
+  return {current_name(name): name for name in found if name not in UNUSED}
 
 
 def _entry(path, shape):

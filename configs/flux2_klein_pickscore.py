@@ -1,0 +1,14 @@
+"""FLUX.2-klein-base-4B: human preference (PickScore).
+
+Command: python -m tpgrpo_jax.train --config configs/flux2_klein_pickscore.py[:METHOD]
+Needs accelerators, and the prompts of Flow-GRPO (dataset/pickscore of its repository) in
+datasets/pickscore: docs/fine_tune.md. No result of ours yet.
+"""
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import presets
+
+
+def get_config(method="tp_grpo"):
+  """Returns the recipe of a method."""
+  return config_lib.to_config_dict(presets.recipe("flux2_klein_pickscore", method))
