@@ -24,7 +24,7 @@ RANKS = {
 CONFIG_READERS = {"config", "runs", "reporting", "training", "forecasting"}
 HEAVY = (
     "transformers", "tensorflow_datasets", "tensorflow", "torch", "diffusers", "rapidocr",
-    "onnxruntime", "rapidfuzz", "requests", "wandb", "peft",
+    "onnxruntime", "rapidfuzz", "skimage", "requests", "wandb", "peft",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize(

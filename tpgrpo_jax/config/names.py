@@ -1,6 +1,7 @@
 """Every name that a field can have; the tables of the other rooms hold what they stand for."""
 
-MODEL_VARIANTS = ("tiny", "sd3", "flux")
+BUILT_IN_VARIANTS = ("tiny", "tiny_shapes")
+MODEL_VARIANTS = (*BUILT_IN_VARIANTS, "sd3", "flux")
 SCHEDULES = ("linear", "sd3", "flux")
 DYNAMICS = ("sde", "cps", "dance")
 SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")
@@ -21,10 +22,10 @@ STEP_WEIGHTS = ("none", "std", "inverse_dt", "inverse_sensitivity")
 UPDATES_BY = ("samples", "steps")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 REWARD_NAMES = (
-    "ocr", "jpeg_compressibility", "jpeg_incompressibility",
+    "ocr", "shapes", "jpeg_compressibility", "jpeg_incompressibility",
     "clipscore", "pickscore", "hpsv2", "aesthetic",
 )  # fmt: skip
-PROMPT_SOURCES = ("words", "folder")
+PROMPT_SOURCES = ("words", "shapes", "folder")
 DTYPES = ("float32", "bfloat16")
 TEXT_DEVICES = ("mesh", "cpu")
 QUANTIZATIONS = ("", "int8", "nf4")

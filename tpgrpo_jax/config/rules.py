@@ -330,8 +330,9 @@ def _pretrain(config) -> Iterator[str]:
   if "://" in config.run.dir:
     yield f"run.dir={config.run.dir!r}: pretraining writes to folders alone. Use run.dir='runs/mine'."
   t = config.train
-  if config.model.variant != "tiny":
-    yield f"model.variant={config.model.variant!r}: only 'tiny' is trained from scratch here."
+  if config.model.variant not in names.BUILT_IN_VARIANTS:
+    built_in = " and ".join(map(repr, names.BUILT_IN_VARIANTS))
+    yield f"model.variant={config.model.variant!r}: only {built_in} are trained from scratch here."
   yield from _at_least(
     (
       ("train.updates", t.updates, 1),

@@ -178,7 +178,7 @@ def abstract_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> build.
 def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
   """`encode` gives shapes, of one prompt's embedding."""
   if decoder_sizes is None:
-    return pipeline.tiny_pipeline(sizes)
+    return pipeline.tiny_pipeline(config.model.variant, sizes)
   family = models.MODELS[config.model.variant].pipeline
   tokens = config.text.max_sequence_length or prompt_embedding.FAMILIES[family].max_sequence_length
   tokens += 77 if family == "sd3" else 0  # CLIP's tokens stand before T5's, or zeros in their place

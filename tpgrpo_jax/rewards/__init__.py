@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpgrpo_jax import types
-from tpgrpo_jax.rewards import aesthetic, clip_score, combine, hps, jpeg, ocr
+from tpgrpo_jax.rewards import aesthetic, clip_score, combine, hps, jpeg, ocr, shapes
 from tpgrpo_jax.rewards.combine import (
   CombinedRewardFn,
   DeviceRewardMaker,
@@ -20,6 +20,7 @@ from tpgrpo_jax.rewards.combine import (
 # A user's own "package.module:make" is one of these.
 HOST_REWARDS: dict[str, RewardMaker] = {
   "ocr": ocr.make,
+  "shapes": shapes.make,
   "jpeg_compressibility": jpeg.make_compressibility,
   "jpeg_incompressibility": jpeg.make_incompressibility,
 }

@@ -1,0 +1,19 @@
+"""The built-in base model for shapes: flow matching on rendered scenes, from scratch.
+
+Command: python -m tpgrpo_jax.pretrain --config configs/tiny_shapes_pretrain.py
+"""
+
+from tpgrpo_jax import config as config_lib
+
+
+def get_config():
+  """Returns the recipe."""
+  return config_lib.to_config_dict(
+    config_lib.PretrainConfig(
+      run=config_lib.Run("runs/tiny_shapes_pretrain"),
+      output="runs/tiny_shapes_pretrain/model",
+      model=config_lib.Model("tiny_shapes"),
+      train=config_lib.PretrainTrain(updates=8000, batch=64),
+      eval=config_lib.Eval(every=500, num_steps=6, prompts=252, rewards=("shapes",)),
+    )
+  )
