@@ -14,6 +14,7 @@ def get_config():
       output="runs/tiny_shapes_pretrain/model",
       model=config_lib.Model("tiny_shapes"),
       train=config_lib.PretrainTrain(updates=8000, batch=64),
+      optimizer=config_lib.Optimizer(learning_rate=1.5e-3, warmup_updates=100, weight_decay=0.01),
       eval=config_lib.Eval(every=500, num_steps=6, prompts=252, rewards=("shapes",)),
     )
   )

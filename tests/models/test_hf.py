@@ -142,7 +142,7 @@ def test_config_of_other_sizes_than_the_weights_is_refused(folder, abstract, tmp
 
 
 def test_shipped_weights_fit_the_variants_own_sizes():
-  assert hf.load_config(tiny.FOLDER) == tiny.CONFIG
+  assert hf.load_config(tiny.TEXT.folder) == tiny.TEXT.config
 
 
 def save_in_shards(folder, params, count=4):

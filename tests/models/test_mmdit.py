@@ -179,11 +179,11 @@ def test_velocity_equals_live_diffusers(layers, qk_norm, dual, patch, size, tmp_
 def test_shipped_model_in_diffusers_has_the_same_output():
   pytest.importorskip("torch")
   diffusers = pytest.importorskip("diffusers")
-  theirs = diffusers.SD3Transformer2DModel.from_pretrained(tiny.FOLDER).eval()
-  run, config = load(tiny.FOLDER)
-  condition = tiny.encode(config, ["CAT3", "XY7", ""])
+  theirs = diffusers.SD3Transformer2DModel.from_pretrained(tiny.TEXT.folder).eval()
+  run, config = load(tiny.TEXT.folder)
+  condition = tiny.TEXT.encode(config, ["CAT3", "XY7", ""])
   rng = np.random.default_rng(2)
-  x = rng.standard_normal((3, *tiny.LATENT_SHAPE)).astype(np.float32)
+  x = rng.standard_normal((3, *tiny.TEXT.latent_shape)).astype(np.float32)
   inputs = (x, np.asarray([1.0, 0.6, 0.05], np.float32), condition.text, condition.pooled)
   assert relative_error(run(*inputs), diffusers_velocity(theirs, *inputs)) < TOLERANCE
 

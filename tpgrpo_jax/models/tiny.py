@@ -23,18 +23,23 @@ class BuiltIn(NamedTuple):
     folder: its weights.
     latent_shape: (height, width, channels), of which channels is 1 (gray) or 3.
     config: its sizes.
-    encode: (text width of a transformer, prompts) -> Condition of NumPy arrays.
+    encode: (sizes, prompts) -> Condition of NumPy arrays, for a transformer of these sizes.
   """
 
   folder: pathlib.Path
   latent_shape: tuple[int, int, int]
   config: mmdit.MMDiTConfig
-  encode: Callable[[int, Sequence[str]], types.Condition]
+  encode: Callable[[mmdit.MMDiTConfig, Sequence[str]], types.Condition]
 
 
-def _sizes(side: int, channels: int, text_width: int) -> mmdit.MMDiTConfig:
-  """Sizes of a transformer for images of at most side x side pixels."""
-  patch, heads, head_dim = 8, 4, 32
+def _sizes(
+  side: int, channels: int, text_width: int, *, patch: int, heads: int
+) -> mmdit.MMDiTConfig:
+  """Sizes of a transformer for images of at most side x side pixels.
+
+  A token is wider than a patch has numbers: narrower ones cannot carry the noise that they predict.
+  """
+  head_dim = 32
   return mmdit.MMDiTConfig(
     sample_size=side,
     patch_size=patch,
@@ -51,29 +56,29 @@ def _sizes(side: int, channels: int, text_width: int) -> mmdit.MMDiTConfig:
   )
 
 
-def _encode_bytes(width: int, prompts: Sequence[str]) -> types.Condition:
-  return byte_text.encode(prompts, width - byte_text.BYTES)
+def _encode_bytes(sizes: mmdit.MMDiTConfig, prompts: Sequence[str]) -> types.Condition:
+  return byte_text.encode(prompts, sizes.joint_attention_dim - byte_text.BYTES)
 
 
-def _encode_words(width: int, prompts: Sequence[str]) -> types.Condition:
-  return byte_text.encode_words(prompts, WORDS, (width - WORDS) // byte_text.HALF_BYTES)
+def _encode_words(sizes: mmdit.MMDiTConfig, prompts: Sequence[str]) -> types.Condition:
+  letters = (sizes.joint_attention_dim - WORDS) // byte_text.HALF_BYTES
+  return byte_text.encode_words(prompts, WORDS, letters)
 
 
 WORDS = 8  # of a prompt for shapes, each of at most 10 bytes
-BUILT_IN = {
-  "tiny": BuiltIn(
-    ASSETS / "tiny_text",
-    (24, 48, 1),
-    _sizes(48, 1, byte_text.embedding_dim(6)),
-    _encode_bytes,
-  ),
-  "tiny_shapes": BuiltIn(
-    ASSETS / "tiny_shapes",
-    (32, 32, 3),
-    _sizes(32, 3, byte_text.word_embedding_dim(WORDS, 10)),
-    _encode_words,
-  ),
-}
+TEXT = BuiltIn(
+  ASSETS / "tiny_text",
+  (24, 48, 1),
+  _sizes(48, 1, byte_text.embedding_dim(6), patch=8, heads=4),
+  _encode_bytes,
+)
+SHAPES = BuiltIn(
+  ASSETS / "tiny_shapes",
+  (32, 32, 3),
+  _sizes(32, 3, byte_text.word_embedding_dim(WORDS, 10), patch=4, heads=3),
+  _encode_words,
+)
+BUILT_IN = {"tiny": TEXT, "tiny_shapes": SHAPES}
 """model.variant -> what it is."""
 
 

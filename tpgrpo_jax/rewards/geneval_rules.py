@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 
 from tpgrpo_jax.data import geneval
 
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # least confidence of a detection; the second for "counting"
+THRESHOLD, COUNTING_THRESHOLD = (
+  0.3,
+  0.9,
+)  # least confidence of a detection; the second for "counting"
 MAX_OBJECTS = 16  # of a class
 
 
@@ -76,7 +79,9 @@ def evaluate(
     position_threshold: of geneval.relations.
   """
   parts, reasons = [], []
-  groups: list[Sequence[Detection] | None] = []  # what fulfils each clause so far, None where nothing
+  groups: list[
+    Sequence[Detection] | None
+  ] = []  # what fulfils each clause so far, None where nothing
   for clause in metadata["include"]:
     objects = list(found.get(clause["class"], ()))[: clause["count"]]
     shares = [_count(objects, clause)]
@@ -117,5 +122,3 @@ def _position(objects, clause, groups, threshold):
   right = sum(name in geneval.relations(a, b, threshold=threshold) for a, b in pairs)
   share = right / len(pairs) * len(objects) / clause["count"]
   return share, f"expected {clause['class']} {name} target, found {right} of {len(pairs)} pairs so"
-
-

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Float32, UInt8
 import numpy as np
 
 from tpgrpo_jax import types
@@ -11,13 +11,19 @@ from tpgrpo_jax.data import geneval, shapes
 from tpgrpo_jax.rewards import geneval_rules
 
 # Hue in degrees -> the colour that it is called; what lies between has no name.
-HUES = {"red": (-22.0, 22.0), "yellow": (42.0, 72.0), "green": (90.0, 160.0), "blue": (205.0, 255.0)}
+HUES = {
+  "red": (-25.0, 25.0),
+  "yellow": (38.0, 75.0),
+  "green": (90.0, 165.0),
+  "blue": (200.0, 260.0),
+}
 FOREGROUND = 0.4  # least brightness (the largest of R, G, B) of a pixel of a shape
 _SATURATION = 0.45  # least (max - min) / max of a coloured pixel
-_AGREEMENT = 0.75  # least share of a region's pixels that have its colour
+_AGREEMENT = 0.6  # least share of a region's pixels that have the colour of its mean
 _SMALLEST = 16  # pixels; what is smaller is dirt and not looked at
 _LARGEST = 0.5  # of the picture; what is larger is a background
-_SURE, _UNSURE = 0.86, 0.66  # overlaps with the ideal shape that count as confidence 1 and 0
+_STEEPER = 2.0  # edges, before the comparison
+_SURE, _UNSURE = 0.8, 0.7  # overlaps with the ideal shape that count as confidence 1 and 0
 
 
 def make(*, strict: bool = True) -> types.RewardFn:
@@ -75,9 +81,7 @@ def judge(
   """GenEval's verdict, with its thresholds of confidence."""
   counting = metadata.get("tag") == "counting"
   threshold = geneval_rules.COUNTING_THRESHOLD if counting else geneval_rules.THRESHOLD
-  return geneval_rules.evaluate(
-    geneval_rules.confident(detections, threshold=threshold), metadata
-  )
+  return geneval_rules.evaluate(geneval_rules.confident(detections, threshold=threshold), metadata)
 
 
 def describe(detections: Sequence[geneval_rules.Detection]) -> str:
@@ -88,83 +92,102 @@ def describe(detections: Sequence[geneval_rules.Detection]) -> str:
 
 def detect(images: UInt8[np.ndarray, "N H W 3"]) -> list[list[geneval_rules.Detection]]:
   """The shapes in each picture, with confidences above 0, in no order."""
+  from scipy import ndimage
   from skimage import measure
 
   count, height, width, _ = images.shape
-  bright, hues = _bright(images), _color_codes(images)
-  # One tall picture, with dark lines between: one call finds the regions of all of them.
-  tall = np.zeros((count, height + 1, width), bool)
-  tall[:, :height] = bright
-  labels = measure.label(tall.reshape(-1, width), connectivity=1)
-  labels = labels.reshape(tall.shape)[:, :height]
-  found: list[list[geneval_rules.Detection]] = [[] for _ in range(count)]
+  # One tall picture, with a dark frame around each: one call finds the regions of all of them.
+  tall = np.zeros((count, height + 2, width + 2, 3), np.float32)
+  tall[:, 1:-1, 1:-1] = images / np.float32(255)
+  tall = tall.reshape(-1, width + 2, 3)
+  labels = measure.label(tall.max(axis=-1) >= FOREGROUND, connectivity=1)
   areas = np.bincount(labels.ravel())
-  keep = np.flatnonzero((areas >= _SMALLEST) & (areas <= _LARGEST * height * width))
-  keep = keep[keep > 0]
-  if not keep.size:
-    return found
-  index = np.full(len(areas), -1)
-  index[keep] = np.arange(keep.size)
-  picture, row, column = np.nonzero(labels)
-  region = index[labels[picture, row, column]]
-  kept = region >= 0
-  picture, row, column, region = (a[kept] for a in (picture, row, column, region))
-  for at in np.split(np.arange(region.size)[np.argsort(region, kind="stable")],
-                     np.cumsum(np.bincount(region))[:-1]):  # fmt: skip
-    detection = _read(row[at], column[at], hues[picture[at], row[at], column[at]])
-    if detection.confidence > 0:
-      found[picture[at[0]]].append(detection)
+  kept = (areas >= _SMALLEST) & (areas <= _LARGEST * height * width)
+  kept[0] = False
+  found: list[list[geneval_rules.Detection]] = [[] for _ in range(count)]
+  for label, place in enumerate(ndimage.find_objects(np.where(kept[labels], labels, 0)), start=1):
+    if place is not None:
+      window = tuple(slice(s.start - 1, s.stop + 1) for s in place)
+      detection = _read(labels[window], label, tall[window])
+      if detection.confidence > 0:
+        picture, top = divmod(window[0].start, height + 2)
+        found[picture].append(_shifted(detection, window[1].start, top))
   return found
 
 
-def _bright(images) -> Bool[np.ndarray, "N H W"]:
-  return images.max(axis=-1) >= FOREGROUND * 255
+def _read(labels, label, image) -> geneval_rules.Detection:
+  """What one region is, of [h, w] labels and [h, w, 3] RGB in [0, 1] with one pixel around it."""
+  own = labels == label
+  inside = image[own]
+  value = image.max(axis=-1)
+  # Pixels at the edge are in part the shape's: those around the region, as far as no other has them.
+  near = own.copy()
+  near[1:] |= own[:-1]
+  near[:-1] |= own[1:]
+  near[:, 1:] |= own[:, :-1]
+  near[:, :-1] |= own[:, 1:]
+  near &= own | (labels == 0)
+  full = np.sort(inside.max(axis=-1))[len(inside) * 3 // 4]
+  # Twice as steep as they are, edges are much the same whether a picture is sharp or soft.
+  share = np.clip(_STEEPER * (value / full - 0.5) + 0.5, 0.0, 1.0) * near
+  overlaps = _overlaps(share)
+  kind = max(overlaps, key=lambda k: overlaps[k])
+  confidence = float(np.clip((overlaps[kind] - _UNSURE) / (_SURE - _UNSURE), 0.0, 1.0))
+  rows, columns = np.flatnonzero(own.any(axis=1)), np.flatnonzero(own.any(axis=0))
+  box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+  return geneval_rules.Detection(kind, confidence, tuple(map(float, box)), _color(inside))
 
 
-def _color_codes(images) -> np.ndarray:
-  """int [N, H, W]: the number of a pixel's colour in HUES, from 1; 0 is none."""
-  pixels = images.astype(np.float32)
-  r, g, b = np.moveaxis(pixels, -1, 0)
+def _shifted(detection, left, top):
+  """With its box in the picture, whose frame is one pixel wide."""
+  a, b, c, d = detection.box
+  left, top = left - 1, top - 1
+  return detection._replace(box=(a + left, b + top, c + left, d + top))
+
+
+def _color(pixels) -> str:
+  """The colour [n, 3] of a region: the hue of the mean, if most pixels have it; "" for none."""
+  names = _color_codes(np.concatenate([pixels.mean(axis=0, keepdims=True), pixels]))
+  agree = np.mean(names[1:] == names[0])
+  return ("", *HUES)[names[0]] if agree >= _AGREEMENT else ""
+
+
+def _color_codes(pixels) -> np.ndarray:
+  """int [n]: the number of a pixel's colour in HUES, from 1; 0 is none."""
+  r, g, b = pixels.T
   high, low = pixels.max(axis=-1), pixels.min(axis=-1)
   spread = np.maximum(high - low, 1e-6)
   sixth = np.where(
     high == r, (g - b) / spread, np.where(high == g, 2 + (b - r) / spread, 4 + (r - g) / spread)
   )
-  hue = np.where(sixth > 5.5, sixth - 6, sixth) * 60
-  codes = np.zeros(high.shape, np.int8)
-  colored = high - low >= _SATURATION * np.maximum(high, 1e-6)
+  codes = np.zeros(len(pixels), int)
+  colored = high - low >= _SATURATION * high
   for code, (least, most) in enumerate(HUES.values(), start=1):
-    codes[colored & (hue >= least) & (hue <= most)] = code
+    codes[colored & (sixth * 60 >= least) & (sixth * 60 <= most)] = code
   return codes
 
 
-def _read(rows, columns, codes) -> geneval_rules.Detection:
-  """One region's pixels [n] and their colour codes -> what it is."""
-  votes = np.bincount(codes, minlength=len(HUES) + 1)
-  votes[0] = 0
-  best = int(votes.argmax())
-  color = list(HUES)[best - 1] if votes[best] >= _AGREEMENT * codes.size else ""
-  overlaps = {kind: _overlap(kind, rows, columns) for kind in shapes.CLASSES}
-  kind = max(overlaps, key=lambda k: overlaps[k])
-  confidence = float(np.clip((overlaps[kind] - _UNSURE) / (_SURE - _UNSURE), 0.0, 1.0))
-  box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-  return geneval_rules.Detection(kind, confidence, tuple(map(float, box)), color)
+def _overlaps(share) -> dict[str, float]:
+  """Kind -> intersection over union of a region with the ideal shape of its area and centroid.
+
+  Args:
+    share: [h, w], how much of each pixel is the region's.
+  """
+  rows, columns = (np.arange(n, dtype=np.float32) for n in share.shape)
+  area = share.sum()
+  x, y = (share.sum(axis=0) @ columns) / area, (share.sum(axis=1) @ rows) / area
+  right = np.abs(columns[None, :] - x)
+  found = {}
+  for kind, (unit_area, drop) in _IDEAL.items():
+    radius = (area / unit_area) ** 0.5
+    distance = shapes.DISTANCES[kind](right, (rows - y + drop * radius)[:, None], radius)
+    both = np.minimum(np.clip(0.5 - _STEEPER * distance, 0.0, 1.0), share).sum()
+    found[kind] = float(
+      both / (2 * area - both)
+    )  # so that what sticks out of the window counts too
+  return found
 
 
-def _overlap(kind, rows, columns) -> float:
-  """Intersection over union of a region and the ideal shape of its area about its centroid."""
-  area, drop = _IDEAL[kind]
-  radius = (rows.size / area) ** 0.5
-  x, y = columns.mean(), rows.mean() - drop * radius
-  top, left = rows.min() - _FRAME, columns.min() - _FRAME
-  down = np.arange(top, rows.max() + _FRAME + 1, dtype=np.float32)[:, None] - y
-  right = np.abs(np.arange(left, columns.max() + _FRAME + 1, dtype=np.float32)[None, :] - x)
-  ideal = np.clip(0.5 - shapes.DISTANCES[kind](right, down, radius), 0.0, 1.0)
-  both = ideal[rows - top, columns - left].sum()
-  return float(both / (rows.size + ideal.sum() - both))
-
-
-_FRAME = 2  # pixels around a region in which its ideal shape may stick out
 # Kind -> (its area at radius 1, how far its centroid lies below its middle, in radii).
 _IDEAL = {
   "circle": (np.pi, 0.0),

@@ -83,7 +83,7 @@ def open_pipeline(
 def tiny_pipeline(variant: str, sizes: models.mmdit.MMDiTConfig) -> Pipeline:
   """Of a built-in model, which reads bytes and paints pixels itself."""
   built_in = tiny.BUILT_IN[variant]
-  encode = functools.partial(built_in.encode, sizes.joint_attention_dim)
+  encode = functools.partial(built_in.encode, sizes)
   return Pipeline(built_in.latent_shape, encode, lambda decoder, latents: tiny.decode(latents), {})
 
 

@@ -148,7 +148,7 @@ def batch(
   dropped = rng.random(len(texts)) < config.train.text_dropout
   texts = ["" if drop else text for text, drop in zip(texts, dropped)]
   built_in = tiny.BUILT_IN[config.model.variant]
-  return pixels, built_in.encode(built_in.config.joint_attention_dim, texts)
+  return pixels, built_in.encode(built_in.config, texts)
 
 
 def _update(velocity_fn, optimizer, config, state, buffers, key, pixels, condition):
