@@ -1,4 +1,4 @@
-"""The second built-in task: a small model learns to paint the shapes that a prompt asks for, GenEval in small.
+"""The second built-in task: a small model learns to paint the shapes that are asked for, GenEval in small.
 
 Command: python -m tpgrpo_jax.train --config configs/tiny_shapes.py[:METHOD]
 METHOD is a name of tpgrpo_jax.config.presets.METHODS (docs/methods.md); tp_grpo unless it is given.

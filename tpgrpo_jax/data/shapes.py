@@ -294,7 +294,7 @@ def _color_attr() -> Iterator[dict[str, Any]]:
   pairs = itertools.permutations(CLASSES, 2)
   for pair, colors in itertools.product(pairs, itertools.permutations(COLORS, 2)):
     include = [{"class": k, "count": 1, "color": c} for k, c in zip(pair, colors)]
-    text = "a {} {} and a {} {}".format(colors[0], pair[0], colors[1], pair[1])
+    text = f"a {colors[0]} {pair[0]} and a {colors[1]} {pair[1]}"
     yield _prompt("color_attr", text, include)
 
 

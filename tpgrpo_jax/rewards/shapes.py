@@ -19,10 +19,11 @@ HUES = {
 }
 FOREGROUND = 0.4  # least brightness (the largest of R, G, B) of a pixel of a shape
 _SATURATION = 0.45  # least (max - min) / max of a coloured pixel
-_AGREEMENT = 0.6  # least share of a region's pixels that have the colour of its mean
+_AGREEMENT = 0.75  # least share of a region's pixels that have the colour of its mean
 _SMALLEST = 16  # pixels; what is smaller is dirt and not looked at
 _LARGEST = 0.5  # of the picture; what is larger is a background
-_STEEPER = 2.0  # edges, before the comparison
+_LONGEST = 1.4  # most length to width, of standard deviations; a triangle has 1.15
+_STEEPER = 1.5  # edges, before the comparison
 _SURE, _UNSURE = 0.8, 0.7  # overlaps with the ideal shape that count as confidence 1 and 0
 
 
@@ -128,7 +129,7 @@ def _read(labels, label, image) -> geneval_rules.Detection:
   near[:, :-1] |= own[:, 1:]
   near &= own | (labels == 0)
   full = np.sort(inside.max(axis=-1))[len(inside) * 3 // 4]
-  # Twice as steep as they are, edges are much the same whether a picture is sharp or soft.
+  # Steeper than they are, edges are much the same whether a picture is sharp or soft.
   share = np.clip(_STEEPER * (value / full - 0.5) + 0.5, 0.0, 1.0) * near
   overlaps = _overlaps(share)
   kind = max(overlaps, key=lambda k: overlaps[k])
@@ -170,17 +171,26 @@ def _color_codes(pixels) -> np.ndarray:
 def _overlaps(share) -> dict[str, float]:
   """Kind -> intersection over union of a region with the ideal shape of its area and centroid.
 
+  All are 0 where the moments of order 2 say that the region is much longer than wide.
+
   Args:
     share: [h, w], how much of each pixel is the region's.
   """
   rows, columns = (np.arange(n, dtype=np.float32) for n in share.shape)
   area = share.sum()
-  x, y = (share.sum(axis=0) @ columns) / area, (share.sum(axis=1) @ rows) / area
-  right = np.abs(columns[None, :] - x)
+  across, along = share.sum(axis=0) / area, share.sum(axis=1) / area
+  x, y = across @ columns, along @ rows
+  columns, rows = columns - x, rows - y
+  spread_x, spread_y = across @ columns**2, along @ rows**2
+  both = rows @ share @ columns / area
+  mean, half = (spread_x + spread_y) / 2, np.hypot((spread_x - spread_y) / 2, both)
+  if mean + half > _LONGEST**2 * (mean - half):
+    return dict.fromkeys(_IDEAL, 0.0)
+  right = np.abs(columns)[None, :]
   found = {}
   for kind, (unit_area, drop) in _IDEAL.items():
     radius = (area / unit_area) ** 0.5
-    distance = shapes.DISTANCES[kind](right, (rows - y + drop * radius)[:, None], radius)
+    distance = shapes.DISTANCES[kind](right, (rows + drop * radius)[:, None], radius)
     both = np.minimum(np.clip(0.5 - _STEEPER * distance, 0.0, 1.0), share).sum()
     found[kind] = float(
       both / (2 * area - both)
