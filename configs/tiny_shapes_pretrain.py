@@ -13,8 +13,9 @@ def get_config():
       run=config_lib.Run("runs/tiny_shapes_pretrain"),
       output="runs/tiny_shapes_pretrain/model",
       model=config_lib.Model("tiny_shapes"),
-      train=config_lib.PretrainTrain(updates=8000, batch=64),
-      optimizer=config_lib.Optimizer(learning_rate=1.5e-3, warmup_updates=100, weight_decay=0.01),
+      train=config_lib.PretrainTrain(updates=8000, batch=32),
+      optimizer=config_lib.Optimizer(learning_rate=2e-3, warmup_updates=100, weight_decay=0.01),
+      ema=config_lib.Ema(decay=0.995, every=1),
       eval=config_lib.Eval(every=500, num_steps=6, prompts=252, rewards=("shapes",)),
     )
   )

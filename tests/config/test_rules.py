@@ -136,7 +136,12 @@ BAD = {
   ),
   "unknown_model": (
     {"model.variant": "tinny"},
-    ("model.variant='tinny':", "unknown name", "Did you mean 'tiny'?", "Choices: flux, sd3, tiny"),
+    (
+      "model.variant='tinny':",
+      "unknown name",
+      "Did you mean 'tiny'?",
+      "Choices: flux, sd3, tiny, tiny_shapes",
+    ),
   ),
   "pipeline_without_a_path": (
     {"model.variant": "sd3"},

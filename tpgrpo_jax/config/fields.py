@@ -27,7 +27,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """name "words" is the built-in task; "folder" reads path/train.* and path/test.* (.txt or .jsonl)."""
+  """name "words" and "shapes" are the built-in tasks; "folder" reads path/train.* and path/test.* (.txt or
+  .jsonl)."""
 
   name: str = "words"
   path: str = ""
@@ -350,7 +351,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainTrain:
-  """Flow-matching pretraining: updates of `batch` rendered words each.
+  """Flow-matching pretraining: updates of `batch` rendered pictures each.
 
   Attributes:
     text_dropout: share of samples whose text is dropped, so that guidance works afterwards.

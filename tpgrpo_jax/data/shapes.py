@@ -6,7 +6,7 @@ combination itself. A prompt or scene belongs to "train" if all its combinations
 training prompts or scenes (pretraining, RL) can never meet a held-out combination.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -216,7 +216,12 @@ def _cross(x, y, r):
 
 
 # Kind -> (|x|, y, radius) -> distance to the edge, negative inside.
-DISTANCES = dict(zip(CLASSES, (_circle, _square, _triangle, _cross), strict=True))
+DISTANCES: dict[str, Callable[..., np.ndarray]] = {
+  "circle": _circle,
+  "square": _square,
+  "triangle": _triangle,
+  "cross": _cross,
+}
 
 
 def _combinations(groups, places) -> set[str]:

@@ -23,12 +23,14 @@ class BuiltIn(NamedTuple):
     folder: its weights.
     latent_shape: (height, width, channels), of which channels is 1 (gray) or 3.
     config: its sizes.
+    reads: whether `encode` can make text of a width.
     encode: (sizes, prompts) -> Condition of NumPy arrays, for a transformer of these sizes.
   """
 
   folder: pathlib.Path
   latent_shape: tuple[int, int, int]
   config: mmdit.MMDiTConfig
+  reads: Callable[[int], bool]
   encode: Callable[[mmdit.MMDiTConfig, Sequence[str]], types.Condition]
 
 
@@ -56,8 +58,16 @@ def _sizes(
   )
 
 
+def _reads_bytes(width: int) -> bool:
+  return width > byte_text.BYTES
+
+
 def _encode_bytes(sizes: mmdit.MMDiTConfig, prompts: Sequence[str]) -> types.Condition:
   return byte_text.encode(prompts, sizes.joint_attention_dim - byte_text.BYTES)
+
+
+def _reads_words(width: int) -> bool:
+  return width > WORDS and (width - WORDS) % byte_text.HALF_BYTES == 0
 
 
 def _encode_words(sizes: mmdit.MMDiTConfig, prompts: Sequence[str]) -> types.Condition:
@@ -70,12 +80,14 @@ TEXT = BuiltIn(
   ASSETS / "tiny_text",
   (24, 48, 1),
   _sizes(48, 1, byte_text.embedding_dim(6), patch=8, heads=4),
+  _reads_bytes,
   _encode_bytes,
 )
 SHAPES = BuiltIn(
   ASSETS / "tiny_shapes",
   (32, 32, 3),
   _sizes(32, 3, byte_text.word_embedding_dim(WORDS, 10), patch=4, heads=3),
+  _reads_words,
   _encode_words,
 )
 BUILT_IN = {"tiny": TEXT, "tiny_shapes": SHAPES}
@@ -84,12 +96,9 @@ BUILT_IN = {"tiny": TEXT, "tiny_shapes": SHAPES}
 
 def fits(variant: str, sizes: mmdit.MMDiTConfig) -> bool:
   """Whether a transformer of these sizes has a built-in model's channels and reads its kind of text."""
-  channels, width = BUILT_IN[variant].latent_shape[2], sizes.joint_attention_dim
-  readable = {
-    _encode_bytes: width > byte_text.BYTES,
-    _encode_words: width > WORDS and (width - WORDS) % byte_text.HALF_BYTES == 0,
-  }
-  return sizes.in_channels == channels and readable[BUILT_IN[variant].encode]
+  built_in = BUILT_IN[variant]
+  same = sizes.in_channels == built_in.latent_shape[2]
+  return same and built_in.reads(sizes.joint_attention_dim)
 
 
 def decode(latents: jax.Array) -> jax.Array:

@@ -101,7 +101,7 @@ def detect(images: UInt8[np.ndarray, "N H W 3"]) -> list[list[geneval_rules.Dete
   tall = np.zeros((count, height + 2, width + 2, 3), np.float32)
   tall[:, 1:-1, 1:-1] = images / np.float32(255)
   tall = tall.reshape(-1, width + 2, 3)
-  labels = measure.label(tall.max(axis=-1) >= FOREGROUND, connectivity=1)
+  labels = np.asarray(measure.label(tall.max(axis=-1) >= FOREGROUND, connectivity=1))
   areas = np.bincount(labels.ravel())
   kept = (areas >= _SMALLEST) & (areas <= _LARGEST * height * width)
   kept[0] = False
@@ -135,8 +135,9 @@ def _read(labels, label, image) -> geneval_rules.Detection:
   kind = max(overlaps, key=lambda k: overlaps[k])
   confidence = float(np.clip((overlaps[kind] - _UNSURE) / (_SURE - _UNSURE), 0.0, 1.0))
   rows, columns = np.flatnonzero(own.any(axis=1)), np.flatnonzero(own.any(axis=0))
-  box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-  return geneval_rules.Detection(kind, confidence, tuple(map(float, box)), _color(inside))
+  left, top, right, bottom = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+  box = (float(left), float(top), float(right), float(bottom))
+  return geneval_rules.Detection(kind, confidence, box, _color(inside))
 
 
 def _shifted(detection, left, top):
