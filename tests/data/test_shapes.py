@@ -99,9 +99,10 @@ def test_shapes_of_a_scene_are_apart_and_inside(training_lessons):
   for scene in training_lessons[1]:
     for shape in scene:
       left, top, right, bottom = shape.box
-      assert min(left, top) >= 1 and max(right, bottom) <= shapes.SIZE - 1
+      assert min(left, top) >= 0 and max(right, bottom) <= shapes.SIZE
+      assert all(side % shapes.CELL == 0 for side in shape.box)
     for a, b in itertools.combinations(scene, 2):
-      assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + 2
+      assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + shapes.CELL
 
 
 def test_every_kind_is_drawn_equally_often(training_lessons):

@@ -33,9 +33,11 @@ _TEST_SHARE = 6  # one combination in so many is held out
 _SALT = "shapes 35 "  # chosen so that every kind of combination has some of both splits
 _NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 _PLURALS = {"cross": "crosses"}
-# Half a shape's side in pixels, smallest and largest, by how many there are.
-_RADII = {1: (4.5, 7.0), 2: (4.25, 5.75), 3: (4.0, 5.0), 4: (4.0, 4.75)}
-_GAP, _MARGIN = 2.0, 1.0  # pixels between shapes and to the border
+CELL = (
+  4  # pixels; the sides of a scene's shapes lie on a grid of so many, with a cell between shapes
+)
+# Half a shape's side in pixels, by how many there are.
+_RADII = {1: (6.0,), 2: (4.0, 6.0), 3: (4.0,), 4: (4.0,)}
 ARM = 0.4  # half the width of a cross's arms, in radii
 
 
@@ -163,16 +165,15 @@ def _fulfils(scene, metadata):
 
 def _place(rng, kinds):
   """The shapes at places drawn evenly, apart from each other; None where one finds no place."""
-  low, high = _RADII[len(kinds)]
+  radii = _RADII[len(kinds)]
   placed: list[Shape] = []
   for kind, color in kinds:
     for _ in range(20):
-      radius, u, v = rng.random(3)
-      radius = low + (high - low) * radius
-      room = SIZE - 2 * (radius + _MARGIN)
-      x, y = radius + _MARGIN + room * u, radius + _MARGIN + room * v
+      radius = radii[rng.integers(len(radii))]
+      across, down = rng.integers((SIZE - 2 * int(radius)) // CELL + 1, size=2).tolist()
+      x, y = CELL * across + radius, CELL * down + radius
       apart = (max(abs(x - s.x), abs(y - s.y)) - radius - s.radius for s in placed)
-      if all(distance >= _GAP for distance in apart):
+      if all(distance >= CELL for distance in apart):
         placed.append(Shape(kind, color, x, y, radius))
         break
     else:

@@ -14,11 +14,27 @@ RED = (235, 40, 40)
 
 @pytest.fixture(scope="module")
 def scenes():
-  """Prompts, scenes and pictures of both splits, 1,000 each."""
+  """Prompts, scenes off the grid and pictures of both splits, 1,000 each."""
   rng = np.random.default_rng(11)
   drawn = [shapes.draw_scenes(rng, 1000, split=split) for split in shapes.SPLITS]
   rows, placed = ([x for part in parts for x in part] for parts in zip(*drawn))
+  placed = [jittered(rng, row, scene) for row, scene in zip(rows, placed)]
   return rows, placed, shapes.render(placed)
+
+
+def jittered(rng, row, scene):
+  """Each shape a little larger, and elsewhere by up to .8 pixels in each direction."""
+  while True:
+    moved = []
+    for shape in scene:
+      radius = float(shape.radius * rng.uniform(1.0, 1.08))
+      x, y = (
+        float(np.clip(at + rng.uniform(-0.8, 0.8), radius, shapes.SIZE - radius))
+        for at in (shape.x, shape.y)
+      )
+      moved.append(shape._replace(x=x, y=y, radius=radius))
+    if shapes.asked_for(row) <= shapes.shown(tuple(moved)):
+      return tuple(moved)
 
 
 def spoiled(pictures, seed=0):
