@@ -10,6 +10,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
 from tpgrpo_jax.config import names
+from tpgrpo_jax.data import shapes
 from tpgrpo_jax.models import hf, tiny
 from tpgrpo_jax.training import build, rollout
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -95,7 +96,7 @@ def test_adapters_depend_on_the_seed_alone(config_in, single_mesh, adapted):
       ("latents of 1 channels", "'tiny_shapes' paints coloured", "Use model.variant='tiny'."),
     ),
     (
-      {"model.variant": "tiny_shapes", "sampler.height": 48},
+      {"model.variant": "tiny_shapes", "model.path": "", "sampler.height": 48},
       ("sampler.height=48", "paints 32 x 32 pixels. Leave both 0."),
     ),
   ],
@@ -105,6 +106,15 @@ def test_model_that_cannot_be_built_is_refused(config_in, single_mesh, fields, p
     build.build_model(config_in("unused", fields), single_mesh, ())
   for part in parts:
     assert part in str(caught.value)
+
+
+def test_the_model_for_shapes_that_ships_opens_and_reads_its_prompts(config_in, single_mesh):
+  prompts = [row["prompt"] for split in shapes.SPLITS for row in shapes.task_prompts(split, 1200)]
+  fields = {"model.variant": "tiny_shapes", "model.path": ""}
+  model = build.build_model(config_in("unused", fields), single_mesh, prompts)
+  assert model.config == tiny.SHAPES.config and model.pipeline.latent_shape == (32, 32, 3)
+  with pytest.raises(ValueError, match="at most 8 words of 10 bytes"):
+    build.build_model(config_in("unused", fields), single_mesh, ["a parallelogram"])
 
 
 def method_of(config, model):
