@@ -1,6 +1,9 @@
 """The built-in base model for shapes: flow matching on rendered scenes, from scratch.
 
 Command: python -m tpgrpo_jax.pretrain --config configs/tiny_shapes_pretrain.py
+Time: 0.3 s of one CPU core for an update, measured over 1,900 of them; 40 minutes for all.
+Measured on the way, held-out prompts, 6 ODE steps: after 800 updates the colours are right, after 1,600 a
+picture holds a few spots of the right colour, and hardly one is a shape yet (strict score .008).
 """
 
 from tpgrpo_jax import config as config_lib
@@ -16,6 +19,6 @@ def get_config():
       train=config_lib.PretrainTrain(updates=8000, batch=32),
       optimizer=config_lib.Optimizer(learning_rate=2e-3, warmup_updates=100, weight_decay=0.01),
       ema=config_lib.Ema(decay=0.995, every=1),
-      eval=config_lib.Eval(every=500, num_steps=6, prompts=252, rewards=("shapes",)),
+      eval=config_lib.Eval(every=400, num_steps=5, prompts=252, rewards=("shapes",)),
     )
   )
