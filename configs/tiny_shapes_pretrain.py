@@ -16,7 +16,7 @@ def get_config():
       run=config_lib.Run("runs/tiny_shapes_pretrain"),
       output="runs/tiny_shapes_pretrain/model",
       model=config_lib.Model("tiny_shapes"),
-      train=config_lib.PretrainTrain(updates=8000, batch=32),
+      train=config_lib.PretrainTrain(updates=8000, batch=32, logit_mean=1.0),
       optimizer=config_lib.Optimizer(learning_rate=2e-3, warmup_updates=100, weight_decay=0.01),
       ema=config_lib.Ema(decay=0.995, every=1),
       eval=config_lib.Eval(every=400, num_steps=5, prompts=252, rewards=("shapes",)),
