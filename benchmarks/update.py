@@ -83,7 +83,7 @@ def main() -> None:
   torch = None if args.no_torch else import_torch(threads)
   small = dataclasses.replace(SD3_SMALL, num_layers=args.sd3_layers)
   for name, config, latent, tokens, batch in (
-    ("tiny", hf.load_config(models.tiny.FOLDER), models.tiny.LATENT_SHAPE, 6, args.batch),
+    ("tiny", hf.load_config(models.tiny.TEXT.folder), models.tiny.TEXT.latent_shape, 6, args.batch),
     ("sd3_shaped", small, (16, 16, 16), 16, args.sd3_batch),
   ):
     contest = Contest(name, config, latent, tokens, batch)

@@ -25,7 +25,7 @@ RANKS = {
 CONFIG_READERS = {"config", "runs", "reporting", "training", "forecasting"}
 HEAVY = (
     "transformers", "tensorflow_datasets", "tensorflow", "torch", "diffusers", "rapidocr",
-    "onnxruntime", "rapidfuzz", "requests", "wandb", "peft",
+    "onnxruntime", "rapidfuzz", "skimage", "requests", "wandb", "peft",
     "httpx2", "uvicorn", "starlette", "python_multipart", "prometheus_client",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -140,7 +140,7 @@ BAD = {
       "model.variant='tinny':",
       "unknown name",
       "Did you mean 'tiny'?",
-      "Choices: flux, flux2, sd3, tiny, z_image",
+      "Choices: flux, flux2, sd3, tiny, tiny_shapes, z_image",
     ),
   ),
   "pipeline_without_a_path": (

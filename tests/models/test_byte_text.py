@@ -48,3 +48,35 @@ def test_prompt_of_too_many_bytes_is_refused(prompt, size):
   assert f"{prompt!r}: {size} bytes" in message
   assert "at most 5" in message
   assert "Shorten the prompt" in message
+
+
+def decode_words(text, letters):
+  """The words that an embedding of `encode_words` holds."""
+  halves = text[:, : letters * byte_text.HALF_BYTES].reshape(len(text), letters, 2, 16)
+  codes = halves.argmax(axis=-1) @ [16, 1]
+  return [
+    bytes(row[used].astype(np.uint8)).decode() for row, used in zip(codes, halves.any((2, 3)))
+  ]
+
+
+@pytest.mark.parametrize("prompt", ["", "a red circle", "é† \t 六 B2", "one two  three four"])
+def test_words_can_be_read_back(prompt):
+  condition = byte_text.encode_words([prompt, "xx"], 4, 6)
+  width = byte_text.word_embedding_dim(4, 6)
+  assert condition.text.shape == (2, 4, width) and condition.pooled.shape == (2, width)
+  found = decode_words(condition.text[0], 6)
+  assert found == prompt.split() + [""] * (4 - len(prompt.split()))
+  one = condition.text.max()
+  np.testing.assert_array_equal(condition.text[0, :, -4:], one * np.eye(4))
+  np.testing.assert_allclose(condition.pooled[0], condition.text[0].sum(axis=0) / 2)
+
+
+def test_words_of_a_usual_sentence_have_mean_square_one():
+  condition = byte_text.encode_words(["a blue square left of a green triangle"], 8, 10)
+  assert 0.5 < np.mean(condition.text**2) < 2 and 0.5 < np.mean(condition.pooled**2) < 5
+
+
+@pytest.mark.parametrize("prompt", ["a b c d e", "triangle"])
+def test_prompt_of_too_many_or_too_long_words_is_refused(prompt):
+  with pytest.raises(ValueError, match=f"prompt '{prompt}': .* at most 4 words of 6 bytes"):
+    byte_text.encode_words([prompt], 4, 6)

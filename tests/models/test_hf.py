@@ -141,8 +141,9 @@ def test_config_of_other_sizes_than_the_weights_is_refused(folder, abstract, tmp
   assert "misshapen: pos_embed.proj.weight" in error_of_loading(other, wanted)
 
 
-def test_shipped_weights_fit_the_variants_own_sizes():
-  assert hf.load_config(tiny.FOLDER) == tiny.CONFIG
+@pytest.mark.parametrize("model", tiny.BUILT_IN.values(), ids=tiny.BUILT_IN)
+def test_shipped_weights_fit_the_variants_own_sizes(model):
+  assert hf.load_config(model.folder) == model.config
 
 
 def save_in_shards(folder, params, count=4):

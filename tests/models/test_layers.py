@@ -115,11 +115,11 @@ def test_slowest_timestep_frequency_is_that_of_diffusers():
 
 def test_forward_inside_value_and_grad_is_bit_identical_to_forward_alone():
   """At the sizes of the shipped model, whose first update must see a log-ratio of exactly 0."""
-  abstract = nnx.eval_shape(models.build_transformer(tiny.CONFIG), jax.random.key(0))
+  abstract = nnx.eval_shape(models.build_transformer(tiny.TEXT.config), jax.random.key(0))
   graphdef, trainable, buffers = lora.split_trainable(abstract, rank=0)
-  weights = hf.load_transformer(tiny.FOLDER, lora.merge_trees(trainable, buffers))
-  condition = tiny.encode(tiny.CONFIG, ["CAT3", "XY7"] * 16)
-  x = jax.random.normal(jax.random.key(1), (32, *tiny.LATENT_SHAPE))
+  weights = hf.load_transformer(tiny.TEXT.folder, lora.merge_trees(trainable, buffers))
+  condition = tiny.TEXT.encode(tiny.TEXT.config, ["CAT3", "XY7"] * 16)
+  x = jax.random.normal(jax.random.key(1), (32, *tiny.TEXT.latent_shape))
   inputs = (x, jnp.full(32, 0.7), condition)
 
   def velocity(weights, x, sigma, condition):

@@ -140,7 +140,7 @@ def test_trainable_and_frozen_share_no_weight():
 
 
 def test_reference_targets_match_the_attention_of_every_tiny_block():
-  sizes = models.tiny.CONFIG
+  sizes = models.tiny.TEXT.config
   _, trainable, _ = lora.split_trainable(nnx.eval_shape(lambda: adapted(sizes=sizes)), rank=RANK)
   names = [name for name in hf.flatten(trainable) if name.endswith("lora_a")]
   layers = {name.split(".", 2)[2].removesuffix(".lora_a") for name in names}

@@ -175,15 +175,20 @@ def test_velocity_equals_live_diffusers(layers, qk_norm, dual, patch, size, tmp_
   assert relative_error(run(*inputs), diffusers_velocity(theirs, *inputs)) < TOLERANCE
 
 
+SHIPPED = {"tiny": ["CAT3", "XY7", ""], "tiny_shapes": ["a red circle", "two blue crosses", ""]}
+
+
 @pytest.mark.parity
-def test_shipped_model_in_diffusers_has_the_same_output():
+@pytest.mark.parametrize("variant", SHIPPED)
+def test_shipped_model_in_diffusers_has_the_same_output(variant):
   pytest.importorskip("torch")
   diffusers = pytest.importorskip("diffusers")
-  theirs = diffusers.SD3Transformer2DModel.from_pretrained(tiny.FOLDER).eval()
-  run, config = load(tiny.FOLDER)
-  condition = tiny.encode(config, ["CAT3", "XY7", ""])
+  built_in = tiny.BUILT_IN[variant]
+  theirs = diffusers.SD3Transformer2DModel.from_pretrained(built_in.folder).eval()
+  run, config = load(built_in.folder)
+  condition = built_in.encode(config, SHIPPED[variant])
   rng = np.random.default_rng(2)
-  x = rng.standard_normal((3, *tiny.LATENT_SHAPE)).astype(np.float32)
+  x = rng.standard_normal((3, *built_in.latent_shape)).astype(np.float32)
   inputs = (x, np.asarray([1.0, 0.6, 0.05], np.float32), condition.text, condition.pooled)
   assert relative_error(run(*inputs), diffusers_velocity(theirs, *inputs)) < TOLERANCE
 

@@ -10,7 +10,8 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
 from tpgrpo_jax.config import names
-from tpgrpo_jax.models import hf
+from tpgrpo_jax.data import shapes
+from tpgrpo_jax.models import hf, tiny
 from tpgrpo_jax.training import build, rollout
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
@@ -86,13 +87,34 @@ def test_adapters_depend_on_the_seed_alone(config_in, single_mesh, adapted):
     ({"model.path": "/no/such/folder"}, ("model.path='/no/such/folder'", "no config.json in it")),
     ({"lora.rank": 2, "lora.targets": ("attn.to_x",)}, ("lora.targets: attn.to_x", "such as")),
     ({"model.variant": "tinny"}, ("model.variant='tinny'", "Did you mean 'tiny'?")),
+    (
+      {"model.path": str(tiny.SHAPES.folder)},
+      ("latents of 3 channels", "'tiny' paints gray pixels", "Use model.variant='tiny_shapes'."),
+    ),
+    (
+      {"model.variant": "tiny_shapes", "model.path": str(tiny.TEXT.folder)},
+      ("latents of 1 channels", "'tiny_shapes' paints coloured", "Use model.variant='tiny'."),
+    ),
+    (
+      {"model.variant": "tiny_shapes", "model.path": "", "sampler.height": 48},
+      ("sampler.height=48", "paints 32 x 32 pixels. Leave both 0."),
+    ),
   ],
 )
 def test_model_that_cannot_be_built_is_refused(config_in, single_mesh, fields, parts):
   with pytest.raises(ValueError) as caught:
-    build.build_model(config_in("unused", fields), single_mesh)
+    build.build_model(config_in("unused", fields), single_mesh, ())
   for part in parts:
     assert part in str(caught.value)
+
+
+def test_the_model_for_shapes_that_ships_opens_and_reads_its_prompts(config_in, single_mesh):
+  prompts = [row["prompt"] for split in shapes.SPLITS for row in shapes.task_prompts(split, 1200)]
+  fields = {"model.variant": "tiny_shapes", "model.path": ""}
+  model = build.build_model(config_in("unused", fields), single_mesh, prompts)
+  assert model.config == tiny.SHAPES.config and model.pipeline.latent_shape == (32, 32, 3)
+  with pytest.raises(ValueError, match="at most 8 words of 10 bytes"):
+    build.build_model(config_in("unused", fields), single_mesh, ["a parallelogram"])
 
 
 def method_of(config, model):

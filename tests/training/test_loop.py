@@ -350,7 +350,7 @@ def test_other_prompts_in_the_same_folder_are_refused_on_resume(make_config, one
 
 def test_other_weights_in_the_same_folder_are_refused_on_resume(make_config, one_device, tmp_path):
   folder = tmp_path / "model"
-  shutil.copytree(models.tiny.FOLDER, folder)
+  shutil.copytree(models.tiny.TEXT.folder, folder)
   fields = {"model.path": str(folder), "train.epochs": 1}
   loop.train(make_config(fields))
   weights = folder / "diffusion_pytorch_model.safetensors"

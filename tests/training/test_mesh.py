@@ -173,7 +173,7 @@ def assert_same_epoch(found, single, but=()):
 
 
 DUAL = dataclasses.replace(
-  tiny.CONFIG,
+  tiny.TEXT.config,
   num_layers=3,
   dual_attention_layers=(0, 1),
   attention_head_dim=16,
@@ -254,9 +254,9 @@ def gradient(mesh, family, rank):
 
 def mmdit_family():
   """(key -> model, what adapters are put where, latent shape, condition of eight samples)."""
-  condition = tiny.encode(DUAL, ["ANT", "BEE"] * 4)
+  condition = tiny.TEXT.encode(DUAL, ["ANT", "BEE"] * 4)
   options = {"targets": model_fields.REFERENCE_LORA_TARGETS}
-  return models.build_transformer(DUAL), options, tiny.LATENT_SHAPE, condition
+  return models.build_transformer(DUAL), options, tiny.TEXT.latent_shape, condition
 
 
 def flux_family():
@@ -284,7 +284,7 @@ FAMILIES = {
 
 def tiny_state(rank):
   """Shapes of the train state and of the frozen weights of the shipped model."""
-  create = models.build_transformer(tiny.CONFIG)
+  create = models.build_transformer(tiny.TEXT.config)
   optimizer = state.make_optimizer(config_lib.Optimizer())
 
   def init(key):

@@ -13,9 +13,9 @@ class Model:
   """Which transformer.
 
   Attributes:
-    variant: a name of tpgrpo_jax.models.MODELS; "tiny" ships with its weights. "sd3" is Stable
-      Diffusion 3 and 3.5, "flux" FLUX.1, "flux2" FLUX.2-klein, "z_image" Z-Image.
-    path: a pipeline in diffusers' layout: a folder or a hub id "owner/name". For "tiny" a transformer
+    variant: a name of tpgrpo_jax.models.MODELS; "tiny" (words) and "tiny_shapes" ship with their weights.
+      "sd3" is Stable Diffusion 3 and 3.5, "flux" FLUX.1, "flux2" FLUX.2-klein, "z_image" Z-Image.
+    path: a pipeline in diffusers' layout: a folder or a hub id "owner/name". For the tiny ones a transformer
       alone will do (config.json + safetensors); empty for the one that ships.
     dtype: compute dtype; trainable weights are float32 always.
     remat: what the backward pass recomputes: none, full (every block), dots (all but matmuls).

@@ -1,6 +1,7 @@
 """Every name that a field can have; the tables of the other rooms hold what they stand for."""
 
-MODEL_VARIANTS = ("tiny", "sd3", "flux", "flux2", "z_image")
+BUILT_IN_VARIANTS = ("tiny", "tiny_shapes")
+MODEL_VARIANTS = (*BUILT_IN_VARIANTS, "sd3", "flux", "flux2", "z_image")
 SCHEDULES = ("linear", "sd3", "shifted", "flux", "flux2")
 OWN_SCHEDULES = ("flux", "flux2")  # of the model variant of that name alone
 USUAL_SCHEDULES = {"sd3": "sd3", "flux": "flux", "flux2": "flux2", "z_image": "shifted"}
@@ -23,10 +24,10 @@ STEP_WEIGHTS = ("none", "std", "inverse_dt", "inverse_sensitivity")
 UPDATES_BY = ("samples", "steps")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 REWARD_NAMES = (
-    "ocr", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote", "flow_grpo_server",
-    "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations",
+    "ocr", "shapes", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote",
+    "flow_grpo_server", "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations",
 )  # fmt: skip
-PROMPT_SOURCES = ("words", "folder")
+PROMPT_SOURCES = ("words", "shapes", "folder")
 DTYPES = ("float32", "bfloat16")
 TEXT_DEVICES = ("mesh", "cpu")
 QUANTIZATIONS = ("", "int8", "nf4")

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from tpgrpo_jax import registry
+from tpgrpo_jax.config import names
 from tpgrpo_jax.config.fields import Config
 from tpgrpo_jax.config.tasks import TASKS
 
@@ -52,12 +53,12 @@ def _whole_anchors(task: Config) -> int:
 
 def _lanes(task: Config) -> int:
   """One at a time where so many members fill the devices anyway; latents of pixels are small."""
-  return 0 if task.model.variant == "tiny" else 1
+  return 0 if task.model.variant in names.BUILT_IN_VARIANTS else 1
 
 
 def _clip_of_branches(task: Config) -> float:
   """The task's; five times it for small latents, where the mean over fewer numbers is as much noisier."""
-  return task.loss.clip_range * (5 if task.model.variant == "tiny" else 1)
+  return task.loss.clip_range * (5 if task.model.variant in names.BUILT_IN_VARIANTS else 1)
 
 
 def _chunks(task: Config) -> tuple[int, ...]:

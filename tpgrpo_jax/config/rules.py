@@ -73,7 +73,7 @@ def _pipeline(config) -> Iterator[str]:
       f"text.max_sequence_length={text.max_sequence_length}: must be 1 ... 512, as in diffusers, or 0 for "
       "the pipeline's own."
     )
-  if variant != "tiny" and not config.model.path:
+  if variant not in names.BUILT_IN_VARIANTS and not config.model.path:
     yield (
       f"model.path='': model.variant={variant!r} needs a pipeline in diffusers' layout, a folder or a "
       "hub id such as 'stabilityai/stable-diffusion-3.5-medium'. Set model.path."
@@ -349,8 +349,9 @@ def _pretrain(config) -> Iterator[str]:
   if "://" in config.run.dir:
     yield f"run.dir={config.run.dir!r}: pretraining writes to folders alone. Use run.dir='runs/mine'."
   t = config.train
-  if config.model.variant != "tiny":
-    yield f"model.variant={config.model.variant!r}: only 'tiny' is trained from scratch here."
+  if config.model.variant not in names.BUILT_IN_VARIANTS:
+    built_in = " and ".join(map(repr, names.BUILT_IN_VARIANTS))
+    yield f"model.variant={config.model.variant!r}: only {built_in} are trained from scratch here."
   yield from _at_least(
     (
       ("train.updates", t.updates, 1),
@@ -369,6 +370,8 @@ def _pretrain(config) -> Iterator[str]:
     )
   if not 0 <= t.text_dropout < 1:
     yield f"train.text_dropout={t.text_dropout}: must be in [0, 1)."
+  if not math.isfinite(t.logit_mean):
+    yield f"train.logit_mean={t.logit_mean}: must be finite. 0 trains all noise levels alike."
   yield from _check_names(
     ("eval.rewards", name, names.REWARD_NAMES, True) for name in config.eval.rewards
   )

@@ -41,6 +41,19 @@ def tiny_text() -> Config:
   )
 
 
+def tiny_shapes() -> Config:
+  """The second built-in task: paint the shapes that a prompt asks for, GenEval in small."""
+  base = tiny_text()
+  return dataclasses.replace(
+    base,
+    model=Model("tiny_shapes"),
+    prompts=Prompts("shapes"),
+    rewards={"shapes": {"weight": 1.0, "strict": False}},
+    sampler=Sampler(num_steps=5, window=(0, 4)),
+    eval=dataclasses.replace(base.eval, num_steps=5, prompts=252, judge_prompts=252),
+  )
+
+
 def sd35m() -> Config:
   """SD3.5-Medium at 512 x 512: the settings of arXiv 2602.06422, Sec. 5.1, without its KL."""
   return Config(
@@ -146,6 +159,7 @@ def z_image_pickscore() -> Config:
 
 TASKS: dict[str, Callable[[], Config]] = {
   "tiny_text": tiny_text,
+  "tiny_shapes": tiny_shapes,
   "sd35m_ocr": sd35m_ocr,
   "sd35m_pickscore": sd35m_pickscore,
   "flux_pickscore": flux_pickscore,

@@ -1,1 +1,1 @@
-"""Prompts, the built-in words, and the arithmetic of groups."""
+"""Prompts, the built-in tasks' words and shapes, and the arithmetic of groups."""

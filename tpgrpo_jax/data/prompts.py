@@ -21,11 +21,12 @@ from typing import NamedTuple
 import numpy as np
 
 from tpgrpo_jax import registry
-from tpgrpo_jax.data import words
+from tpgrpo_jax.data import shapes, words
 from tpgrpo_jax.types import Prompt
 
 SPLITS = ("train", "test")
 BUILT_IN_WORDS = {"train": 20_000, "test": 1024}  # distinct words in each split
+BUILT_IN_SHAPES = {"train": 3000, "test": 1026}  # prompts, every kind as often as another
 _LAYOUT = "1"  # change it when prepared datasets of older code must not be read
 
 
@@ -43,7 +44,8 @@ def load_prompts(
   """Opens one split of a prompt dataset, which is prepared first if it is new or has changed.
 
   Args:
-    name: "words", the built-in task (the prompt is the word, metadata {"text": word}), or "folder".
+    name: "words", the built-in task (the prompt is the word, metadata {"text": word}); "shapes", the
+      other one (data/shapes.py, GenEval's metadata); or "folder".
     path: of "folder": where train.* and test.* lie, in the forms that `FILES` lists. A line of a
       .txt file is a prompt, and blank lines are skipped; a line of a .jsonl file is an object
       whose "prompt" is the prompt and whose other members are its metadata.
@@ -72,16 +74,29 @@ def load_prompts(
   return _Prompts(folder, split)
 
 
-def _word_sources(path: str) -> dict[str, _Source]:
+def _check_no_path(name, path):
   if path:
     raise ValueError(
-      f"prompts.path={path!r}: prompts.name='words' reads no files. Set prompts.path='', or "
+      f"prompts.path={path!r}: prompts.name={name!r} reads no files. Set prompts.path='', or "
       "prompts.name='folder'."
     )
+
+
+def _word_sources(path: str) -> dict[str, _Source]:
+  _check_no_path("words", path)
   sources = {}
   for split, count in BUILT_IN_WORDS.items():
     drawn = words.sample_distinct_words(np.random.default_rng(0), count, split=split)
     sources[split] = _Source(f"words {split}", "\n".join(drawn).encode(), _parse_words)
+  return sources
+
+
+def _shape_sources(path: str) -> dict[str, _Source]:
+  _check_no_path("shapes", path)
+  sources = {}
+  for split, count in BUILT_IN_SHAPES.items():
+    lines = [json.dumps(row) for row in shapes.task_prompts(split, count)]
+    sources[split] = _Source(f"shapes {split}", "\n".join(lines).encode(), _parse_jsonl)
   return sources
 
 
@@ -115,6 +130,7 @@ def _folder_sources(path: str) -> dict[str, _Source]:
 FILES = {s: (f"{s}.txt", f"{s}.jsonl", f"{s}_metadata.jsonl") for s in SPLITS}
 PROMPT_SOURCES: dict[str, Callable[[str], dict[str, _Source]]] = {
   "words": _word_sources,
+  "shapes": _shape_sources,
   "folder": _folder_sources,
 }
 

@@ -208,7 +208,7 @@ def abstract_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> build.
 def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
   """`encode` gives shapes, of one prompt's embedding."""
   if decoder_sizes is None:
-    return pipeline.tiny_pipeline(sizes)
+    return pipeline.tiny_pipeline(config.model.variant, sizes)
   name = models.MODELS[config.model.variant].pipeline
   family, dtype = text_source.FAMILIES[name], jnp.dtype(config.text.dtype)
   tokens = config.text.max_sequence_length or family.max_sequence_length

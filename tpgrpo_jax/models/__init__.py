@@ -36,7 +36,10 @@ class Variant(NamedTuple):
 
 
 MODELS = {
-  "tiny": Variant(mmdit.MMDiTConfig, "classifier_free", "", str(tiny.FOLDER)),
+  **{
+    name: Variant(mmdit.MMDiTConfig, "classifier_free", "", str(model.folder))
+    for name, model in tiny.BUILT_IN.items()
+  },
   "sd3": Variant(mmdit.MMDiTConfig, "classifier_free", "sd3"),
   "flux": Variant(flux.FluxConfig, "embedded", "flux"),
   "flux2": Variant(

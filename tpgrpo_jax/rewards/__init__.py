@@ -18,6 +18,7 @@ from tpgrpo_jax.rewards import (
   judge,
   ocr,
   remote,
+  shapes,
 )
 from tpgrpo_jax.rewards.combine import (
   CombinedRewardFn,
@@ -30,6 +31,7 @@ from tpgrpo_jax.rewards.combine import (
 # A user's own "package.module:make" is one of these.
 HOST_REWARDS: dict[str, RewardMaker] = {
   "ocr": ocr.make,
+  "shapes": shapes.make,
   "jpeg_compressibility": jpeg.make_compressibility,
   "jpeg_incompressibility": jpeg.make_incompressibility,
   "judge": judge.make,

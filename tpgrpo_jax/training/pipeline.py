@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
-from tpgrpo_jax.models import byte_text, hf, prompt_cache, prompt_embedding, text_source, tiny, vae
+from tpgrpo_jax.models import hf, prompt_cache, prompt_embedding, text_source, tiny, vae
 from tpgrpo_jax.models.hf import encoder, files
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -56,29 +56,34 @@ def open_pipeline(
   if models.MODELS[config.model.variant].pipeline:
     return _open_diffusers(config, mesh, sizes, prompts)
   assert isinstance(sizes, models.mmdit.MMDiTConfig)  # build_model has looked
-  if sizes.in_channels != 1 or sizes.joint_attention_dim <= byte_text.BYTES:
+  variant = config.model.variant
+  shape = tiny.BUILT_IN[variant].latent_shape
+  if not tiny.fits(variant, sizes):
+    pixels = {1: "gray", 3: "coloured"}[shape[2]]
+    fitting = [repr(name) for name in tiny.BUILT_IN if tiny.fits(name, sizes)] or ["'sd3'"]
     raise ValueError(
       f"model.path={config.model.path!r}: its transformer takes latents of {sizes.in_channels} channels and "
-      f"text of width {sizes.joint_attention_dim}; model.variant='tiny' paints gray pixels and reads bytes. "
-      "Use model.variant='sd3'."
+      f"text of width {sizes.joint_attention_dim}; model.variant={variant!r} paints {pixels} pixels and "
+      f"reads bytes. Use model.variant={' or '.join(fitting)}."
     )
-  around = tiny_pipeline(sizes)
+  around = tiny_pipeline(variant, sizes)
   texts = list(dict.fromkeys(prompts))
   for first in range(0, len(texts), 512):
     around.encode(texts[first : first + 512])  # says which prompt is too long
   size = (config.sampler.height, config.sampler.width)
-  if any(size) and size != tiny.LATENT_SHAPE[:2]:
+  if any(size) and size != shape[:2]:
     raise ValueError(
-      f"sampler.height={size[0]}, sampler.width={size[1]}: the model 'tiny' paints 24 x 48 pixels. "
-      "Leave both 0."
+      f"sampler.height={size[0]}, sampler.width={size[1]}: the model {variant!r} paints {shape[0]} x "
+      f"{shape[1]} pixels. Leave both 0."
     )
   return around
 
 
-def tiny_pipeline(sizes: models.mmdit.MMDiTConfig) -> Pipeline:
-  """Of the built-in model, which reads bytes and paints pixels itself."""
-  encode = functools.partial(tiny.encode, sizes)
-  return Pipeline(tiny.LATENT_SHAPE, encode, lambda decoder, latents: tiny.decode(latents), {})
+def tiny_pipeline(variant: str, sizes: models.mmdit.MMDiTConfig) -> Pipeline:
+  """Of a built-in model, which reads bytes and paints pixels itself."""
+  built_in = tiny.BUILT_IN[variant]
+  encode = functools.partial(built_in.encode, sizes)
+  return Pipeline(built_in.latent_shape, encode, lambda decoder, latents: tiny.decode(latents), {})
 
 
 def _open_diffusers(config, mesh, sizes, prompts):

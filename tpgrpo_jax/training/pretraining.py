@@ -1,10 +1,11 @@
-"""Flow-matching pretraining of the built-in model on rendered words."""
+"""Flow-matching pretraining of the built-in models on pictures that are drawn as it goes."""
 
+from collections.abc import Callable
 import functools
 import json
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,40 @@ import tqdm
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.data import prompts as prompts_lib
-from tpgrpo_jax.data import words
+from tpgrpo_jax.data import shapes, words
 from tpgrpo_jax.models import hf, lora, tiny
 from tpgrpo_jax.training import build, evaluation, pipeline
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
+
+
+class Lessons(NamedTuple):
+  """What a built-in model is pretrained on.
+
+  Attributes:
+    prompts: name of the prompts whose test split evaluates it.
+    draw: (rng, N) -> (texts [N], pixels uint8 [N, H, W, c]) of the train split.
+  """
+
+  prompts: str
+  draw: Callable[[np.random.Generator, int], tuple[list[str], np.ndarray]]
+
+
+def draw_words(rng: np.random.Generator, count: int) -> tuple[list[str], np.ndarray]:
+  """Training words and their pictures, uint8 [N, H, W, 1]."""
+  height, width, _ = tiny.BUILT_IN["tiny"].latent_shape
+  drawn = words.sample_words(rng, count)
+  return drawn, words.render(drawn, rng, height=height, width=width)[..., None]
+
+
+def draw_shapes(rng: np.random.Generator, count: int) -> tuple[list[str], np.ndarray]:
+  """Training prompts for shapes and scenes of them, uint8 [N, H, W, 3]."""
+  drawn, scenes = shapes.draw_scenes(rng, count)
+  return [row["prompt"] for row in drawn], shapes.render(scenes)
+
+
+# model.variant -> its lessons.
+LESSONS = {"tiny": Lessons("words", draw_words), "tiny_shapes": Lessons("shapes", draw_shapes)}
 
 
 def flow_matching_loss(
@@ -28,10 +58,12 @@ def flow_matching_loss(
   key: jax.Array,
   data: jax.Array,
   condition: types.Condition,
+  *,
+  logit_mean: float = 0.0,
 ) -> jax.Array:
   """mean (v(x, sigma) - (noise - data))^2 at x = (1 - sigma) data + sigma noise.
 
-  sigma is logit-normal(0, 1), as SD3 was trained (arXiv 2403.03206).
+  sigma is logit-normal(logit_mean, 1), as SD3 was trained (arXiv 2403.03206).
 
   Args:
     velocity_fn: the model.
@@ -39,9 +71,10 @@ def flow_matching_loss(
     key: for sigma and noise.
     data: [B, h, w, c].
     condition: leading axis B.
+    logit_mean: more than 0 trains high noise levels more.
   """
   sigma_key, noise_key = jax.random.split(key)
-  sigma = jax.nn.sigmoid(jax.random.normal(sigma_key, data.shape[:1]))
+  sigma = jax.nn.sigmoid(logit_mean + jax.random.normal(sigma_key, data.shape[:1]))
   noise = jax.random.normal(noise_key, data.shape)
   s = sigma.reshape(-1, *(1,) * (data.ndim - 1))
   velocity = velocity_fn(params, (1 - s) * data + s * noise, sigma, condition)
@@ -52,7 +85,7 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
   """Trains the variant from scratch and writes it to config.output in diffusers' layout.
 
   Rows {"update", "loss"} go to metrics.jsonl in the run folder. Every `eval.every` updates the EMA
-  weights are scored on held-out words and written, so that a run that is cut leaves a model.
+  weights are scored on held-out prompts and written, so that a run that is cut leaves a model.
 
   Returns:
     The folder with the EMA weights.
@@ -62,8 +95,9 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
   run_dir, output = pathlib.Path(config.run.dir), pathlib.Path(config.output)
   run_dir.mkdir(parents=True, exist_ok=True)
   optimizer = state_lib.make_optimizer(config.optimizer)
+  sizes = tiny.BUILT_IN[config.model.variant].config
   model = models.build_transformer(
-    tiny.CONFIG, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+    sizes, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
   )(jax.random.key(config.seed))
   graphdef, params, buffers = lora.split_trainable(model, rank=0)
   with jax.set_mesh(mesh):
@@ -84,7 +118,7 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
           metrics.write(json.dumps({"update": step, "loss": float(loss)}) + "\n")
           metrics.flush()
         if step % config.eval.every == 0 or step == config.train.updates:
-          _save(output, tiny.CONFIG, lora.merge_trees(state.ema, buffers))
+          _save(output, sizes, lora.merge_trees(state.ema, buffers))
           result = evaluate(state.ema)
           metrics.write(json.dumps({"update": step, "kind": "eval", **result.row}) + "\n")
           sheet = evaluation.grid(result.images[:32], [p.text for p in result.prompts[:32]])
@@ -97,9 +131,11 @@ def _make_evaluate(config, graphdef, buffers, mesh):
   """The evaluation of a training run, on the base model."""
   run = config_lib.Config(model=config.model, eval=config.eval)
   velocity_fn = models.make_velocity_fn(graphdef)
-  around = pipeline.tiny_pipeline(tiny.CONFIG)
-  model = build.Model(tiny.CONFIG, velocity_fn, velocity_fn, buffers, {}, around)
-  prompts = prompts_lib.load_prompts("words", "", "test")
+  variant = config.model.variant
+  sizes = tiny.BUILT_IN[variant].config
+  around = pipeline.tiny_pipeline(variant, sizes)
+  model = build.Model(sizes, velocity_fn, velocity_fn, buffers, {}, around)
+  prompts = prompts_lib.load_prompts(LESSONS[variant].prompts, "", "test")
   prompts = [prompts[i] for i in range(min(config.eval.prompts, len(prompts)))]
   specs = {name: 1.0 for name in config.eval.rewards}
   reward_fn = rewards.make_rewards(specs, placement=mesh_lib.make_placement(mesh))
@@ -110,13 +146,12 @@ def _make_evaluate(config, graphdef, buffers, mesh):
 def batch(
   config: config_lib.PretrainConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, types.Condition]:
-  """Draws training words: (pixels uint8 [B, H, W], condition), a share of the texts dropped."""
-  height, width, _ = tiny.LATENT_SHAPE
-  drawn = words.sample_words(rng, config.train.batch)
-  pixels = words.render(drawn, rng, height=height, width=width)
-  dropped = rng.random(len(drawn)) < config.train.text_dropout
-  texts = ["" if drop else word for word, drop in zip(drawn, dropped)]
-  return pixels, tiny.encode(tiny.CONFIG, texts)
+  """Draws lessons: (pixels uint8 [B, H, W, c], condition), a share of the texts dropped."""
+  texts, pixels = LESSONS[config.model.variant].draw(rng, config.train.batch)
+  dropped = rng.random(len(texts)) < config.train.text_dropout
+  texts = ["" if drop else text for text, drop in zip(texts, dropped)]
+  built_in = tiny.BUILT_IN[config.model.variant]
+  return pixels, built_in.encode(built_in.config, texts)
 
 
 def _update(velocity_fn, optimizer, config, state, buffers, key, pixels, condition):
@@ -124,7 +159,8 @@ def _update(velocity_fn, optimizer, config, state, buffers, key, pixels, conditi
 
   def loss_fn(params):
     split = {"trainable": params, "frozen": buffers}
-    return flow_matching_loss(velocity_fn, split, key, data, condition)
+    mean = config.train.logit_mean
+    return flow_matching_loss(velocity_fn, split, key, data, condition, logit_mean=mean)
 
   loss, grads = jax.value_and_grad(loss_fn)(state.trainable)
   return state_lib.apply_gradients(state, grads, optimizer, config.ema), loss

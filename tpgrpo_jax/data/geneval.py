@@ -1,0 +1,71 @@
+"""GenEval's terms: where a box lies relative to another, and how a prompt's metadata is written.
+
+    {"tag": "position", "include": [{"class": "cow", "count": 1},
+     {"class": "dog", "count": 1, "position": ["left of", 0]}], "exclude": [...], "prompt": ...}
+
+"include" clauses must all hold, and a position refers to an earlier one by its number; of
+"exclude" clauses none may.
+"""
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+RELATIONS = ("left of", "right of", "above", "below")
+POSITION_THRESHOLD = 0.1  # evaluate_images.py's default
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def relations(box: Box, other: Box, *, threshold: float = POSITION_THRESHOLD) -> set[str]:
+  """Where `box` lies relative to `other`: none, one or two of RELATIONS.
+
+  offset = centre - other centre, of which threshold (size + other size) is taken off on each axis,
+  but never beyond 0; divided by the offset's length it must exceed 1/2 in the relation's direction.
+
+  Source: relative_position of GenEval's evaluate_images.py (arXiv 2310.11513).
+  """
+  offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
+  length = math.hypot(*offset)
+  if not length:
+    return set()
+  shares = []
+  for i in (0, 1):
+    sizes = abs(box[i + 2] - box[i]) + abs(other[i + 2] - other[i])
+    left_over = max(abs(offset[i]) - threshold * sizes, 0.0)
+    # GenEval counts what is left over below a thousandth of a pixel, on both axes, as nothing.
+    shares.append(math.copysign(left_over / length, offset[i]) if left_over >= 1e-3 else 0.0)
+  right, down = shares
+  found = ((right < -0.5, "left of"), (right > 0.5, "right of"))
+  found += ((down < -0.5, "above"), (down > 0.5, "below"))
+  return {name for holds, name in found if holds}
+
+
+def check_metadata(prompt: str, metadata: Mapping[str, Any]) -> None:
+  """Raises ValueError unless a prompt's metadata has GenEval's form."""
+  include = metadata.get("include")
+  if not isinstance(include, list) or not include:
+    raise ValueError(
+      f'prompt={prompt!r}: its metadata has include={include!r}: must be a list such as [{{"class": '
+      '"circle", "count": 1}]. Write GenEval\'s metadata beside the prompt.'
+    )
+  for key in ("include", "exclude"):
+    for number, clause in enumerate(metadata.get(key, ())):
+      where = f"prompt={prompt!r}: {key}[{number}]={clause!r}"
+      if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+        raise ValueError(f'{where}: must be an object with a "class". Name one.')
+      count = clause.get("count")
+      if type(count) is not int or count < 1:
+        raise ValueError(f"{where}: count must be an integer >= 1. Write 1 for one object.")
+      if "position" in clause:
+        _check_position(where, clause["position"], number)
+
+
+def _check_position(where, position, number):
+  named = isinstance(position, list | tuple) and len(position) == 2 and position[0] in RELATIONS
+  if not named or type(position[1]) is not int or not 0 <= position[1] < number:
+    raise ValueError(
+      f"{where}: position must be one of {', '.join(RELATIONS)} and the number of an earlier clause, "
+      'such as ["left of", 0].'
+    )

@@ -1,0 +1,124 @@
+"""GenEval's rules on what a detector found: pure functions, whatever the detector is.
+
+Source: evaluate of GenEval's evaluate_images.py (arXiv 2310.11513). "include" clauses must all hold, of
+"exclude" clauses none may. Colour and position are asked of a clause's most confident objects alone, as
+many as the clause counts, so what else of that class is in the picture does not matter to them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tpgrpo_jax.data import geneval
+
+THRESHOLD, COUNTING_THRESHOLD = (
+  0.3,
+  0.9,
+)  # least confidence of a detection; the second for "counting"
+MAX_OBJECTS = 16  # of a class
+
+
+class Detection(NamedTuple):
+  """An object that was found.
+
+  Attributes:
+    kind: its class.
+    confidence: in [0, 1].
+    box: (left, top, right, bottom) in pixels.
+    color: what it is called, "" where it is none that has a name.
+  """
+
+  kind: str
+  confidence: float
+  box: geneval.Box
+  color: str
+
+
+class Verdict(NamedTuple):
+  """What the rules say.
+
+  Attributes:
+    correct: whether everything holds, which is GenEval's score.
+    parts: one number in [0, 1] for each thing that is asked: of an "include" clause the objects found,
+      then those of the right colour, then the pairs that stand right, as shares of those wanted; of an
+      "exclude" clause 1 or 0. All are 1 where `correct`.
+    reasons: what does not hold, in words.
+  """
+
+  correct: bool
+  parts: tuple[float, ...]
+  reasons: tuple[str, ...]
+
+  @property
+  def score(self) -> float:
+    """The mean of the parts."""
+    return sum(self.parts) / len(self.parts)
+
+
+def confident(
+  detections: Sequence[Detection], *, threshold: float = THRESHOLD, most: int = MAX_OBJECTS
+) -> dict[str, list[Detection]]:
+  """Class -> its detections above a confidence, surest first, at most so many."""
+  found: dict[str, list[Detection]] = {}
+  for detection in sorted(detections, key=lambda d: -d.confidence):
+    if detection.confidence > threshold and len(found.get(detection.kind, ())) < most:
+      found.setdefault(detection.kind, []).append(detection)
+  return found
+
+
+def evaluate(
+  found: Mapping[str, Sequence[Detection]],
+  metadata: Mapping[str, Any],
+  *,
+  position_threshold: float = geneval.POSITION_THRESHOLD,
+) -> Verdict:
+  """Judges a picture by GenEval's rules.
+
+  Args:
+    found: class -> detections, surest first, as `confident` gives them.
+    metadata: with "include" and perhaps "exclude", checked by geneval.check_metadata.
+    position_threshold: of geneval.relations.
+  """
+  parts, reasons = [], []
+  groups: list[
+    Sequence[Detection] | None
+  ] = []  # what fulfils each clause so far, None where nothing
+  for clause in metadata["include"]:
+    objects = list(found.get(clause["class"], ()))[: clause["count"]]
+    shares = [_count(objects, clause)]
+    if "color" in clause:
+      shares.append(_color(objects, clause))
+    if "position" in clause:
+      shares.append(_position(objects, clause, groups, position_threshold))
+    parts += [share for share, _ in shares]
+    reasons += [reason for share, reason in shares if share < 1]
+    groups.append(objects if all(share == 1 for share, _ in shares) else None)
+  for clause in metadata.get("exclude", ()):
+    count = len(found.get(clause["class"], ()))
+    parts.append(float(count < clause["count"]))
+    if count >= clause["count"]:
+      reasons.append(f"expected {clause['class']} < {clause['count']}, found {count}")
+  return Verdict(not reasons, tuple(parts), tuple(reasons))
+
+
+def _count(objects, clause):
+  reason = f"expected {clause['class']} >= {clause['count']}, found {len(objects)}"
+  return len(objects) / clause["count"], reason
+
+
+def _color(objects, clause):
+  right = sum(d.color == clause["color"] for d in objects)
+  named = ", ".join(d.color or "none" for d in objects) or "nothing"
+  wanted = f"{clause['color']} {clause['class']} >= {clause['count']}"
+  return right / clause["count"], f"expected {wanted}, found {named}"
+
+
+def _position(objects, clause, groups, threshold):
+  """A share of all pairs of this clause's objects and those it refers to; these must be right first."""
+  name, target = clause["position"]
+  others = groups[target]
+  if others is None or not objects:
+    return 0.0, f"no target for {clause['class']} to be {name}"
+  pairs = [(a.box, b.box) for a in objects for b in others]
+  right = sum(name in geneval.relations(a, b, threshold=threshold) for a, b in pairs)
+  share = right / len(pairs) * len(objects) / clause["count"]
+  return share, f"expected {clause['class']} {name} target, found {right} of {len(pairs)} pairs so"
