@@ -210,8 +210,8 @@ def bomb(levels, width=10, leaf=b"]"):
 def test_bombs_are_refused_in_little_time(data):
   began = time.process_time()
   with pytest.raises(plain_pickle.Refused):
-    plain_pickle.loads(data)
-  assert time.process_time() - began < 10
+    plain_pickle.loads(data, plain_pickle.Limits(items=10_000))
+  assert time.process_time() - began < 5
 
 
 def test_a_large_pickle_is_refused_unread():
