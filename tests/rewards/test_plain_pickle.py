@@ -97,7 +97,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, protoco
     np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f4")]), np.datetime64("2020-01-01"), 2**70, print, int,
     {("a", "b"): 1}, {1.5: 1}, np.ma.masked_array([1]),
   ],
-  ids=str,
+  ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_what_is_no_plain_data_is_refused(value):
   for protocol in PROTOCOLS[2:]:
