@@ -166,11 +166,13 @@ def rows_of(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def pack(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
   """Keeps what a report needs of a run, in a few kilobytes: its config and its compressed metrics.
 
-  The same run gives the same bytes.
+  The same run gives the same bytes, wherever it lies: of run.dir the name alone is kept.
   """
   run_dir, output = epath.Path(run_dir), epath.Path(output)
   output.mkdir(parents=True, exist_ok=True)
-  (output / "config.json").write_bytes((run_dir / "config.json").read_bytes())
+  config = json.loads((run_dir / "config.json").read_text())
+  config["run"]["dir"] = run_dir.name
+  (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
   rows = (run_dir / "metrics.jsonl").read_bytes()
   (output / "metrics.jsonl.gz").write_bytes(gzip.compress(rows, mtime=0))
 
