@@ -10,6 +10,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.flow import sampler
+from tpgrpo_jax.models import tiny
 from tpgrpo_jax.training import build, pipeline, rollout, step
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -35,7 +36,7 @@ def decode(latents):
 
 PARAMS = {"scale": jnp.float32(0.5), "decoder": {}}
 MODEL = build.Model(
-  config=None,
+  config=tiny.TEXT.config,  # for the size of its patches alone
   velocity_fn=velocity,
   base_velocity_fn=velocity,
   frozen={},
