@@ -1,5 +1,7 @@
 """The benchmarks of the true models run at small sizes, and print what they say."""
 
+import argparse
+import importlib
 import json
 import os
 import pathlib
@@ -67,6 +69,13 @@ def test_forecast_of_the_memory_of_an_update_is_what_it_takes():
   assert figures["forecast_memory_update"]["ratio"] == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.fixture
+def compare(monkeypatch):
+  """benchmarks/compare.py as a module."""
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  return importlib.import_module("compare")
+
+
 ROWS = [
   {"kind": "train", "total/evaluations": 150, "total/teraflops": 0.3, "time/epoch": 90.0},
   {"kind": "eval"},
@@ -85,19 +94,15 @@ ROWS = [
     ("minutes=.01", 1),
   ],
 )
-def test_budget_pays_whole_epochs_of_what_one_takes_after_the_first(tmp_path, budget, epochs):
-  import compare
-
+def test_budget_pays_whole_epochs_of_what_one_takes_after_the_first(
+  compare, tmp_path, budget, epochs
+):
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
   assert compare.affordable(tmp_path, *compare.parse_budget(budget)) == epochs
 
 
 @pytest.mark.parametrize("text", ["hours=3", "minutes", "minutes=", "minutes=-1", "minutes=nan"])
-def test_budget_that_is_none_is_refused(text):
-  import argparse
-
-  import compare
-
+def test_budget_that_is_none_is_refused(compare, text):
   with pytest.raises(argparse.ArgumentTypeError, match="must be evaluations=N, teraflops=N"):
     compare.parse_budget(text)
 

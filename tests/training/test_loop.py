@@ -142,10 +142,12 @@ def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
   ],
 )
 def test_run_that_is_asked_to_end_saves_and_goes(
-  what, call, finished, uninterrupted, make_config, one_device, monkeypatch
+  what, call, finished, uninterrupted, make_config, one_device, monkeypatch, request
 ):
   config = make_config({"checkpoint.every": 10})
   script(monkeypatch, f"{what}:{call}")
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+  request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
   with pytest.raises(preemption.Preempted):
     loop.train(config)
   if what == "term_and_hang":
@@ -435,7 +437,8 @@ def get_config():
 
 # The real command, then what it has imported.
 COMMAND = """
-import json, runpy, sys
+import json, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
 try:
   runpy.run_module("tpgrpo_jax.train", run_name="__main__", alter_sys=True)
 except SystemExit as exit:
