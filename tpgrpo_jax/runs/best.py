@@ -58,9 +58,9 @@ class BestWeights:
       return False
     score = row[self._metric]
     # Of a run that was cut, later ones than this may be there; they come again.
-    known = self.epoch is not None and self.score is not None
-    if known and (score <= self.score or epoch <= self.epoch):
-      return False
+    if self.epoch is not None and self.score is not None:
+      if score <= self.score or epoch <= self.epoch:
+        return False
     extra = {"metric": self._metric, "score": score}
     self._kept.save(epoch, {"weights": weights}, extra, force=True)
     self._kept.wait()

@@ -203,7 +203,8 @@ class RunCheckpoints:
     Raises:
       UnreadableError: its metadata is damaged.
     """
-    return self._metadata(self.steps()[-1])[1]
+    _, extra = self._metadata(self.steps()[-1])
+    return extra
 
   def wait(self) -> None:
     """Blocks until nothing is being written."""
@@ -253,7 +254,7 @@ class RunCheckpoints:
       )
     return state, extra
 
-  def _metadata(self, step):
+  def _metadata(self, step) -> tuple[Any, Any]:
     """(shapes of the state, extra)."""
     stored: Any = None
     extra: Any = None
