@@ -77,7 +77,7 @@ def test_noise_levels_are_logit_normal_about_the_mean(mean):
 
 
 @pytest.mark.slow
-def test_a_run_writes_a_model_that_a_recipe_opens(tmp_path, single_mesh):
+def test_a_run_writes_a_model_that_a_recipe_opens(tmp_path, single_mesh, one_device):
   config = config_lib.PretrainConfig(
     run=config_lib.Run(str(tmp_path / "run")),
     output=str(tmp_path / "model"),
