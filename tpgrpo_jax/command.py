@@ -57,6 +57,17 @@ def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -
   app.run(quiet, flags_parser=parse)
 
 
+def define_weights() -> tuple[flags.FlagHolder, flags.FlagHolder]:
+  """The flags --weights and --strength of the commands that open a run."""
+  weights = flags.DEFINE_enum(
+    "weights",
+    "ema",
+    ["ema", "last", "best"],
+    "Of the run: the newest average, as the last update left them, those of the best evaluation.",
+  )
+  return weights, flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
+
+
 def refuse_arguments(argv: list[str]) -> None:
   """Raises ValueError for arguments that are not flags, where a command takes none."""
   if len(argv) > 1:

@@ -15,13 +15,7 @@ _RUN = flags.DEFINE_string("run", None, "Run folder.")
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe: its base model.", lock_config=True
 )
-_WEIGHTS = flags.DEFINE_enum(
-  "weights",
-  "ema",
-  ["ema", "last", "best"],
-  "Of the run: the newest average, as the last update left them, those of the best evaluation.",
-)
-_STRENGTH = flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
+_WEIGHTS, _STRENGTH = command.define_weights()
 _REWARDS = flags.DEFINE_list(
   "rewards", None, 'Names, or your own "package.module:make"; by default those of the config.'
 )

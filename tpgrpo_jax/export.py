@@ -13,13 +13,7 @@ from tpgrpo_jax import command
 _RUN = flags.DEFINE_string("run", None, "Run folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the files.", required=True)
 _MERGE = flags.DEFINE_boolean("merge", False, "Add the adapters to the weights and write them all.")
-_WEIGHTS = flags.DEFINE_enum(
-  "weights",
-  "ema",
-  ["ema", "last", "best"],
-  "Of the run: the newest average, as the last update left them, those of the best evaluation.",
-)
-_STRENGTH = flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
+_WEIGHTS, _STRENGTH = command.define_weights()
 
 
 def main(argv: list[str]) -> None:

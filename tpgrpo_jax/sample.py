@@ -15,13 +15,7 @@ _RUN = flags.DEFINE_string("run", None, "Run folder.")
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe: its base model.", lock_config=True
 )
-_WEIGHTS = flags.DEFINE_enum(
-  "weights",
-  "ema",
-  ["ema", "last", "best"],
-  "Of the run: the newest average, as the last update left them, those of the best evaluation.",
-)
-_STRENGTH = flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
+_WEIGHTS, _STRENGTH = command.define_weights()
 _FILE = flags.DEFINE_string("prompts_file", None, "Text file, one prompt a line, beside arguments.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Solver steps; by default eval.num_steps.")

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+from families import random_like
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -52,18 +53,6 @@ def split(config, *, rank=0, targets=TARGETS, **options):
     return model
 
   return lora.split_trainable(nnx.eval_shape(create), rank=rank)
-
-
-def random_like(tree, seed):
-  """Normal weights about as large as trained ones; none is zero, so that every layer matters."""
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    scale = leaf.shape[-2] ** -0.5 if path[-1].key in ("kernel", "lora_a", "lora_b") else 0.1
-    offset = 1.0 if path[-1].key == "scale" else 0.0
-    return (offset + scale * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-  return jax.tree_util.tree_map_with_path(draw, tree)
 
 
 def entries_of(config, tree):

@@ -73,7 +73,7 @@ def test_a_failure_that_stays_ends_the_run_after_the_retries(server, fault, capl
 
 def test_a_server_that_is_busy_for_ever_is_given_up_in_time(server):
   server.script = ["busy"] * 1000
-  with pytest.raises(STOPS, match="answered 503: come again|no whole answer within 0.5 s"):
+  with pytest.raises(STOPS, match="answered 503: come again"):
     score(server.url, {"retries": 0}, timeout=0.5)
 
 

@@ -8,16 +8,14 @@ import subprocess
 import sys
 
 from etils import epath
-import jax
-import numpy as np
 import pytest
+from test_loop import assert_same_run, rows_without_times
 
 from tpgrpo_jax import rewards
 from tpgrpo_jax.config import presets
 from tpgrpo_jax.runs import checkpoint, metrics
 from tpgrpo_jax.training import loop
 from tpgrpo_jax.training import mesh as mesh_lib
-from tpgrpo_jax.training import session as session_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("rewards", "serving")]
@@ -26,28 +24,6 @@ import served  # noqa: E402
 
 # Requests of a run: one of the first evaluation; in each epoch two, and one of its evaluation.
 SECOND_EPOCH = 1 + 3 + 1
-
-
-def rows_of(config):
-  rows = metrics.read_rows(epath.Path(config.run.dir) / "metrics.jsonl")
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
-def final_state(config):
-  session = session_lib.open_session(config)
-  with jax.set_mesh(session.mesh):
-    abstract = session_lib.abstract_state(session)
-    with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as checkpoints:
-      restored, _ = checkpoints.restore(abstract)
-  return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(restored)}
-
-
-def assert_same_run(found, wanted):
-  assert rows_of(found) == rows_of(wanted)
-  a, b = final_state(found), final_state(wanted)
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +79,7 @@ def test_a_run_stops_with_its_finished_epochs_where_scores_are_none_and_goes_on(
   config = make_config(fields_for(server) | {"checkpoint.every": 10})
   with pytest.raises(rewards.RewardError, match="again"):
     loop.train(config)
-  assert [row["epoch"] for row in rows_of(config) if row["kind"] == "train"] == [1]
+  assert [row["epoch"] for row in rows_without_times(config) if row["kind"] == "train"] == [1]
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
     assert kept.steps() == [1]
   server.script = []
@@ -153,7 +129,7 @@ def test_ocr_behind_serve_trains_the_very_run_that_ocr_here_trains(
   config = recipe(tmp_path / "run", ocr_server, connections=connections, batch=7)
   loop.train(config)
   assert_same_run(config, local)
-  rows = rows_of(config)
+  rows = rows_without_times(config)
   assert 0 < rows[0]["reward/ocr/mean"] < 1 and 0 < rows[0]["reward/ocr/exact"] < 1
 
 

@@ -2,7 +2,6 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from concurrent import futures
 import json
 from typing import Any, NamedTuple
 
@@ -124,13 +123,8 @@ def make(
   ) -> tuple[Float32[np.ndarray, " N"], dict[str, Any]]:
     if not len(prompts):
       return np.zeros(0, np.float32), {}
-    with futures.ThreadPoolExecutor(connections, thread_name_prefix="judge") as threads:
-      asked = [threads.submit(judge, *each) for each in zip(images, prompts, metadata, strict=True)]
-      try:
-        verdicts = [each.result() for each in asked]
-      finally:
-        for each in asked:
-          each.cancel()
+    asked = zip(images, prompts, metadata, strict=True)
+    verdicts = servers.in_parallel(judge, asked, connections)
     info: dict[str, Any] = {"text": [verdict.answer for verdict in verdicts]}
     for name in verdicts[0].axes:
       info[name] = np.asarray([verdict.axes[name] for verdict in verdicts], np.float32)

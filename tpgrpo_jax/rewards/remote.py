@@ -1,7 +1,6 @@
 """Rewards that a server computes: ours, Flow-Factory's, and Flow-GRPO's."""
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent import futures
 import json
 from typing import Any
 from urllib import parse
@@ -167,13 +166,8 @@ def _in_requests(call, size: Callable[[], int], connections: int) -> types.Rewar
       return np.zeros(0, np.float32), {}
     step = size()
     rows = [slice(first, first + step) for first in range(0, len(prompts), step)]
-    with futures.ThreadPoolExecutor(connections, thread_name_prefix="reward request") as pool:
-      sent = [pool.submit(call, images[r], prompts[r], metadata[r]) for r in rows]
-      try:
-        results = [each.result() for each in sent]
-      finally:
-        for each in sent:
-          each.cancel()
+    calls = ((images[r], prompts[r], metadata[r]) for r in rows)
+    results = servers.in_parallel(call, calls, connections)
     scores = np.concatenate([scores for scores, _ in results])
     return scores.astype(np.float32), _joined([info for _, info in results])
 

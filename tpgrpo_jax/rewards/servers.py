@@ -1,6 +1,7 @@
 """The addresses of one reward's servers: asked in turn, left out while they are down, and tried again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 import dataclasses
 import ipaddress
 import logging
@@ -125,9 +126,14 @@ class Servers:
       ServerError: it did not answer, or with a status that may pass.
       RewardError: it answered with a status that stays what it is (4xx).
     """
-    deadline = time.monotonic() + self.timeout
+    deadline, said = time.monotonic() + self.timeout, ""
     while True:
-      status, headers, content = self._exchange(url, method, path, body, kind, deadline)
+      try:
+        status, headers, content = self._exchange(url, method, path, body, kind, deadline)
+      except ServerError as error:
+        if said:  # why it was asked again says more than that the time was over then
+          raise ServerError(f"{said}; then {error}") from error
+        raise
       if status in statuses:
         return Answer(url, status, content)
       said = f"{url}{path} answered {status}: {_message(content)}"
@@ -242,6 +248,19 @@ _HINTS = {
   404: "Start the server with the reward that is asked for.",
   413: "Set batch to fewer pictures.",
 }
+
+
+def in_parallel(
+  function: Callable[..., Any], calls: Iterable[tuple], connections: int
+) -> list[Any]:
+  """function(*call) of each call, in order, so many of them at the same time; a failure ends the rest."""
+  with futures.ThreadPoolExecutor(connections, thread_name_prefix="reward request") as threads:
+    sent = [threads.submit(function, *call) for call in calls]
+    try:
+      return [each.result() for each in sent]
+    finally:
+      for each in sent:
+        each.cancel()
 
 
 def check_urls(url: str | Sequence[str], field: str = "url") -> list[str]:

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from tpgrpo_jax.models import qwen3
 from tpgrpo_jax.models.hf import encoder
-from tpgrpo_jax.models.hf.table import Entry, make_entry
+from tpgrpo_jax.models.hf.table import Entry, stacked_names
 
 # (pattern of our path, replacement), applied in order.
 RENAMES = (
+  (r"^blocks_0\b", "layers"),
   (r"^token_embedding$", "embed_tokens.weight"),
   (r"\battention_norm\b", "input_layernorm"),
   (r"\bmlp_norm\b", "post_attention_layernorm"),
@@ -34,22 +35,7 @@ def names(config: qwen3.Qwen3Config, shapes: Mapping[str, tuple[int, ...]]) -> l
     shapes: shape of every tensor of ours by dotted path.
   """
   del config
-  entries = []
-  for path, shape in sorted(shapes.items()):
-    _, in_stack, rest = path.partition("blocks_0.")
-    if not in_stack:
-      entries.append(make_entry(path, None, rename(path), shape))
-      continue
-    for i in range(shape[0]):
-      entries.append(make_entry(path, i, rename(f"layers.{i}.{rest}"), shape[1:]))
-  return entries
-
-
-def rename(path: str) -> str:
-  """Our dotted path -> transformers' name, block numbers aside."""
-  for pattern, replacement in RENAMES:
-    path = re.sub(pattern, replacement, path, count=1)
-  return path
+  return stacked_names(shapes, ("blocks_0",), RENAMES)
 
 
 def aliases(found: Iterable[str], *, layers: int) -> dict[str, str]:

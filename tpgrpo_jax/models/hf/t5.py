@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 import os
-import re
 from typing import Any
 
 import jax.numpy as jnp
 
 from tpgrpo_jax.models import t5
 from tpgrpo_jax.models.hf import encoder
-from tpgrpo_jax.models.hf.table import Entry, make_entry
+from tpgrpo_jax.models.hf.table import Entry, stacked_names
 
 # (pattern of our path, replacement), applied in order.
 RENAMES = (
+  (r"^blocks_0\b", "encoder.block"),
   (r"^token_embedding$", "shared.weight"),
   (r"^relative_bias$", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
   (r"^final_layer_norm\b", "encoder.final_layer_norm"),
@@ -34,22 +34,7 @@ def names(config: t5.T5Config, shapes: Mapping[str, tuple[int, ...]]) -> list[En
     shapes: shape of every tensor of ours by dotted path.
   """
   del config
-  entries = []
-  for path, shape in sorted(shapes.items()):
-    _, in_stack, rest = path.partition("blocks_0.")
-    if not in_stack:
-      entries.append(make_entry(path, None, rename(path), shape))
-      continue
-    for i in range(shape[0]):
-      entries.append(make_entry(path, i, rename(f"encoder.block.{i}.{rest}"), shape[1:]))
-  return entries
-
-
-def rename(path: str) -> str:
-  """Our dotted path -> transformers' name, block numbers aside."""
-  for pattern, replacement in RENAMES:
-    path = re.sub(pattern, replacement, path, count=1)
-  return path
+  return stacked_names(shapes, ("blocks_0",), RENAMES)
 
 
 def aliases(found: Iterable[str]) -> dict[str, str]:
