@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 from tpgrpo_jax.data import geneval
 
-THRESHOLD, COUNTING_THRESHOLD = (
-  0.3,
-  0.9,
-)  # least confidence of a detection; the second for "counting"
+THRESHOLD = 0.3  # least confidence of a detection
+COUNTING_THRESHOLD = 0.9  # likewise, where the tag is "counting"
 MAX_OBJECTS = 16  # of a class
 
 
@@ -79,9 +77,8 @@ def evaluate(
     position_threshold: of geneval.relations.
   """
   parts, reasons = [], []
-  groups: list[
-    Sequence[Detection] | None
-  ] = []  # what fulfils each clause so far, None where nothing
+  # What fulfils each clause so far, None where nothing does.
+  groups: list[Sequence[Detection] | None] = []
   for clause in metadata["include"]:
     objects = list(found.get(clause["class"], ()))[: clause["count"]]
     shares = [_count(objects, clause)]

@@ -183,8 +183,8 @@ def _overlaps(share) -> dict[str, float]:
   x, y = across @ columns, along @ rows
   columns, rows = columns - x, rows - y
   spread_x, spread_y = across @ columns**2, along @ rows**2
-  both = rows @ share @ columns / area
-  mean, half = (spread_x + spread_y) / 2, np.hypot((spread_x - spread_y) / 2, both)
+  covariance = rows @ share @ columns / area
+  mean, half = (spread_x + spread_y) / 2, np.hypot((spread_x - spread_y) / 2, covariance)
   if mean + half > _LONGEST**2 * (mean - half):
     return dict.fromkeys(_IDEAL, 0.0)
   right = np.abs(columns)[None, :]
@@ -193,9 +193,7 @@ def _overlaps(share) -> dict[str, float]:
     radius = (area / unit_area) ** 0.5
     distance = shapes.DISTANCES[kind](right, (rows + drop * radius)[:, None], radius)
     both = np.minimum(np.clip(0.5 - _STEEPER * distance, 0.0, 1.0), share).sum()
-    found[kind] = float(
-      both / (2 * area - both)
-    )  # so that what sticks out of the window counts too
+    found[kind] = float(both / (2 * area - both))  # what sticks out of the window counts too
   return found
 
 
