@@ -1,5 +1,7 @@
 """The judgement of a run: other prompts, paired differences, and a summary that names what to do next."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -54,7 +56,7 @@ def test_summary_says_before_after_and_the_next_command(best):
   row = {"epoch": 60, "kind": "judge"} | ({} if best is None else {"best/epoch": best})
   text = judging.summary("runs/mine", row | judging.judge(evaluate([]), weights))
   assert "ocr: 0.400 ± 0.253 -> 0.550 ± 0.233, a gain of 0.150 ± 0.127" in text
-  assert "evaluate --run runs/mine" in text
+  assert f"{sys.orig_argv[0]} -m tpgrpo_jax.evaluate --run runs/mine" in text
   assert ("after epoch 30" in text) == (best == 30)
   assert ("--weights best" in text) == (best == 30)
   assert ("runs/mine/best/" in text) == (best in (30, 60))

@@ -1,6 +1,7 @@
 """What a run has learned, on prompts that no evaluation of it has seen: base, last and best weights."""
 
 from collections.abc import Callable
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,11 +95,12 @@ def summary(run_dir: str, row: dict[str, Any]) -> str:
   elif epoch:
     lines += [f"Best weights: {run_dir.rstrip('/')}/best/{epoch}"]
   weights = " --weights best" if epoch and epoch != row["epoch"] else ""
+  python = sys.orig_argv[0]  # as the user called it, in an environment that may not be active
   return "\n".join(
     [
       *lines,
       "To see it:",
-      f"  python -m tpgrpo_jax.report --output report {run_dir}",
-      f"  python -m tpgrpo_jax.evaluate --run {run_dir} --split judge{weights}",
+      f"  {python} -m tpgrpo_jax.report --output report {run_dir}",
+      f"  {python} -m tpgrpo_jax.evaluate --run {run_dir} --split judge{weights}",
     ]
   )
