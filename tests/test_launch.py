@@ -1,5 +1,6 @@
 """launch/: well-formed scripts, the commands they would run, a manifest that fits, a real local run."""
 
+import json
 import os
 import pathlib
 import re
@@ -81,7 +82,8 @@ def test_two_local_processes_train_one_run(tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   state = tmp_path / "run" / "checkpoints" / "1" / "state"
   assert {"ocdbt.process_0", "ocdbt.process_1"} <= {path.name for path in state.iterdir()}
-  assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+  rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+  assert [row["kind"] for row in rows] == ["eval", "train", "eval", "judge"]
 
 
 @pytest.fixture
