@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 
 import jax
@@ -56,25 +55,6 @@ def save_random_weights(folder: pathlib.Path, config: mmdit.MMDiTConfig) -> path
     folder, config, jax.tree_util.tree_map_with_path(draw, lora.merge_trees(*shapes))
   )
   return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Runs of one config compile once for all tests, those in other processes and in pytest's workers too."""
-  shared = tmp_path_factory.getbasetemp()
-  shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(shared / "compiled")
-  options = {
-    "jax_compilation_cache_dir": folder,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": 0,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield folder
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

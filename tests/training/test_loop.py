@@ -449,7 +449,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 
 @pytest.fixture(scope="module")
-def command(small_model, prompt_folder, prepared_folder, compilation_cache, tmp_path_factory):
+def command(small_model, prompt_folder, prepared_folder, tmp_path_factory):
   """Returns (run_dir, reward script) -> the finished process of the real training command."""
   recipe = tmp_path_factory.mktemp("recipe") / "recipe.py"
   recipe.write_text(RECIPE.format(model=str(small_model), prompts=str(prompt_folder)))
@@ -458,7 +458,6 @@ def command(small_model, prompt_folder, prepared_folder, compilation_cache, tmp_
     "JAX_PLATFORMS": "cpu",
     "TFDS_DATA_DIR": str(prepared_folder),
     "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(HERE)]),
-    "JAX_COMPILATION_CACHE_DIR": compilation_cache,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
 

@@ -302,15 +302,15 @@ def test_noise_levels_that_another_config_left_before_its_first_checkpoint_are_n
 
 @pytest.mark.slow
 def test_run_killed_while_it_finds_its_noise_levels_finds_the_same_ones(
-  calibrated, method_config, compilation_cache, tmp_path, monkeypatch
+  calibrated, method_config, tmp_path, monkeypatch
 ):
   run, stored = calibrated
   config = method_config(tmp_path / "run", "densegrpo", {"train.epochs": 1})
   monkeypatch.setenv(scripted_rewards.VARIABLE, "kill:2")  # the third of four rounds
-  (killed,) = start(config, 1, compilation_cache)
+  (killed,) = start(config, 1)
   killed.communicate(timeout=300)
   assert killed.returncode == -9
   assert not (tmp_path / "run" / calibration.FILE).exists()
   monkeypatch.setenv(scripted_rewards.VARIABLE, "")
-  finish(start(config, 1, compilation_cache))
+  finish(start(config, 1))
   assert json.loads((tmp_path / "run" / calibration.FILE).read_text()) == stored

@@ -40,7 +40,7 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def start(config, count, cache, module="train", arguments=()):
+def start(config, count, module="train", arguments=()):
   """The real command in `count` processes of one device each."""
   run_dir = pathlib.Path(config.run.dir)
   run_dir.parent.mkdir(exist_ok=True, parents=True)
@@ -50,8 +50,7 @@ def start(config, count, cache, module="train", arguments=()):
   recipe.write_text(RECIPE.format(path=str(described)))
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": cache,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
     "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
   }
   address = f"localhost:{free_port()}"
@@ -131,19 +130,15 @@ def one(config_in, single_mesh, tmp_path_factory):
     pytest.param(4, config_lib.Mesh(1, 2, 2), marks=pytest.mark.slow),
   ],
 )
-def test_several_processes_learn_what_one_does(
-  one, config_in, one_device, compilation_cache, tmp_path, count, mesh
-):
+def test_several_processes_learn_what_one_does(one, config_in, one_device, tmp_path, count, mesh):
   config = config_in(tmp_path / "run", FIELDS | {"mesh": mesh})
-  outputs = finish(start(config, count, compilation_cache))
+  outputs = finish(start(config, count))
   assert sum("reward/coarse/mean" in output for output in outputs) == 1  # one speaks for all
   assert_close(config, one)
 
 
 @pytest.mark.slow
-def test_rewards_of_the_devices_are_those_of_one_process_too(
-  config_in, one_device, compilation_cache, tmp_path
-):
+def test_rewards_of_the_devices_are_those_of_one_process_too(config_in, one_device, tmp_path):
   sys.path.append(str(HERE.parent / "rewards"))
   import stored_models
 
@@ -153,17 +148,15 @@ def test_rewards_of_the_devices_are_those_of_one_process_too(
   single = config_in(tmp_path / "single", fields)
   loop.train(single)
   config = config_in(tmp_path / "run", fields | {"mesh": config_lib.Mesh(2, 1, 1)})
-  finish(start(config, 2, compilation_cache))
+  finish(start(config, 2))
   assert_close(config, single)
 
 
-def test_a_run_of_one_process_goes_on_with_two(
-  one, config_in, one_device, compilation_cache, tmp_path
-):
+def test_a_run_of_one_process_goes_on_with_two(one, config_in, one_device, tmp_path):
   begun = config_in(tmp_path / "run", FIELDS | {"train.epochs": 1})
   loop.train(begun)
   config = config_in(tmp_path / "run", FIELDS | {"mesh": config_lib.Mesh(2, 1, 1)})
-  finish(start(config, 2, compilation_cache))
+  finish(start(config, 2))
   assert_close(config, one)
 
 
@@ -174,27 +167,23 @@ def test_a_run_of_one_process_goes_on_with_two(
     pytest.param("sample", ("ANT", "BEE"), "0001_BEE.png", marks=pytest.mark.slow),
   ],
 )
-def test_two_processes_look_at_a_model_as_one_does(
-  config_in, compilation_cache, tmp_path, module, arguments, file
-):
+def test_two_processes_look_at_a_model_as_one_does(config_in, tmp_path, module, arguments, file):
   files = []
   for count, mesh in ((1, config_lib.Mesh()), (2, config_lib.Mesh(1, 2, 1))):
     output = tmp_path / str(count)
     config = config_in(tmp_path / f"run{count}", FIELDS | {"mesh": mesh})
-    outputs = finish(
-      start(config, count, compilation_cache, module, [*arguments, f"--output={output}"])
-    )
+    outputs = finish(start(config, count, module, [*arguments, f"--output={output}"]))
     assert sum(str(output) in text for text in outputs) == 1  # one speaks for all
     files.append((output / file).read_bytes())
   assert files[0] == files[1]
 
 
 def test_where_one_of_two_is_killed_the_other_ends_and_the_run_goes_on(
-  one, config_in, one_device, compilation_cache, tmp_path
+  one, config_in, one_device, tmp_path
 ):
   fields = FIELDS | {"mesh": config_lib.Mesh(2, 1, 1), "distributed.heartbeat_timeout": 10}
   config = config_in(tmp_path / "run", fields)
-  processes = start(config, 2, compilation_cache)
+  processes = start(config, 2)
   deadline = time.monotonic() + 120
   while not rows_exist(config) and time.monotonic() < deadline:
     time.sleep(0.1)
@@ -206,7 +195,7 @@ def test_where_one_of_two_is_killed_the_other_ends_and_the_run_goes_on(
     time.monotonic() - began < 45
   )  # the heartbeat's 10 s, and the end of a process on a busy machine
   processes[1].communicate()
-  finish(start(config, 2, compilation_cache))
+  finish(start(config, 2))
   assert_close(config, one)
 
 
@@ -217,12 +206,12 @@ def rows_exist(config):
 
 @pytest.mark.parametrize("rewards", ["", pytest.param("hang_in_first:4", marks=pytest.mark.slow)])
 def test_a_signal_to_end_one_process_ends_all_with_a_checkpoint(
-  one, config_in, one_device, compilation_cache, tmp_path, monkeypatch, rewards
+  one, config_in, one_device, tmp_path, monkeypatch, rewards
 ):
   fields = FIELDS | {"mesh": config_lib.Mesh(2, 1, 1), "checkpoint.every": 10}
   config = config_in(tmp_path / "run", fields | {"train.epochs": 500})
   monkeypatch.setenv("SCRIPTED_REWARD", rewards)  # calls 4 and 5 are of the second epoch
-  processes = start(config, 2, compilation_cache)
+  processes = start(config, 2)
   deadline = time.monotonic() + 120
   while len(rows_of(config) if rows_exist(config) else []) < 3 and time.monotonic() < deadline:
     time.sleep(0.1)
@@ -236,10 +225,10 @@ def test_a_signal_to_end_one_process_ends_all_with_a_checkpoint(
     assert kept.latest() >= 1
 
 
-def test_signals_before_the_first_epoch_end_processes(config_in, compilation_cache, tmp_path):
+def test_signals_before_the_first_epoch_end_processes(config_in, tmp_path):
   fields = FIELDS | {"mesh": config_lib.Mesh(2, 1, 1), "train.epochs": 500}
   config = config_in(tmp_path / "run", fields)
-  processes = start(config, 2, compilation_cache)
+  processes = start(config, 2)
   deadline = time.monotonic() + 120
   while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < deadline:
     time.sleep(0.01)
@@ -262,12 +251,10 @@ def test_processes_of_different_configs_are_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_folder_that_is_refused_ends_all_processes_with_its_message(
-  one, config_in, compilation_cache, tmp_path
-):
+def test_a_run_folder_that_is_refused_ends_all_processes_with_its_message(one, config_in, tmp_path):
   (tmp_path / "run").write_text("a file")
   config = config_in(tmp_path / "run", FIELDS | {"mesh": config_lib.Mesh(2, 1, 1)})
-  processes = start(config, 2, compilation_cache)
+  processes = start(config, 2)
   for process in processes:
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "is a file; must be a folder" in output, output[-2000:]
