@@ -15,6 +15,7 @@ from tpgrpo_jax.models import flux, lora, mmdit, quantize
 from tpgrpo_jax.training import mesh as mesh_lib
 
 KINDS = ("int8", "nf4")
+NF4_LATER = ("int8", pytest.param("nf4", marks=pytest.mark.slow))
 SD3 = mmdit.MMDiTConfig(
   sample_size=8, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=32,
   num_attention_heads=2, joint_attention_dim=12, caption_projection_dim=64, pooled_projection_dim=12,
@@ -146,7 +147,7 @@ def test_kernels_are_given_back_as_they_are_quantised():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NF4_LATER)
 def test_forward_inside_value_and_grad_is_bit_identical_to_forward_alone(name, kind):
   """The first update must see a log-ratio of exactly 0."""
   velocity, gradient = functions(name)
@@ -180,7 +181,7 @@ def test_velocity_is_near_that_of_the_true_weights(name, kind, error):
   assert 0 < float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)) < error
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NF4_LATER)
 def test_codes_lie_on_the_mesh_as_the_kernels_do(kind):
   velocity, _ = functions("sd3")
   trainable, frozen = weights("sd3")

@@ -12,6 +12,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models
 from tpgrpo_jax.models import hf, lora, mmdit
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import session as session_lib
 
 WORDS = ("ANT", "BEE", "CAT", "DOG", "ELK", "FOX", "GNU", "HEN")
 
@@ -100,6 +101,31 @@ def config_in(small_model, prompt_folder, prepared_folder):
 def make_config(config_in, tmp_path):
   """The same, of a run in tmp_path/run."""
   return functools.partial(config_in, tmp_path / "run")
+
+
+# What no program of a run depends on.
+_AROUND = {"run": config_lib.Run(), "checkpoint": config_lib.Checkpoint(), "log": config_lib.Log(),
+           "scoring": config_lib.Scoring(), "eval": config_lib.Eval(), "train.epochs": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared_programs():
+  """Runs of a module that differ in what is around them share the programs of the first: they trace once.
+
+  Everything else is opened anew: files, weights, rewards, state. Tests of real processes share nothing.
+  """
+  opened, first = session_lib.open_session, {}
+
+  def open_session(config):
+    session = opened(config)
+    kind = repr(replace_fields(config, _AROUND)), session.mesh
+    kept = first.setdefault(kind, session)
+    names = ("method", "rollout_fn", "credit_fn", "train_step", "meter")
+    return dataclasses.replace(session, **{name: getattr(kept, name) for name in names})
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(session_lib, "open_session", open_session)
+    yield
 
 
 def replace_fields(config: config_lib.Config, fields: dict) -> config_lib.Config:

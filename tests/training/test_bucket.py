@@ -4,9 +4,10 @@ import os
 import socket
 
 from etils import epath
+import left_behind
 import pytest
 import scripted_rewards
-from test_loop import CHUNKS, ONE_TRY, assert_same_run
+from test_loop import CHUNKS, ONE_TRY
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import rewards
@@ -56,13 +57,14 @@ def test_run_in_a_bucket_cut_and_resumed_equals_the_one_in_a_folder(
     loop.train(config)
   monkeypatch.setenv(scripted_rewards.VARIABLE, "")
   loop.train(config)
-  assert_same_run(config, in_folder)
+  left_behind.assert_same_run(config, in_folder)
   for folder in ("images", "rollouts"):
     names = [[p.name for p in epath.Path(c.run.dir, folder).iterdir()] for c in (config, in_folder)]
     assert sorted(names[0]) == sorted(names[1])
   assert not os.path.exists("gs:")  # which a path of pathlib's would make
 
 
+@pytest.mark.slow
 def test_checkpoint_that_was_not_finished_in_a_bucket_is_passed_over(
   bucket, in_folder, config_in, one_device
 ):
@@ -72,7 +74,7 @@ def test_checkpoint_that_was_not_finished_in_a_bucket_is_passed_over(
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
     assert kept.latest() == 2
   loop.train(config)
-  assert_same_run(config, in_folder)
+  left_behind.assert_same_run(config, in_folder)
 
 
 def test_commands_read_runs_in_buckets(bucket, config_in, one_device, tmp_path, capsys):

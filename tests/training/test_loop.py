@@ -10,17 +10,17 @@ import subprocess
 import sys
 import time
 
-from etils import epath
 import jax
 from jax.experimental import multihost_utils
+import left_behind
 import numpy as np
 import pytest
 import scripted_rewards
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, rewards
+from tpgrpo_jax import rewards
 from tpgrpo_jax.flow import schedule
-from tpgrpo_jax.runs import best, checkpoint, metrics, preemption
+from tpgrpo_jax.runs import checkpoint, preemption
 from tpgrpo_jax.training import loop
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
@@ -30,41 +30,7 @@ PACKAGE = HERE.parent.parent
 # Reward calls of a run: one of the first evaluation; in each epoch two, and one of its evaluation.
 CHUNKS = 2
 ONE_TRY = {"scoring.retries": 0}
-
-
-def final_state(config):
-  """The arrays of the last checkpoint, by name."""
-  session = session_lib.open_session(config)
-  with jax.set_mesh(session.mesh):
-    abstract = session_lib.abstract_state(session)
-    with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as checkpoints:
-      restored, extra = checkpoints.restore(abstract)
-  assert extra["epoch"] == config.train.epochs
-  return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(restored)}
-
-
-def best_state(config):
-  """(epoch, arrays) of the best weights."""
-  session = session_lib.open_session(config)
-  with jax.set_mesh(session.mesh):
-    weights, extra = best.load(config.run.dir, session_lib.abstract_state(session).ema)
-  return extra["step"], [np.asarray(leaf) for leaf in jax.tree.leaves(weights)]
-
-
-def rows_without_times(config):
-  rows = metrics.read_rows(epath.Path(config.run.dir) / "metrics.jsonl")
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
-def assert_same_run(found, wanted):
-  assert rows_without_times(found) == rows_without_times(wanted)
-  a, b = final_state(found), final_state(wanted)
-  assert a.keys() == b.keys()
-  for name in a:
-    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-  (epoch, a), (wanted_epoch, b) = best_state(found), best_state(wanted)
-  assert epoch == wanted_epoch
-  jax.tree.map(np.testing.assert_array_equal, a, b)
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +47,9 @@ def script(monkeypatch, text):
   monkeypatch.setenv(scripted_rewards.VARIABLE, text)
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize(
+  "epoch", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_run_cut_in_an_epoch_and_resumed_equals_the_uninterrupted_one(
   epoch, uninterrupted, make_config, one_device, monkeypatch
 ):
@@ -92,7 +60,7 @@ def test_run_cut_in_an_epoch_and_resumed_equals_the_uninterrupted_one(
     loop.train(config)
   script(monkeypatch, "")
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 def test_run_cut_between_the_update_and_the_evaluation_equals_the_uninterrupted_one(
@@ -104,7 +72,7 @@ def test_run_cut_between_the_update_and_the_evaluation_equals_the_uninterrupted_
     loop.train(config)
   script(monkeypatch, "")
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 def test_reward_that_fails_once_is_asked_again(
@@ -114,7 +82,7 @@ def test_reward_that_fails_once_is_asked_again(
   script(monkeypatch, f"raise:{1 + CHUNKS + 2}")
   loop.train(config)
   assert "the reward server is gone; again in 0.01 s" in caplog.text
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
@@ -129,7 +97,7 @@ def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
     assert kept.steps() == [1]
   script(monkeypatch, "")
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +105,7 @@ def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
   [
     ("term", 1 + CHUNKS + 2, 1),  # in the second epoch
     ("interrupt", 1 + CHUNKS + 2, 1),
-    ("term_and_hang", 1 + CHUNKS + 2, 1),
+    pytest.param("term_and_hang", 1 + CHUNKS + 2, 1, marks=pytest.mark.slow),
     ("term_and_hang", 2 * (CHUNKS + 1), 2),  # in the evaluation after it
   ],
 )
@@ -156,7 +124,7 @@ def test_run_that_is_asked_to_end_saves_and_goes(
     assert kept.steps() == [finished]
   script(monkeypatch, "")
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 def test_run_ends_where_jax_announces_the_end_of_the_machine(
@@ -170,7 +138,7 @@ def test_run_ends_where_jax_announces_the_end_of_the_machine(
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
     assert kept.steps() == [2]
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 def test_signal_while_the_last_checkpoint_is_written_does_not_lose_it(
@@ -185,7 +153,7 @@ def test_signal_while_the_last_checkpoint_is_written_does_not_lose_it(
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.RunCheckpoints, "close", signalled)
     loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 def test_evaluation_that_was_cut_is_made_up_for(
@@ -197,7 +165,7 @@ def test_evaluation_that_was_cut_is_made_up_for(
     loop.train(config)
   script(monkeypatch, "")
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 def test_sharded_run_cut_and_resumed_equals_the_uninterrupted_one(
@@ -212,20 +180,20 @@ def test_sharded_run_cut_and_resumed_equals_the_uninterrupted_one(
     loop.train(config)
   script(monkeypatch, "")
   loop.train(config)
-  assert_same_run(config, whole)
+  left_behind.assert_same_run(config, whole)
 
 
 def test_shorter_run_continued_equals_the_longer_one(uninterrupted, make_config, one_device):
   loop.train(make_config({"train.epochs": 2}))
   config = make_config()
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 def test_best_weights_are_those_of_the_best_evaluation(uninterrupted):
-  evals = [row for row in rows_without_times(uninterrupted) if row["kind"] == "eval"]
+  evals = [row for row in left_behind.rows(uninterrupted) if row["kind"] == "eval"]
   wanted = max(evals, key=lambda row: row["reward/mean"])["epoch"]  # the first of equals
-  epoch, found = best_state(uninterrupted)
+  epoch, found = left_behind.best_state(uninterrupted)
   assert epoch == wanted
   if epoch == 0:
     base = session_lib.open_session(uninterrupted).model.trainable
@@ -244,7 +212,7 @@ def test_run_without_progress_ends_by_its_patience_and_is_judged_by_other_prompt
   }
   config = make_config(fields)
   loop.train(config)
-  rows = rows_without_times(config)
+  rows = left_behind.rows(config)
   assert [row["epoch"] for row in rows if row["kind"] == "train"] == [1, 2]
   judged = rows[-1]
   assert (judged["kind"], judged["epoch"], judged["prompts"]) == ("judge", 2, 3)
@@ -265,7 +233,7 @@ def test_finished_run_started_again_changes_nothing(uninterrupted, one_device):
 
 
 def test_metrics_hold_every_row_once(uninterrupted):
-  rows = [(row["kind"], row["epoch"]) for row in rows_without_times(uninterrupted)]
+  rows = [(row["kind"], row["epoch"]) for row in left_behind.rows(uninterrupted)]
   wanted = [("eval", 0)]
   for epoch in (1, 2, 3):
     wanted += [("train", epoch), ("eval", epoch)]
@@ -273,7 +241,7 @@ def test_metrics_hold_every_row_once(uninterrupted):
 
 
 def test_metrics_of_an_epoch_tell_what_the_issue_asks_for(uninterrupted):
-  row = [r for r in rows_without_times(uninterrupted) if r["kind"] == "train"][-1]
+  row = [r for r in left_behind.rows(uninterrupted) if r["kind"] == "train"][-1]
   assert row.keys() >= {
     "reward/mean", "reward/std", "reward/coarse/mean", "reward/coarse/std",
     "completion_reward/0", "completion_reward/2", "increment/0", "increment/1",
@@ -305,7 +273,7 @@ def test_bad_reward_stops_the_run_with_the_prompt_named_and_the_run_resumes(
   assert "start the same command again" in message
   script(monkeypatch, "")
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 @pytest.mark.parametrize("name", ["states_credit", "bare_credit"])
@@ -350,9 +318,11 @@ def test_other_prompts_in_the_same_folder_are_refused_on_resume(make_config, one
     loop.train(make_config(fields | {"train.epochs": 2}))
 
 
-def test_other_weights_in_the_same_folder_are_refused_on_resume(make_config, one_device, tmp_path):
+def test_other_weights_in_the_same_folder_are_refused_on_resume(
+  make_config, small_model, one_device, tmp_path
+):
   folder = tmp_path / "model"
-  shutil.copytree(models.tiny.TEXT.folder, folder)
+  shutil.copytree(small_model, folder)
   fields = {"model.path": str(folder), "train.epochs": 1}
   loop.train(make_config(fields))
   weights = folder / "diffusion_pytorch_model.safetensors"
@@ -502,7 +472,7 @@ def test_killed_command_started_again_equals_the_uninterrupted_one(
   for folder in (run_dir, whole_command[0]):
     tree = json.loads((folder / "config.json").read_text())
     configs.append(config_lib.from_config_dict(config_lib.Config, tree))
-  assert_same_run(*configs)
+  left_behind.assert_same_run(*configs)
 
 
 def test_interrupted_command_saves_and_the_same_one_goes_on(command, whole_command, tmp_path):
@@ -521,4 +491,6 @@ def test_interrupted_command_saves_and_the_same_one_goes_on(command, whole_comma
   assert resumed.returncode == 0, resumed.stderr
   folders = (run_dir, whole_command[0])
   trees = [json.loads((folder / "config.json").read_text()) for folder in folders]
-  assert_same_run(*(config_lib.from_config_dict(config_lib.Config, tree) for tree in trees))
+  left_behind.assert_same_run(
+    *(config_lib.from_config_dict(config_lib.Config, tree) for tree in trees)
+  )

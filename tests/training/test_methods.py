@@ -7,10 +7,10 @@ import shutil
 from typing import Any, NamedTuple
 
 import jax
+import left_behind
 import numpy as np
 import pytest
 import scripted_rewards
-from test_loop import rows_without_times
 from test_processes import finish, start
 
 from tpgrpo_jax import config as config_lib
@@ -93,7 +93,7 @@ def train(config, session):
   ):
     restored, extra = kept.restore(session_lib.abstract_state(session))
   assert extra["epoch"] == config.train.epochs
-  return Finished(config, session, arrays_of(restored), rows_without_times(config))
+  return Finished(config, session, arrays_of(restored), left_behind.rows(config))
 
 
 def arrays_of(state):

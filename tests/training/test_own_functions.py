@@ -28,7 +28,9 @@ def train_row(config):
   return row
 
 
-@pytest.mark.parametrize("states", [{}, BRANCHES], ids=["trajectory", "branch"])
+@pytest.mark.parametrize(
+  "states", [pytest.param({}, marks=pytest.mark.slow), BRANCHES], ids=["trajectory", "branch"]
+)
 def test_an_epoch_with_all_three_is_on_policy_and_learns(make_config, one_device, states):
   row = train_row(make_config(OWN | states | {"train.epochs": 1}))
   assert row["ratio/first_update_max_abs_log"] == 0.0

@@ -104,7 +104,7 @@ def rows_of(config):
 
 @pytest.mark.parametrize(
   "family",
-  [pytest.param(f, marks=[pytest.mark.slow] * (f in stored.QWEN)) for f in FAMILIES],
+  [pytest.param(f, marks=[pytest.mark.slow] * (f != "sd3")) for f in FAMILIES],
 )
 def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   folders, work, tmp_path, one_device, family
@@ -195,6 +195,7 @@ def test_an_epoch_of_every_method_learns_and_is_on_policy(
   assert row["grad_norm"] > 0 and row["advantage/std"] > 0 and row["reward/std"] > 0
 
 
+@pytest.mark.slow
 def test_quantised_base_is_on_policy_and_near_the_whole_one(
   golden, folders, work, single_mesh, tmp_path, one_device
 ):

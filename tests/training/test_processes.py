@@ -10,16 +10,15 @@ import subprocess
 import sys
 import time
 
-import jax
+import left_behind
 import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.config import bridge
-from tpgrpo_jax.runs import checkpoint, distributed, metrics
+from tpgrpo_jax.runs import checkpoint, distributed
 from tpgrpo_jax.training import loop
 from tpgrpo_jax.training import mesh as mesh_lib
-from tpgrpo_jax.training import session as session_lib
 
 HERE = pathlib.Path(__file__).parent
 RECIPE = """
@@ -75,30 +74,15 @@ def finish(processes, timeout=300):
   return outputs
 
 
-def final_state(config):
-  """The last checkpoint on this process's own first device."""
-  session = session_lib.open_session(config)
-  with jax.set_mesh(session.mesh):
-    abstract = session_lib.abstract_state(session)
-    with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as checkpoints:
-      restored, _ = checkpoints.restore(abstract)
-  return {jax.tree_util.keystr(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(restored)}
-
-
-def rows_of(config):
-  rows = metrics.read_rows(pathlib.Path(config.run.dir) / "metrics.jsonl")
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
 def assert_close(found, wanted):
-  rows, expected = rows_of(found), rows_of(wanted)
+  rows, expected = left_behind.rows(found), left_behind.rows(wanted)
   assert [(r["kind"], r["epoch"]) for r in rows] == [(r["kind"], r["epoch"]) for r in expected]
   for row, other in zip(rows, expected):
     assert row.keys() == other.keys()
     for name in row.keys() - {"kind"}:
       # Of a log-ratio that is exactly 0 on one mesh, rounding may remain on another.
       np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
-  a, b = final_state(found), final_state(wanted)
+  (a, _), (b, _) = left_behind.final_state(found), left_behind.final_state(wanted)
   for name in a:
     np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -125,8 +109,8 @@ def one(config_in, single_mesh, tmp_path_factory):
   "count, mesh",
   [
     (2, config_lib.Mesh(2, 1, 1)),
-    (2, config_lib.Mesh(1, 2, 1)),
-    (2, config_lib.Mesh(1, 1, 2)),
+    pytest.param(2, config_lib.Mesh(1, 2, 1), marks=pytest.mark.slow),
+    pytest.param(2, config_lib.Mesh(1, 1, 2), marks=pytest.mark.slow),
     pytest.param(4, config_lib.Mesh(1, 2, 2), marks=pytest.mark.slow),
   ],
 )
@@ -152,6 +136,7 @@ def test_rewards_of_the_devices_are_those_of_one_process_too(config_in, one_devi
   assert_close(config, single)
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_with_two(one, config_in, one_device, tmp_path):
   begun = config_in(tmp_path / "run", FIELDS | {"train.epochs": 1})
   loop.train(begun)
@@ -163,7 +148,7 @@ def test_a_run_of_one_process_goes_on_with_two(one, config_in, one_device, tmp_p
 @pytest.mark.parametrize(
   "module, arguments, file",
   [
-    ("evaluate", ("--prompts=7",), "evaluation.json"),
+    pytest.param("evaluate", ("--prompts=7",), "evaluation.json", marks=pytest.mark.slow),
     pytest.param("sample", ("ANT", "BEE"), "0001_BEE.png", marks=pytest.mark.slow),
   ],
 )
@@ -213,7 +198,9 @@ def test_a_signal_to_end_one_process_ends_all_with_a_checkpoint(
   monkeypatch.setenv("SCRIPTED_REWARD", rewards)  # calls 4 and 5 are of the second epoch
   processes = start(config, 2)
   deadline = time.monotonic() + 120
-  while len(rows_of(config) if rows_exist(config) else []) < 3 and time.monotonic() < deadline:
+  while (
+    len(left_behind.rows(config) if rows_exist(config) else []) < 3 and time.monotonic() < deadline
+  ):
     time.sleep(0.1)
   time.sleep(2 * bool(rewards))  # until it hangs
   processes[1].send_signal(signal.SIGTERM)

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 from etils import epath
+import left_behind
 import pytest
-from test_loop import assert_same_run, rows_without_times
 
 from tpgrpo_jax import rewards
 from tpgrpo_jax.config import presets
@@ -65,7 +65,7 @@ def test_a_run_waits_for_a_server_that_comes_back(
   server.script = [""] * SECOND_EPOCH + [fault]
   config = make_config(fields_for(server))
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
   said = [r.getMessage() for r in caplog.records if r.name.startswith("tpgrpo_jax.rewards")]
   # What happens while a process dies and is started has two kinds of failures: cut, and nobody there.
   assert len(said) <= {"slow": 0, "busy": 0, "reordered": 0, "killed": 2}.get(fault, 1)
@@ -79,12 +79,12 @@ def test_a_run_stops_with_its_finished_epochs_where_scores_are_none_and_goes_on(
   config = make_config(fields_for(server) | {"checkpoint.every": 10})
   with pytest.raises(rewards.RewardError, match="again"):
     loop.train(config)
-  assert [row["epoch"] for row in rows_without_times(config) if row["kind"] == "train"] == [1]
+  assert [row["epoch"] for row in left_behind.rows(config) if row["kind"] == "train"] == [1]
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
     assert kept.steps() == [1]
   server.script = []
   loop.train(config)
-  assert_same_run(config, uninterrupted)
+  left_behind.assert_same_run(config, uninterrupted)
 
 
 # OCR behind `serve`
@@ -128,8 +128,8 @@ def test_ocr_behind_serve_trains_the_very_run_that_ocr_here_trains(
 ):
   config = recipe(tmp_path / "run", ocr_server, connections=connections, batch=7)
   loop.train(config)
-  assert_same_run(config, local)
-  rows = rows_without_times(config)
+  left_behind.assert_same_run(config, local)
+  rows = left_behind.rows(config)
   assert 0 < rows[0]["reward/ocr/mean"] < 1 and 0 < rows[0]["reward/ocr/exact"] < 1
 
 
