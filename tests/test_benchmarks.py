@@ -15,8 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def output_of(name, *arguments):
   """What a benchmark prints, run on one CPU device."""
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
   done = subprocess.run(
     [sys.executable, ROOT / "benchmarks" / f"{name}.py", *arguments],
     env=environment,

@@ -110,8 +110,11 @@ finally:
 def run_command(work, name, *arguments):
   """Runs a command in `work`, on one device; returns the finished process."""
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  environment |= {"JAX_PLATFORMS": "cpu", "TFDS_DATA_DIR": str(work / "data"), "PYTHONPATH": root}
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "TFDS_DATA_DIR": str(work / "data"),
+    "PYTHONPATH": root,
+  }
   return subprocess.run(
     [sys.executable, "-c", DRIVER, f"tpgrpo_jax.{name}", *map(str, arguments)],
     cwd=work,

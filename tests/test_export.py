@@ -80,11 +80,10 @@ def adapted(work):
 
 def export(work, *arguments):
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
   return subprocess.run(
     [sys.executable, "-m", "tpgrpo_jax.export", *map(str, arguments)],
     cwd=work,
-    env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root},
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root},
     capture_output=True,
     text=True,
     timeout=300,

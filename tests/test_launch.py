@@ -77,7 +77,7 @@ def test_script_is_well_formed(script):
 def test_two_local_processes_train_one_run(tmp_path):
   done = launch(
     "local.sh", "configs/tiny_text.py:flow_grpo", *SMALL, f"--config.run.dir={tmp_path / 'run'}",
-    PYTHON=sys.executable, PROCESSES="2", DEVICES="2", XLA_FLAGS="", PYTHONPATH=str(ROOT), timeout=300,
+    PYTHON=sys.executable, PROCESSES="2", DEVICES="2", PYTHONPATH=str(ROOT), timeout=300,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
   state = tmp_path / "run" / "checkpoints" / "1" / "state"

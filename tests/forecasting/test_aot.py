@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -47,7 +46,6 @@ def command(*arguments):
   return subprocess.run(
     [sys.executable, "-m", "tpgrpo_jax.aot", "--config", RECIPE, *SHORT, *arguments],
     cwd=ROOT,
-    env={**os.environ, "XLA_FLAGS": ""},
     capture_output=True,
     text=True,
   )

@@ -12,8 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @contextlib.contextmanager
 def serve(*arguments, path=""):
   """(process, its address) of a server that is ready; ends it."""
-  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{path}"}
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{path}"}
   process = subprocess.Popen(
     [sys.executable, "-m", "tpgrpo_jax.serve", "--port=0", *map(str, arguments)],
     env=environment,

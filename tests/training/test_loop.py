@@ -424,11 +424,9 @@ def command(small_model, prompt_folder, prepared_folder, tmp_path_factory):
   recipe = tmp_path_factory.mktemp("recipe") / "recipe.py"
   recipe.write_text(RECIPE.format(model=str(small_model), prompts=str(prompt_folder)))
   environment = os.environ | {
-    "XLA_FLAGS": "",
     "JAX_PLATFORMS": "cpu",
     "TFDS_DATA_DIR": str(prepared_folder),
     "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(HERE)]),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
 
   def run(run_dir, reward=""):

@@ -49,7 +49,6 @@ def start(config, count, module="train", arguments=()):
   recipe.write_text(RECIPE.format(path=str(described)))
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
     "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
   }
   address = f"localhost:{free_port()}"

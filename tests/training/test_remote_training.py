@@ -147,7 +147,7 @@ def test_ocr_behind_serve_is_the_same_to_several_processes(processes, ocr_server
     environment = {"PYTHON": sys.executable, "PROCESSES": str(processes), "DEVICES": str(processes)}
     done = subprocess.run(
       ["bash", ROOT / "launch" / "local.sh", "configs/tiny_text.py:flow_grpo", *arguments],
-      env={**os.environ, **environment, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)},
+      env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
       capture_output=True,
       text=True,
       timeout=900,
