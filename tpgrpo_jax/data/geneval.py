@@ -1,4 +1,4 @@
-"""GenEval's terms: where a box lies relative to another, and how a prompt's metadata is written.
+"""GenEval's terms: its classes and colours, where a box lies relative to another, and how metadata is written.
 
     {"tag": "position", "include": [{"class": "cow", "count": 1},
      {"class": "dog", "count": 1, "position": ["left of", 0]}], "exclude": [...], "prompt": ...}
@@ -11,9 +11,26 @@ from collections.abc import Mapping
 import math
 from typing import Any
 
+from tpgrpo_jax import registry
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 POSITION_THRESHOLD = 0.1  # evaluate_images.py's default
+COLORS = (
+  "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
+)  # fmt: skip
+# COCO's 80, in COCO's order and with GenEval's names (object_names.txt).
+CLASSES = (
+  "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+  "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+  "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+  "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+  "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+  "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+  "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
+  "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
+  "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -60,6 +77,23 @@ def check_metadata(prompt: str, metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"{where}: count must be an integer >= 1. Write 1 for one object.")
       if "position" in clause:
         _check_position(where, clause["position"], number)
+
+
+def check_names(prompt: str, metadata: Mapping[str, Any]) -> None:
+  """Raises ValueError where checked metadata names a class that is not in CLASSES, or another colour."""
+  for key in ("include", "exclude"):
+    for number, clause in enumerate(metadata.get(key, ())):
+      where = f"prompt={prompt!r}: {key}[{number}]"
+      if clause["class"] not in CLASSES:
+        raise ValueError(
+          f"{where} has class={clause['class']!r}, which the detector does not know."
+          f"{registry.nearest(clause['class'], CLASSES)}"
+        )
+      if "color" in clause and clause["color"] not in COLORS:
+        raise ValueError(
+          f"{where} has color={clause['color']!r}, which is no colour of GenEval's. Choices: "
+          f"{', '.join(COLORS)}."
+        )
 
 
 def _check_position(where, position, number):

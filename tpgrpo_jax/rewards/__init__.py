@@ -13,6 +13,7 @@ from tpgrpo_jax.rewards import (
   clip_score,
   combine,
   demonstrations,
+  geneval,
   hps,
   jpeg,
   judge,
@@ -32,6 +33,7 @@ from tpgrpo_jax.rewards.combine import (
 HOST_REWARDS: dict[str, RewardMaker] = {
   "ocr": ocr.make,
   "shapes": shapes.make,
+  "geneval": geneval.make,
   "jpeg_compressibility": jpeg.make_compressibility,
   "jpeg_incompressibility": jpeg.make_incompressibility,
   "judge": judge.make,
