@@ -7,11 +7,13 @@
 "exclude" clauses none may.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import hashlib
 import math
 from typing import Any
 
 from tpgrpo_jax import registry
+from tpgrpo_jax.types import Prompt
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -94,6 +96,26 @@ def check_names(prompt: str, metadata: Mapping[str, Any]) -> None:
           f"{where} has color={clause['color']!r}, which is no colour of GenEval's. Choices: "
           f"{', '.join(COLORS)}."
         )
+
+
+def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+  """Each text once, in order: the published test set has every prompt as often as it has images."""
+  return [*{prompt.text: prompt for prompt in reversed(prompts)}.values()][::-1]
+
+
+def hold_out(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+  """Splits one list of prompts into (train, test), with no text in both and each of them once.
+
+  Of each tag the fifth whose texts have the lowest SHA-256, rounded up, is test: whatever the order.
+  """
+  once = distinct(prompts)
+  tags: dict[str, list[str]] = {}
+  for prompt in once:
+    tags.setdefault(str(prompt.metadata.get("tag")), []).append(prompt.text)
+  rank = lambda text: hashlib.sha256(text.encode()).digest()
+  held = {t for texts in tags.values() for t in sorted(texts, key=rank)[: -(-len(texts) // 5)]}
+  train = [prompt for prompt in once if prompt.text not in held]
+  return train, [prompt for prompt in once if prompt.text in held]
 
 
 def _check_position(where, position, number):
