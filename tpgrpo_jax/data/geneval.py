@@ -100,7 +100,10 @@ def check_names(prompt: str, metadata: Mapping[str, Any]) -> None:
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
   """Each text once, in order: the published test set has every prompt as often as it has images."""
-  return [*{prompt.text: prompt for prompt in reversed(prompts)}.values()][::-1]
+  first: dict[str, Prompt] = {}
+  for prompt in prompts:
+    first.setdefault(prompt.text, prompt)
+  return [*first.values()]
 
 
 def hold_out(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

@@ -66,8 +66,9 @@ def load_prompts(
   registry.check(split, SPLITS, field="split")
   sources = PROMPT_SOURCES[name](path)
   if split not in sources:
+    wanted = (f"{split}_metadata.jsonl",) if name == "geneval" else FILES[split]
     raise ValueError(
-      f"prompts.path={path!r}: holds no {split} prompts. Add one of {', '.join(FILES[split])}."
+      f"prompts.path={path!r}: holds no {split} prompts. Add one of {', '.join(wanted)}."
     )
   root = pathlib.Path(data_dir) if data_dir is not None else _default_data_dir()
   folder = root / f"prompts-{name}-{_digest(sources)}"
