@@ -1,13 +1,9 @@
 """SD3.5-Medium: objects, numbers, colours and places (GenEval).
 
-Start the reward's server first, where torch has a GPU (docs/geneval.md):
-
-  python -m tpgrpo_jax.serve --rewards geneval --options '{"geneval": {"rule": "flow_grpo",
-    "detector": "facebook/mask2former-swin-small-coco-instance", "classifier": "openai/clip-vit-large-patch14"}}'
-
 Command: python -m tpgrpo_jax.train --config configs/sd35m_geneval.py[:METHOD]
-Needs accelerators, and the metadata of Flow-GRPO (dataset/geneval of its repository) in
-datasets/geneval: docs/geneval.md. No result of ours yet.
+Needs accelerators; the reward's server, python -m tpgrpo_jax.serve --rewards geneval with its options, in
+another process; and the metadata of Flow-GRPO (dataset/geneval of its repository) in datasets/geneval:
+docs/geneval.md. No result of ours yet.
 """
 
 from tpgrpo_jax import config as config_lib

@@ -62,7 +62,10 @@ def test_distinct_keeps_the_first_of_each_text_in_order():
     ({"prompt": "a cow"}, "has include=None: must be a list"),
     (row("unicorn"), "class='unicorn', which the detector does not know"),
     (row("computer mose"), "Did you mean 'computer mouse'"),
-    (row("car", color="gray"), "color='gray', which is no colour of GenEval's. Choices: red, orange"),
+    (
+      row("car", color="gray"),
+      "color='gray', which is no colour of GenEval's. Choices: red, orange",
+    ),
     (
       row("car") | {"exclude": [{"class": "caar", "count": 2}]},
       r"exclude\[0\] has class='caar'.*Did you mean 'car'",

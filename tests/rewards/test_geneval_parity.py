@@ -1,4 +1,4 @@
-"""GenEval's detector and colours against transformers' own, on small random models in the real file format."""
+"""GenEval's detector and colours against transformers' own, on small random models in the real format."""
 
 import json
 import shutil
@@ -100,14 +100,18 @@ def test_a_ramp_of_logits_is_cut_where_it_is_zero_and_padding_is_left_out():
   ramp = torch.arange(16.0)[None, None].expand(2, 16, 16) - 3.5
   ramp = ramp * torch.tensor([[[1.0]], [[-1.0]]])
   logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
-  found = geneval_detector._instances(logits, ramp, ((64, 64), (48, 64), (96, 128)), 0.1)
-  boxes = {kind: box for kind, _, box, _, _ in found}
+  found = geneval_detector._instances(
+    logits, ramp, ((64, 64), (48, 64), (96, 128)), {0: "car", 1: "dog"}, 0.1
+  )
+  boxes = {each.kind: each.box for each in found}
   # Zero lies between the fourth and the fifth of 16 columns: a quarter of the width.
-  assert boxes == {0: (32.0, 0.0, 128.0, 96.0), 1: (0.0, 0.0, 32.0, 96.0)}
+  assert boxes == {"car": (32.0, 0.0, 128.0, 96.0), "dog": (0.0, 0.0, 32.0, 96.0)}
   probability = torch.softmax(logits[0], 0)[0].item()
-  confidences = {kind: confidence for kind, confidence, *_ in found}
-  assert 0.5 * probability < confidences[1] < confidences[0] < probability
-  assert geneval_detector._instances(logits, -100 + 0 * ramp, ((64, 64),) * 3, 0.1) == []
+  sure = {each.kind: each.confidence for each in found}
+  assert 0.5 * probability < sure["dog"] < sure["car"] < probability
+  assert (
+    geneval_detector._instances(logits, -100 + 0 * ramp, ((64, 64),) * 3, {0: "car"}, 0.1) == []
+  )
 
 
 def test_the_detector_sees_the_size_that_is_asked_for(folders):
@@ -124,16 +128,24 @@ def test_the_detector_sees_the_size_that_is_asked_for(folders):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(transformers.Mask2FormerForUniversalSegmentation, "forward", forward)
     detect(patches(3, 64, 128))
-  assert sizes == [(2, 3, 96, 160), (1, 3, 96, 160)]  # 1333 / 800 x 96 is 160, and limits the longer edge
+  assert sizes == [
+    (2, 3, 96, 160),
+    (1, 3, 96, 160),
+  ]  # 1333 / 800 x 96 is 160, and limits the longer edge
 
 
 def test_colors_are_those_of_transformers_clip(folders):
   import torch
   import transformers
 
-  name = geneval_colors.load_namer(geneval_detector.pathlib.Path(folders["classifier"]), device="cpu")
+  name = geneval_colors.load_namer(
+    geneval_detector.pathlib.Path(folders["classifier"]), device="cpu"
+  )
   rng = np.random.default_rng(0)
-  pictures = [patches(1, 4 * h, 4 * w, seed)[0] for seed, (h, w) in enumerate([(7, 7), (14, 7), (7, 9), (3, 20)])]
+  pictures = [
+    patches(1, 4 * h, 4 * w, seed)[0]
+    for seed, (h, w) in enumerate([(7, 7), (14, 7), (7, 9), (3, 20)])
+  ]
   pictures += [np.full((40, 30, 3), rng.integers(0, 256, 3), np.uint8) for _ in range(12)]
   kinds = ["car", "dog", "stop sign", "car"] * 4
   names = name([geneval_colors.Crop(p, k) for p, k in zip(pictures, kinds)])
@@ -168,14 +180,21 @@ def test_rewards_are_the_rules_on_what_is_found(folders):
   found = load(folders)(images)
   # Of each picture, its surest object; of another class than those that are there, none.
   kinds = [max(each, key=lambda d: d.confidence).kind for each in found]
-  absent = next(kind for kind in terms.CLASSES if all(d.kind != kind for each in found for d in each))
+  absent = next(
+    kind for kind in terms.CLASSES if all(d.kind != kind for each in found for d in each)
+  )
   include = lambda *kinds: {"tag": "any", "include": [{"class": k, "count": 1} for k in kinds]}
   asked = [include(kinds[0]), include(kinds[1], absent), include(absent), include(kinds[3])]
   expected = {"strict": [1, 0, 0, 1], "graded": [1, 0.5, 0, 1]}
   for rule, wanted in expected.items():
     reward_fn = rewards.make_rewards({"geneval": spec | {"rule": rule}})
     _, scores, infos = reward_fn(images, ["p"] * 4, asked)()
-    assert scores["geneval"].tolist() == wanted and infos["geneval"]["exact"].tolist() == [1, 0, 0, 1]
+    assert scores["geneval"].tolist() == wanted and infos["geneval"]["exact"].tolist() == [
+      1,
+      0,
+      0,
+      1,
+    ]
   assert f"expected {absent} >= 1, found 0" in infos["geneval"]["text"][2]
   # What counting asks for must be surer.
   counting = [row | {"tag": "counting"} for row in asked]
@@ -185,12 +204,19 @@ def test_rewards_are_the_rules_on_what_is_found(folders):
 
 def test_colors_are_asked_of_the_objects_that_are_found(folders):
   images = patches(2, 96, 96)
-  name = geneval_colors.load_namer(geneval_detector.pathlib.Path(folders["classifier"]), device="cpu")
+  name = geneval_colors.load_namer(
+    geneval_detector.pathlib.Path(folders["classifier"]), device="cpu"
+  )
   surest = [max(each, key=lambda d: d.confidence) for each in load(folders)(images)]
-  crops = [geneval_colors.Crop(geneval_colors.cut_out(i, d), d.kind) for i, d in zip(images, surest)]
+  crops = [
+    geneval_colors.Crop(geneval_colors.cut_out(i, d), d.kind) for i, d in zip(images, surest)
+  ]
   colors = name(crops)
   other = next(color for color in terms.COLORS if color != colors[1])
-  clause = lambda d, color: {"tag": "colors", "include": [{"class": d.kind, "count": 1, "color": color}]}
+  clause = lambda d, color: {
+    "tag": "colors",
+    "include": [{"class": d.kind, "count": 1, "color": color}],
+  }
   asked = [clause(surest[0], colors[0]), clause(surest[1], other)]
   spec = {"weight": 1.0, **folders, "size": 0, "canary": "", "rule": "graded"}
   _, scores, infos = rewards.make_rewards({"geneval": spec})(images, ["p"] * 2, asked)()
@@ -202,7 +228,9 @@ def test_weights_that_know_no_person_fail_the_canary_and_are_not_served(folders)
   spec = {"weight": 1.0, **folders, "size": 64}
   reward_fn = rewards.make_rewards({"geneval": spec})
   assert reward_fn.canaries["geneval"].prompt == canary.person().prompt
-  with pytest.raises(ValueError, match="'geneval' gave 0 to the picture of its canary that must score"):
+  with pytest.raises(
+    ValueError, match="'geneval' gave 0 to the picture of its canary that must score"
+  ):
     build.open_scorers({"geneval": spec}, workers=1, timeout=60.0)
 
 
@@ -241,7 +269,9 @@ def test_folders_that_are_not_whole_are_refused(folders, tmp_path):
 
 
 def test_metadata_is_checked_before_anything_is_scored(folders):
-  reward_fn = rewards.make_rewards({"geneval": {"weight": 1.0, **folders, "canary": "", "size": 64}})
+  reward_fn = rewards.make_rewards(
+    {"geneval": {"weight": 1.0, **folders, "canary": "", "size": 64}}
+  )
   for metadata, said in (
     ({}, "has include=None"),
     ({"include": [{"class": "persn", "count": 1}]}, "does not know. Did you mean 'person'"),

@@ -1,6 +1,7 @@
 """GenEval's reward without its models: what it asks of folders and metadata, and objects cut out by hand."""
 
 import json
+import pickle
 import sys
 
 import numpy as np
@@ -9,7 +10,14 @@ import safetensors.numpy
 
 from tpgrpo_jax import rewards
 from tpgrpo_jax.data import geneval as terms
-from tpgrpo_jax.rewards import canary, geneval, geneval_colors, geneval_detector, geneval_rules
+from tpgrpo_jax.rewards import (
+  canary,
+  flow_grpo_wire,
+  geneval,
+  geneval_colors,
+  geneval_detector,
+  geneval_rules,
+)
 
 RED, BLUE, GROUND = (230, 20, 20), (20, 20, 230), (40, 90, 40)
 
@@ -109,7 +117,9 @@ def folders(tmp_path):
   for name, config in configs.items():
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file({"w": np.zeros(1, np.float32)}, tmp_path / name / "model.safetensors")
+    safetensors.numpy.save_file(
+      {"w": np.zeros(1, np.float32)}, tmp_path / name / "model.safetensors"
+    )
   return {name: str(tmp_path / name) for name in configs}
 
 
@@ -182,3 +192,13 @@ def test_the_reward_is_in_the_table_and_its_canary_is_a_person():
   terms.check_metadata(pair.prompt, pair.metadata)
   assert pair.better.shape == pair.worse.shape == (512, 512, 3)
   assert pair.better.std() > 30 and pair.worse.std() == 0
+
+
+def test_flow_grpos_client_is_told_all_three_scores():
+  info = {"exact": np.asarray([1, 0], np.float32), "strict": np.asarray([0, 0], np.float32)}
+  metadata = [{"tag": "counting"}, {"tag": "colors"}]
+  scores = np.asarray([-1, 0.5], np.float32)
+  answer = pickle.loads(flow_grpo_wire.encode_answer(scores, info, metadata))
+  assert answer["scores"] == [-1, 0.5] and answer["rewards"] == [1, 0]
+  assert answer["strict_rewards"] == [0, 0]
+  assert answer["group_rewards"]["counting"] == [1, -10]

@@ -44,9 +44,7 @@ def test_scores_of_a_served_geneval_are_those_of_the_reward_itself(tmp_path):
   with served.serve(*flags) as (process, url):
     client = {"weight": 1.0, "make": "remote", "url": url, "reward": "geneval", "batch": 4}
     limits = {"low": 0.0, "high": 1.0}
-    _, scores, told = rewards.make_rewards({"geneval": client | limits})(
-      images, ["p"] * 6, asked
-    )()
+    _, scores, told = rewards.make_rewards({"geneval": client | limits})(images, ["p"] * 6, asked)()
     np.testing.assert_allclose(scores["geneval"], wanted["geneval"], atol=1e-6)
     np.testing.assert_array_equal(told["geneval"]["exact"], infos["geneval"]["exact"])
     assert told["geneval"]["text"] == infos["geneval"]["text"]
@@ -56,7 +54,9 @@ def test_scores_of_a_served_geneval_are_those_of_the_reward_itself(tmp_path):
     assert about["make"] == "geneval" and about["canary"] == "none" and "torch" in about["versions"]
 
     # A client may bring its own canary; these weights know nobody.
-    with pytest.raises(ValueError, match="gave 0 to the picture of its canary that must score higher"):
+    with pytest.raises(
+      ValueError, match="gave 0 to the picture of its canary that must score higher"
+    ):
       rewards.make_rewards({"geneval": client | {"canary": "person"}})
     # Metadata that cannot be judged is the asker's fault, and the server goes on.
     with pytest.raises(rewards.RewardError, match="does not know. Did you mean 'person'"):

@@ -1,4 +1,4 @@
-"""GenEval's terms: its classes and colours, where a box lies relative to another, and how metadata is written.
+"""GenEval's terms: classes and colours, where a box lies relative to another, how metadata is written.
 
     {"tag": "position", "include": [{"class": "cow", "count": 1},
      {"class": "dog", "count": 1, "position": ["left of", 0]}], "exclude": [...], "prompt": ...}

@@ -48,9 +48,10 @@ def load_prompts(
       other one (data/shapes.py, GenEval's metadata); "geneval"; or "folder".
     path: of "geneval": a folder with train_metadata.jsonl and test_metadata.jsonl, as Flow-GRPO publishes
       them, or one file of metadata, as GenEval does. No prompt of `test` is in `train`, and none is in
-      `test` twice; of one file a fifth of each tag's prompts is held out. Of "folder": where train.* and test.* lie, in the forms that `FILES` lists. A line of a
-      .txt file is a prompt, and blank lines are skipped; a line of a .jsonl file is an object
-      whose "prompt" is the prompt and whose other members are its metadata.
+      `test` twice; of one file a fifth of each tag's prompts is held out. Of "folder": where train.* and
+      test.* lie, in the forms that `FILES` lists. A line of a .txt file is a prompt, and blank lines are
+      skipped; a line of a .jsonl file is an object whose "prompt" is the prompt and whose other members
+      are its metadata.
     split: "train" or "test".
     data_dir: where prepared datasets are kept; None is $TFDS_DATA_DIR, else tpgrpo_jax in the
       user's cache folder. Any number of processes may share it.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 import pathlib
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float32, UInt8
 import numpy as np
@@ -94,7 +94,7 @@ def load_namer(folder: pathlib.Path, *, device: str) -> NameFn:
   model = geneval_detector.load_weights(transformers.CLIPModel, folder, device, field="classifier")
   side = model.config.vision_config.image_size
   length = model.config.text_config.max_position_embeddings
-  classifiers: dict[str, torch.Tensor] = {}
+  classifiers: dict[str, Any] = {}
   turn = threading.Lock()
 
   def classifier(kind):

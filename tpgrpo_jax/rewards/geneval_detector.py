@@ -77,9 +77,9 @@ def read_labels(folder: pathlib.Path, *, field: str = "detector") -> dict[int, s
   return named
 
 
-def _name(label):
+def _name(label: str) -> str:
   label = label.strip().lower()
-  return _ALIASES.get(label, label)
+  return _ALIASES.get(label) or label
 
 
 def import_torch() -> Any:
@@ -171,10 +171,10 @@ def load_detector(
   import transformers
 
   labels = read_labels(folder)
-  sizes = {"size": {"shortest_edge": size, "longest_edge": round(size * _LONGEST)}} if size else {}
+  edges = {"shortest_edge": size, "longest_edge": round(size * _LONGEST)}
   try:
     prepare = transformers.AutoImageProcessor.from_pretrained(
-      folder, local_files_only=True, **sizes
+      folder, local_files_only=True, **({"size": edges} if size else {})
     )
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise ValueError(
@@ -196,12 +196,8 @@ def load_detector(
         outputs = model(**inputs.to(device), output_auxiliary_logits=False)
         seen, whole = _inside(inputs["pixel_mask"][0]), tuple(inputs["pixel_values"].shape[-2:])
         for classes, masks in zip(outputs.class_queries_logits, outputs.masks_queries_logits):
-          raw = _instances(classes, masks, (whole, seen, images.shape[1:3]), least)
-          found.append([
-            geneval_rules.Detection(labels[label], *rest)
-            for label, *rest in raw
-            if label in labels
-          ])  # fmt: skip
+          sizes = (whole, seen, images.shape[1:3])
+          found.append(_instances(classes, masks, sizes, labels, least))
     return found
 
   return detect
@@ -212,13 +208,14 @@ def _inside(pixel_mask) -> tuple[int, int]:
   return int(pixel_mask.any(1).sum()), int(pixel_mask.any(0).sum())
 
 
-def _instances(class_logits, mask_logits, sizes, least):
-  """[(class, confidence, box, "", mask)] of one picture.
+def _instances(class_logits, mask_logits, sizes, labels, least) -> list[geneval_rules.Detection]:
+  """What was found in one picture.
 
   Args:
     class_logits: [Q, C + 1] of the queries; the last class is none.
     mask_logits: [Q, h, w].
     sizes: (of what the model saw, of that without padding, of the picture), each (height, width).
+    labels: of `read_labels`.
     least: as of `load_detector`.
   """
   whole, seen, shape = sizes
@@ -239,7 +236,11 @@ def _instances(class_logits, mask_logits, sizes, least):
   kept = (scores * mean > least) & inside.any(2).any(1)
   confidences, inside = (scores * mean)[kept].tolist(), inside[kept].cpu().numpy()
   kinds = (order % classes)[kept].tolist()
-  return [(k, c, _box(m), "", m) for k, c, m in zip(kinds, confidences, inside)]
+  return [
+    geneval_rules.Detection(labels[kind], confidence, _box(mask), "", mask)
+    for kind, confidence, mask in zip(kinds, confidences, inside, strict=True)
+    if kind in labels
+  ]
 
 
 def _import_functional():
