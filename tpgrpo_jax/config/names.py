@@ -25,7 +25,7 @@ UPDATES_BY = ("samples", "steps")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 REWARD_NAMES = (
     "ocr", "shapes", "geneval", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote",
-    "flow_grpo_server", "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations",
+    "flow_grpo_server", "unirl", "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations",
 )  # fmt: skip
 PROMPT_SOURCES = ("words", "shapes", "geneval", "folder")
 DTYPES = ("float32", "bfloat16")

@@ -39,6 +39,7 @@ HOST_REWARDS: dict[str, RewardMaker] = {
   "judge": judge.make,
   "remote": remote.make,
   "flow_grpo_server": remote.make_flow_grpo,
+  "unirl": remote.make_unirl,
 }
 
 DEVICE_REWARDS: dict[str, DeviceRewardMaker] = {
