@@ -218,6 +218,8 @@ def _instances(class_logits, mask_logits, sizes, labels, least) -> list[geneval_
     labels: of `read_labels`.
     least: as of `load_detector`.
   """
+  from torch.nn import functional
+
   whole, seen, shape = sizes
   scores = class_logits.softmax(-1)[:, :-1]
   classes = scores.shape[1]
@@ -226,7 +228,7 @@ def _instances(class_logits, mask_logits, sizes, labels, least) -> list[geneval_
   scores, order = scores[able], order[able]
   if not len(order):
     return []
-  resize = _import_functional().interpolate
+  resize = functional.interpolate
   masks = mask_logits[order // classes][None]
   masks = resize(masks, size=whole, mode="bilinear", align_corners=False)
   masks = masks[..., : seen[0], : seen[1]]
@@ -241,12 +243,6 @@ def _instances(class_logits, mask_logits, sizes, labels, least) -> list[geneval_
     for kind, confidence, mask in zip(kinds, confidences, inside, strict=True)
     if kind in labels
   ]
-
-
-def _import_functional():
-  import torch.nn.functional
-
-  return torch.nn.functional
 
 
 def _box(mask) -> geneval.Box:
