@@ -195,6 +195,10 @@ BAD = {
     {"prompts.name": "folder"},
     ("prompts.path='':", "needs a folder with train.txt and test.txt", "Set prompts.path"),
   ),
+  "geneval_without_a_path": (
+    {"prompts.name": "geneval"},
+    ("prompts.path='':", "a folder with train_metadata.jsonl", "Set prompts.path"),
+  ),
   "no_rewards": (
     {"rewards": {}},
     ("rewards={}:", "one reward or more", "Try rewards={'ocr': 1.0}"),

@@ -84,3 +84,32 @@ def test_reasons_say_what_was_expected_and_found():
     "expected red cow >= 1, found blue",
     "expected dog >= 1, found 0",
   )
+
+
+@pytest.mark.parametrize(
+  "detections, include, parts",
+  [
+    ([thing("cow")], [COW], (1,)),
+    ([], [COW], (0,)),
+    ([thing("cow", x) for x in (0, 20, 40, 60)], [COW], (-2,)),
+    ([thing("cow", x) for x in (0, 20, 40)], [{"class": "cow", "count": 2}], (1 / 2,)),
+    # Where the number is wrong, colour and position are not looked at: one 0 for both.
+    ([thing("cow"), thing("cow", 20)], [RED_COW], (0, 0)),
+    ([thing("dog"), thing("dog", 20), thing("cow", 40)], [COW, {**DOG_LEFT, "color": "red"}], (1, 0, 0)),
+    ([thing("cow"), thing("cow", 20, color="blue")], [{**RED_COW, "count": 2}], (1, 1 / 2)),
+    ([thing("cow", 30), thing("dog")], [COW, DOG_LEFT], (1, 1, 1)),
+    ([thing("cow"), thing("dog", 30)], [COW, DOG_LEFT], (1, 1, 0, 1)),
+    # No target: it has another colour, or is not there.
+    ([thing("cow", 30, color="blue"), thing("dog")], [RED_COW, DOG_LEFT], (1, 0, 1, 0)),
+    ([thing("dog")], [COW, DOG_LEFT], (0, 1, 0)),
+    # A wrong colour of its own ends the clause before its position.
+    ([thing("cow", 30), thing("dog", color="blue")], [COW, {**DOG_LEFT, "color": "red"}], (1, 1, 0)),
+  ],
+)  # fmt: skip
+def test_parts_of_flow_grpo_are_those_of_its_reward_server(detections, include, parts):
+  found = geneval_rules.confident(detections)
+  # What is excluded does not count: the number must be right anyway.
+  metadata = {"include": include, "exclude": [{"class": "cow", "count": 1}]}
+  judged = geneval_rules.evaluate_as_flow_grpo(found, metadata)
+  assert judged.parts == pytest.approx(parts)
+  assert judged.correct == all(part == 1 for part in parts) == (not judged.reasons)

@@ -28,7 +28,7 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Prompts:
   """name "words" and "shapes" are the built-in tasks; "folder" reads path/train.* and path/test.* (.txt or
-  .jsonl)."""
+  .jsonl), "geneval" GenEval's metadata at path."""
 
   name: str = "words"
   path: str = ""

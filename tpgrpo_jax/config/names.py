@@ -24,10 +24,10 @@ STEP_WEIGHTS = ("none", "std", "inverse_dt", "inverse_sensitivity")
 UPDATES_BY = ("samples", "steps")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 REWARD_NAMES = (
-    "ocr", "shapes", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote",
-    "flow_grpo_server", "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations",
+    "ocr", "shapes", "geneval", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote",
+    "flow_grpo_server", "unirl", "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations",
 )  # fmt: skip
-PROMPT_SOURCES = ("words", "shapes", "folder")
+PROMPT_SOURCES = ("words", "shapes", "geneval", "folder")
 DTYPES = ("float32", "bfloat16")
 TEXT_DEVICES = ("mesh", "cpu")
 QUANTIZATIONS = ("", "int8", "nf4")

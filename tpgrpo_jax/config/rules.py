@@ -144,6 +144,11 @@ def _names(config) -> Iterator[str]:
   )
   if not config.rewards:
     yield "rewards={}: must hold one reward or more, label -> weight. Try rewards={'ocr': 1.0}."
+  if config.prompts.name == "geneval" and not config.prompts.path:
+    yield (
+      "prompts.path='': prompts.name='geneval' needs a folder with train_metadata.jsonl and "
+      "test_metadata.jsonl, or one such file. Set prompts.path."
+    )
   if config.prompts.name == "folder" and not config.prompts.path:
     yield (
       "prompts.path='': prompts.name='folder' needs a folder with train.txt and test.txt, or "

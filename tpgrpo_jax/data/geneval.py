@@ -1,4 +1,4 @@
-"""GenEval's terms: where a box lies relative to another, and how a prompt's metadata is written.
+"""GenEval's terms: classes and colours, where a box lies relative to another, how metadata is written.
 
     {"tag": "position", "include": [{"class": "cow", "count": 1},
      {"class": "dog", "count": 1, "position": ["left of", 0]}], "exclude": [...], "prompt": ...}
@@ -7,13 +7,32 @@
 "exclude" clauses none may.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import hashlib
 import math
 from typing import Any
+
+from tpgrpo_jax import registry
+from tpgrpo_jax.types import Prompt
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 POSITION_THRESHOLD = 0.1  # evaluate_images.py's default
+COLORS = (
+  "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
+)  # fmt: skip
+# COCO's 80, in COCO's order and with GenEval's names (object_names.txt).
+CLASSES = (
+  "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+  "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+  "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+  "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+  "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+  "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+  "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
+  "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
+  "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -60,6 +79,46 @@ def check_metadata(prompt: str, metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"{where}: count must be an integer >= 1. Write 1 for one object.")
       if "position" in clause:
         _check_position(where, clause["position"], number)
+
+
+def check_names(prompt: str, metadata: Mapping[str, Any]) -> None:
+  """Raises ValueError where checked metadata names a class that is not in CLASSES, or another colour."""
+  for key in ("include", "exclude"):
+    for number, clause in enumerate(metadata.get(key, ())):
+      where = f"prompt={prompt!r}: {key}[{number}]"
+      if clause["class"] not in CLASSES:
+        raise ValueError(
+          f"{where} has class={clause['class']!r}, which the detector does not know."
+          f"{registry.nearest(clause['class'], CLASSES)}"
+        )
+      if "color" in clause and clause["color"] not in COLORS:
+        raise ValueError(
+          f"{where} has color={clause['color']!r}, which is no colour of GenEval's. Choices: "
+          f"{', '.join(COLORS)}."
+        )
+
+
+def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+  """Each text once, in order: the published test set has every prompt as often as it has images."""
+  first: dict[str, Prompt] = {}
+  for prompt in prompts:
+    first.setdefault(prompt.text, prompt)
+  return [*first.values()]
+
+
+def hold_out(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+  """Splits one list of prompts into (train, test), with no text in both and each of them once.
+
+  Of each tag the fifth whose texts have the lowest SHA-256, rounded up, is test: whatever the order.
+  """
+  once = distinct(prompts)
+  tags: dict[str, list[str]] = {}
+  for prompt in once:
+    tags.setdefault(str(prompt.metadata.get("tag")), []).append(prompt.text)
+  rank = lambda text: hashlib.sha256(text.encode()).digest()
+  held = {t for texts in tags.values() for t in sorted(texts, key=rank)[: -(-len(texts) // 5)]}
+  train = [prompt for prompt in once if prompt.text not in held]
+  return train, [prompt for prompt in once if prompt.text in held]
 
 
 def _check_position(where, position, number):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tpgrpo_jax import registry
-from tpgrpo_jax.data import shapes, words
+from tpgrpo_jax.data import geneval, shapes, words
 from tpgrpo_jax.types import Prompt
 
 SPLITS = ("train", "test")
@@ -45,10 +45,13 @@ def load_prompts(
 
   Args:
     name: "words", the built-in task (the prompt is the word, metadata {"text": word}); "shapes", the
-      other one (data/shapes.py, GenEval's metadata); or "folder".
-    path: of "folder": where train.* and test.* lie, in the forms that `FILES` lists. A line of a
-      .txt file is a prompt, and blank lines are skipped; a line of a .jsonl file is an object
-      whose "prompt" is the prompt and whose other members are its metadata.
+      other one (data/shapes.py, GenEval's metadata); "geneval"; or "folder".
+    path: of "geneval": a folder with train_metadata.jsonl and test_metadata.jsonl, as Flow-GRPO publishes
+      them, or one file of metadata, as GenEval does. No prompt of `test` is in `train`, and none is in
+      `test` twice; of one file a fifth of each tag's prompts is held out. Of "folder": where train.* and
+      test.* lie, in the forms that `FILES` lists. A line of a .txt file is a prompt, and blank lines are
+      skipped; a line of a .jsonl file is an object whose "prompt" is the prompt and whose other members
+      are its metadata.
     split: "train" or "test".
     data_dir: where prepared datasets are kept; None is $TFDS_DATA_DIR, else tpgrpo_jax in the
       user's cache folder. Any number of processes may share it.
@@ -58,14 +61,15 @@ def load_prompts(
 
   Raises:
     ValueError: an unknown name or split, a path that is no folder, a split without a file or with
-      two, an empty file, or a line that does not hold a prompt.
+      two, an empty file, a line that does not hold a prompt, or metadata that is not GenEval's.
   """
   registry.check(name, PROMPT_SOURCES, field="prompts.name")
   registry.check(split, SPLITS, field="split")
   sources = PROMPT_SOURCES[name](path)
   if split not in sources:
+    wanted = (f"{split}_metadata.jsonl",) if name == "geneval" else FILES[split]
     raise ValueError(
-      f"prompts.path={path!r}: holds no {split} prompts. Add one of {', '.join(FILES[split])}."
+      f"prompts.path={path!r}: holds no {split} prompts. Add one of {', '.join(wanted)}."
     )
   root = pathlib.Path(data_dir) if data_dir is not None else _default_data_dir()
   folder = root / f"prompts-{name}-{_digest(sources)}"
@@ -126,11 +130,45 @@ def _folder_sources(path: str) -> dict[str, _Source]:
   return sources
 
 
+def _geneval_sources(path: str) -> dict[str, _Source]:
+  """Flow-GRPO's pair of files, or the parts of one file."""
+  given = pathlib.Path(path).expanduser()
+  read = lambda file: _parse_geneval(file.read_bytes(), str(file))
+  if given.is_file():
+    train, test = geneval.hold_out(read(given))
+    return {"train": _geneval_source(given, train), "test": _geneval_source(given, test)}
+  files = {split: given / f"{split}_metadata.jsonl" for split in SPLITS}
+  found = {split: read(file) for split, file in files.items() if path and file.is_file()}
+  if not found:
+    raise ValueError(
+      f"prompts.path={path!r}: must be a folder with {' and '.join(f.name for f in files.values())} when "
+      "prompts.name='geneval', or one file of metadata such as evaluation_metadata.jsonl."
+    )
+  if "test" in found:
+    found["test"] = geneval.distinct(found["test"])
+    held_out = {prompt.text for prompt in found["test"]}
+    found = {
+      split: rows if split == "test" else [row for row in rows if row.text not in held_out]
+      for split, rows in found.items()
+    }
+  return {split: _geneval_source(files[split], rows) for split, rows in found.items()}
+
+
+def _geneval_source(file, rows) -> _Source:
+  if not rows:
+    raise ValueError(
+      f"{file}: every prompt of it is held out. Give a train_metadata.jsonl with other prompts."
+    )
+  lines = [json.dumps({"prompt": row.text, **row.metadata}) for row in rows]
+  return _Source(str(file), "\n".join(lines).encode(), _parse_jsonl)
+
+
 # The last form is what Flow-GRPO's datasets use for prompts with metadata.
 FILES = {s: (f"{s}.txt", f"{s}.jsonl", f"{s}_metadata.jsonl") for s in SPLITS}
 PROMPT_SOURCES: dict[str, Callable[[str], dict[str, _Source]]] = {
   "words": _word_sources,
   "shapes": _shape_sources,
+  "geneval": _geneval_sources,
   "folder": _folder_sources,
 }
 
@@ -161,6 +199,18 @@ def _parse_jsonl(content: bytes, where: str) -> list[Prompt]:
         f"{line[:80]!r}. Add the prompt, or remove the line."
       )
     prompts.append(Prompt(text.strip(), {k: v for k, v in row.items() if k != "prompt"}))
+  return prompts
+
+
+def _parse_geneval(content: bytes, where: str) -> list[Prompt]:
+  """As `_parse_jsonl`, of metadata that GenEval's detector and rules can judge."""
+  prompts = _parse_jsonl(content, where)
+  for (number, _), prompt in zip(_lines(content, where), prompts, strict=True):
+    try:
+      geneval.check_metadata(prompt.text, prompt.metadata)
+      geneval.check_names(prompt.text, prompt.metadata)
+    except ValueError as error:
+      raise ValueError(f"{where}:{number}: {error}") from error
   return prompts
 
 

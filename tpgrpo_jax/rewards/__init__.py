@@ -13,6 +13,7 @@ from tpgrpo_jax.rewards import (
   clip_score,
   combine,
   demonstrations,
+  geneval,
   hps,
   jpeg,
   judge,
@@ -32,11 +33,13 @@ from tpgrpo_jax.rewards.combine import (
 HOST_REWARDS: dict[str, RewardMaker] = {
   "ocr": ocr.make,
   "shapes": shapes.make,
+  "geneval": geneval.make,
   "jpeg_compressibility": jpeg.make_compressibility,
   "jpeg_incompressibility": jpeg.make_incompressibility,
   "judge": judge.make,
   "remote": remote.make,
   "flow_grpo_server": remote.make_flow_grpo,
+  "unirl": remote.make_unirl,
 }
 
 DEVICE_REWARDS: dict[str, DeviceRewardMaker] = {

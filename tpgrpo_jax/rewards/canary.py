@@ -70,8 +70,29 @@ def plain() -> Canary:
   return Canary(other.worse, other.better, "a plain picture")
 
 
+def person() -> Canary:
+  """A photograph of a woman (Grace Hopper, public domain, from matplotlib) and grey: for GenEval's rewards.
+
+  Raises:
+    ValueError: the installed matplotlib has no sample data.
+  """
+  from matplotlib import cbook
+
+  try:
+    better = _read(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))[:512]
+  except OSError as error:
+    raise ValueError(
+      f"canary='person': its picture comes with matplotlib's sample data, which is not here ({error}). "
+      "Install matplotlib from its wheel, or give a folder of your own."
+    ) from error
+  include = [{"class": "person", "count": 1}]
+  metadata = {"tag": "single_object", "include": include}
+  return Canary(better, np.full_like(better, 128), "a photo of a person", metadata)
+
+
 CANARIES: dict[str, Callable[[], Canary]] = {
   "ocr": word,
+  "person": person,
   "jpeg_incompressibility": noise,
   "jpeg_compressibility": plain,
 }

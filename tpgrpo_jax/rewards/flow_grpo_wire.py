@@ -62,16 +62,17 @@ def encode_answer(scores: np.ndarray, info: Mapping[str, Any], metadata: list[An
 
   Args:
     scores: float32 [N].
-    info: of the reward; "strict" [N], where it has it, are the strict scores.
+    info: of the reward; "exact" and "strict" [N], where it has them, are the rewards that GenEval's rules
+      give, and the strict ones.
     metadata: [N] of a request of GenEval's kind, or None. Such a request is also told each tag's scores, with
       OTHER_TAG for pictures of another.
   """
   given = [float(score) for score in scores]
   answer: dict[str, Any] = {"outputs": given, "scores": given}
   if metadata is not None:
-    strict = [float(score) for score in info.get("strict", given)]
+    rewards, strict = ([float(x) for x in info.get(name, given)] for name in ("exact", "strict"))
     tags = [str(each.get("tag", "")) for each in metadata]
-    for name, values in (("rewards", given), ("strict_rewards", strict)):
+    for name, values in (("rewards", rewards), ("strict_rewards", strict)):
       answer[name] = values
       answer[f"group_{name}"] = {
         tag: [v if own == tag else OTHER_TAG for v, own in zip(values, tags, strict=True)]

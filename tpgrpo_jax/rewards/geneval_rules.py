@@ -8,6 +8,8 @@ many as the clause counts, so what else of that class is in the picture does not
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tpgrpo_jax.data import geneval
 
 THRESHOLD = 0.3  # least confidence of a detection
@@ -23,12 +25,14 @@ class Detection(NamedTuple):
     confidence: in [0, 1].
     box: (left, top, right, bottom) in pixels.
     color: what it is called, "" where it is none that has a name.
+    mask: bool [H, W], its pixels in the picture; None where nobody needs them.
   """
 
   kind: str
   confidence: float
   box: geneval.Box
   color: str
+  mask: np.ndarray | None = None
 
 
 class Verdict(NamedTuple):
@@ -36,9 +40,7 @@ class Verdict(NamedTuple):
 
   Attributes:
     correct: whether everything holds, which is GenEval's score.
-    parts: one number in [0, 1] for each thing that is asked: of an "include" clause the objects found,
-      then those of the right colour, then the pairs that stand right, as shares of those wanted; of an
-      "exclude" clause 1 or 0. All are 1 where `correct`.
+    parts: one number, at most 1, for each thing that is asked. All are 1 where `correct`.
     reasons: what does not hold, in words.
   """
 
@@ -71,6 +73,9 @@ def evaluate(
 ) -> Verdict:
   """Judges a picture by GenEval's rules.
 
+  The parts lie in [0, 1]: of an "include" clause the objects found, then those of the right colour, then
+  the pairs that stand right, as shares of those wanted; of an "exclude" clause 1 or 0.
+
   Args:
     found: class -> detections, surest first, as `confident` gives them.
     metadata: with "include" and perhaps "exclude", checked by geneval.check_metadata.
@@ -93,13 +98,58 @@ def evaluate(
     count = len(found.get(clause["class"], ()))
     parts.append(float(count < clause["count"]))
     if count >= clause["count"]:
-      reasons.append(f"expected {clause['class']} < {clause['count']}, found {count}")
+      reasons.append(_expected(clause, "<", count))
   return Verdict(not reasons, tuple(parts), tuple(reasons))
 
 
+def evaluate_as_flow_grpo(
+  found: Mapping[str, Sequence[Detection]],
+  metadata: Mapping[str, Any],
+  *,
+  position_threshold: float = geneval.POSITION_THRESHOLD,
+) -> Verdict:
+  """Judges a picture as Flow-GRPO does in training: as many objects as are asked for, and no more.
+
+  A clause gives 1 - |wanted - found| / wanted, which is negative beyond twice as many. Where the number
+  is right its colour gives the share of right ones, and where that is right too its position 1 for right,
+  0 for no target, and the two parts 0 and 1 for wrong (their code adds the 1 either way). Where the
+  number is wrong colour and position together give 0. "exclude" clauses do not count.
+
+  Source: evaluate_reward of reward_server/gen_eval.py of github.com/yifan123/reward-server.
+
+  Args:
+    found: as of `evaluate`.
+    metadata: likewise.
+    position_threshold: likewise.
+  """
+  parts, reasons = [], []
+  groups: list[Sequence[Detection] | None] = []
+  for clause in metadata["include"]:
+    objects, count = list(found.get(clause["class"], ())), clause["count"]
+    shares = [(1 - abs(count - len(objects)) / count, _expected(clause, "==", len(objects)))]
+    matched = len(objects) == count
+    if not matched and clause.keys() & {"color", "position"}:
+      shares.append((0.0, ""))
+    if matched and "color" in clause:
+      shares.append(_color(objects, clause))
+      matched = shares[-1][0] == 1
+    if matched and "position" in clause:
+      share, reason = _position(objects, clause, groups, position_threshold)
+      matched = share == 1
+      judged_wrong = not matched and groups[clause["position"][1]] is not None
+      shares += [(float(matched), reason), *([(1.0, "")] if judged_wrong else [])]
+    parts += [share for share, _ in shares]
+    reasons += [reason for share, reason in shares if share < 1 and reason]
+    groups.append(objects if matched else None)
+  return Verdict(not reasons, tuple(parts), tuple(reasons))
+
+
+def _expected(clause, relation, found):
+  return f"expected {clause['class']} {relation} {clause['count']}, found {found}"
+
+
 def _count(objects, clause):
-  reason = f"expected {clause['class']} >= {clause['count']}, found {len(objects)}"
-  return len(objects) / clause["count"], reason
+  return len(objects) / clause["count"], _expected(clause, ">=", len(objects))
 
 
 def _color(objects, clause):

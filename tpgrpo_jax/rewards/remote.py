@@ -1,4 +1,4 @@
-"""Rewards that a server computes: ours, Flow-Factory's, and Flow-GRPO's."""
+"""Rewards that a server computes: ours, Flow-Factory's, Flow-GRPO's, and UniRL's."""
 
 from collections.abc import Callable, Mapping, Sequence
 import json
@@ -10,7 +10,7 @@ import numpy as np
 
 from tpgrpo_jax import registry, types
 from tpgrpo_jax.rewards import canary as canary_lib
-from tpgrpo_jax.rewards import flow_grpo_wire, servers, wire
+from tpgrpo_jax.rewards import flow_grpo_wire, servers, unirl_wire, wire
 from tpgrpo_jax.rewards.combine import RewardError
 
 
@@ -144,6 +144,65 @@ def make_flow_grpo(
   def verify(pool, address):
     # It has no /health. Whatever answers speaks HTTP; that it speaks this dialect, a canary shows.
     pool.ask(address, "GET", "/", statuses=range(200, 500))
+    if pair is not None:
+      ask = lambda *given: score(lambda *args: pool.ask(address, *args), *given)[0]
+      if problem := canary_lib.problem(ask, pair):
+        raise RewardError(f"{address} {problem}. Is it another reward's server?")
+
+  pool = servers.Servers(url, timeout=timeout, connections=connections, verify=verify)
+  call = lambda *given: score(pool.send, *given)
+  return _in_requests(call, lambda: batch, connections)
+
+
+def make_unirl(
+  *,
+  url: str | Sequence[str],
+  reward: str,
+  part: str = "",
+  canary: str = "",
+  timeout: float = 150.0,
+  batch: int = 64,
+  connections: int = 4,
+  low: float = -np.inf,
+  high: float = np.inf,
+) -> types.RewardFn:
+  """Makes the reward of UniRL's reward service (/score).
+
+  Source: unirl_wire.
+
+  Args:
+    url: of the service, such as "http://localhost:8080"; of several, which take turns.
+    reward: its name there.
+    part: of the reward that is trained on, where it has several and none with its own name.
+    canary: a name of canary.CANARIES or a folder; by default that of `reward`, if there is one.
+    timeout: seconds for the answer to one request; the service gives a reward 120.
+    batch: pictures in one request.
+    connections: requests on their way at the same time.
+    low: the lowest score that can be true.
+    high: the highest.
+
+  Returns:
+    (images uint8 [N, H, W, 3], prompts, metadata) -> (scores float32 [N], info, the reward's other parts).
+
+  Raises:
+    ValueError, RewardError, OSError: as `make`.
+  """
+  _check_options(batch, low, high)
+  pair = _canary(canary, reward)
+
+  def score(send, images, prompts, metadata):
+    body = unirl_wire.encode_request(images, prompts, metadata, reward)
+    answer = send("POST", "/score", body, wire.JSON)
+    with _naming(answer.url):
+      scores, info = unirl_wire.decode_answer(answer.body, len(prompts), reward, part)
+      return _in_range(scores, low, high), info
+
+  def verify(pool, address):
+    served = _health(pool, address).get("rewards")
+    if not isinstance(served, dict) or reward not in served:
+      raise RewardError(
+        f"{address} has no reward {reward!r}.{registry.nearest(reward, served or ())}"
+      )
     if pair is not None:
       ask = lambda *given: score(lambda *args: pool.ask(address, *args), *given)[0]
       if problem := canary_lib.problem(ask, pair):

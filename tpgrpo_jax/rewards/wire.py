@@ -129,15 +129,16 @@ def encode_request(
   request = {"prompt": list(prompts), "metadata": [dict(each) for each in metadata]}
   if not multipart:
     request["image"] = [base64.b64encode(picture).decode() for picture in pictures]
-    return _dumps(request), JSON
+    return dumps(request), JSON
   boundary = f"tpgrpo{os.urandom(16).hex()}"
-  parts = [_part(boundary, "request", JSON, _dumps(request))]
+  parts = [_part(boundary, "request", JSON, dumps(request))]
   parts += [_part(boundary, "image", "image/png", picture) for picture in pictures]
   body = b"".join([*parts, f"--{boundary}--\r\n".encode()])
   return body, f"multipart/form-data; boundary={boundary}"
 
 
-def _dumps(request):
+def dumps(request: Any) -> bytes:
+  """A request as JSON; ValueError where JSON cannot hold it."""
   try:
     return json.dumps(request, allow_nan=False, default=_number).encode()
   except (TypeError, ValueError) as error:
@@ -343,17 +344,23 @@ def decode_answer(body: bytes, count: int) -> tuple[np.ndarray, dict[str, Any]]:
   Raises:
     Bad: anything but `count` numbers; the message says what.
   """
+  answer = loads_answer(body)
+  if answer.get("error"):
+    raise Bad(f"the error {str(answer['error'])[:200]!r}")
+  scores = check_scores(answer.get("rewards"), count)
+  info = answer.get("info")
+  return scores, _read_info(info, count) if isinstance(info, dict) else {}
+
+
+def loads_answer(body: bytes) -> dict[str, Any]:
+  """The JSON object of an answer; Bad where it is anything else."""
   try:
     answer = json.loads(body)
   except (ValueError, RecursionError) as error:
     raise Bad(f"what is no JSON: {_excerpt(body)}") from error
   if not isinstance(answer, dict):
     raise Bad(f"JSON that is no object: {_excerpt(body)}")
-  if answer.get("error"):
-    raise Bad(f"the error {str(answer['error'])[:200]!r}")
-  scores = check_scores(answer.get("rewards"), count)
-  info = answer.get("info")
-  return scores, _read_info(info, count) if isinstance(info, dict) else {}
+  return answer
 
 
 def check_scores(rewards: Any, count: int) -> np.ndarray:

@@ -80,7 +80,8 @@ def evaluate_images(
   Returns:
     What JSON can hold: {"rewards": label -> mean, std, standard_error and, where the reward says it,
     exact; "image": statistics; "samples": one dict for each image}. The standard error is that of
-    the mean over prompts.
+    the mean over prompts. Where every prompt has a tag, as GenEval's do, a reward also has tags, tag ->
+    mean (of exact, where there is one), and mean_of_tags, GenEval's overall score.
   """
   texts = [p.text for p in prompts]
   scores, infos = evaluation.score(reward_fn, images, prompts)
@@ -91,6 +92,8 @@ def evaluate_images(
     summary[label] = {"mean": float(score.mean()), "std": spread, "standard_error": float(error)}
     if "exact" in infos[label]:
       summary[label]["exact"] = float(np.mean(infos[label]["exact"]))
+    if tags := _mean_of_each_tag(infos[label].get("exact", score), prompts):
+      summary[label] |= {"tags": tags, "mean_of_tags": float(np.mean([*tags.values()]))}
     for i, sample in enumerate(samples):
       sample["scores"][label] = float(score[i])
       if "text" in infos[label]:
@@ -102,6 +105,15 @@ def evaluate_images(
   }
 
 
+def _mean_of_each_tag(values, prompts) -> dict[str, float]:
+  """Tag -> the mean of its prompts' values; empty where a prompt has no tag."""
+  tags = [prompt.metadata.get("tag") for prompt in prompts]
+  if not all(isinstance(tag, str) for tag in tags):
+    return {}
+  found = {tag: [v for v, own in zip(values, tags, strict=True) if own == tag] for tag in tags}
+  return {tag: float(np.mean(each)) for tag, each in sorted(found.items())}
+
+
 def render_table(result: dict[str, Any]) -> str:
   """The scores of `evaluate_images` as text."""
   columns = ("mean", "std", "standard_error", "exact")
@@ -110,6 +122,10 @@ def render_table(result: dict[str, Any]) -> str:
   for label, row in result["rewards"].items():
     cells = (f"{row[c]:>14.4f}" if c in row else f"{'-':>14}" for c in columns)
     lines.append(f"{label:<{width}}  " + "  ".join(cells))
+  for label, row in result["rewards"].items():
+    if "tags" in row:
+      each = ", ".join(f"{tag} {mean:.4f}" for tag, mean in row["tags"].items())
+      lines.append(f"{label} by tag: {each}; mean of tags {row['mean_of_tags']:.4f}")
   return "\n".join(lines)
 
 
