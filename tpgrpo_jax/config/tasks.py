@@ -26,6 +26,15 @@ PICKSCORE = {
     "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
   }
 }
+DINA_LRM = {
+  "dina_lrm": {
+    "weight": 1.0,
+    "path": "stabilityai/stable-diffusion-3.5-medium",
+    "lora": "weights/dina_lrm/checkpoint/backbone_lora",
+    "head": "weights/dina_lrm/checkpoint/rm_head.safetensors",
+    "dtype": "bfloat16",
+  }
+}
 OCR_SCENES = {"ocr": {"weight": 1.0, "detect": True, "rule": "flow_grpo", "text_score": 0.5}}
 
 
@@ -80,6 +89,11 @@ def sd35m_pickscore() -> Config:
   return dataclasses.replace(
     sd35m(), prompts=Prompts("folder", "datasets/pickscore"), rewards=dict(PICKSCORE)
   )
+
+
+def sd35m_dina() -> Config:
+  """SD3.5-Medium learns what people prefer, by DiNa-LRM, which looks at latents: training decodes nothing."""
+  return dataclasses.replace(sd35m_pickscore(), rewards=dict(DINA_LRM))
 
 
 def flux_pickscore() -> Config:
@@ -162,6 +176,7 @@ TASKS: dict[str, Callable[[], Config]] = {
   "tiny_shapes": tiny_shapes,
   "sd35m_ocr": sd35m_ocr,
   "sd35m_pickscore": sd35m_pickscore,
+  "sd35m_dina": sd35m_dina,
   "flux_pickscore": flux_pickscore,
   "flux2_klein_ocr": flux2_klein_ocr,
   "flux2_klein_pickscore": flux2_klein_pickscore,
