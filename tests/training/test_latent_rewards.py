@@ -11,7 +11,7 @@ import pytest
 import stored_diffusers as stored
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import rewards, types
+from tpgrpo_jax import types
 from tpgrpo_jax.config import rules
 from tpgrpo_jax.cost import flops
 from tpgrpo_jax.credit import stepwise
@@ -80,39 +80,43 @@ def rollout_args(session):
 
 @pytest.fixture(scope="module")
 def epoch(session):
-  """(Sampled, metrics row, held-out Evaluation) of the first epoch."""
+  """(Sampled, metrics row) of the first epoch."""
   with jax.set_mesh(session.mesh):
     state = session_lib.init_state(session)
     sampled = epoch_lib.sample_epoch(session, state, 0)
-    state, row = epoch_lib.update_epoch(session, state, 0, sampled)
-    return sampled, row, session.evaluate(session.model.params(state.ema))
+    return sampled, epoch_lib.update_epoch(session, state, 0, sampled)[1]
 
 
 def test_an_epoch_of_latent_increments_is_on_policy_and_costs_what_the_count_says(epoch):
-  sampled, row, evaluation = epoch
+  sampled, row = epoch
   assert row["ratio/first_update_max_abs_log"] == 0.0
   assert row["grad_norm"] > 0 and row["advantage/std"] > 0 and row["reward/std"] > 0
   assert row["evaluations_per_sample"] == 2 * stored.NUM_STEPS  # guidance, and no completion
   assert not [name for name in row if name.startswith("image/")] and not len(sampled.rollout.images)
-  assert np.isfinite(evaluation.scores["dina_lrm"]).all() and len(evaluation.images) == 2
 
 
 def test_every_row_of_the_rewards_is_the_score_of_that_state(session, epoch):
   rolled = epoch[0].rollout
-  spec = {k: v for k, v in session.config.rewards["dina_lrm"].items() if k != "weight"}
-  reward = rewards.LATENT_REWARDS["dina_lrm"](**spec)
-  see = lambda x, level: types.Samples(jnp.asarray(x)[:, None], jnp.full(1, level))
-  score = jax.jit(lambda x, level, c: 2.0 * reward(see(x, level), c)[:, 0])
   for number, (found, condition) in enumerate(zip(rolled.transitions, rolled.conditions)):
     rows = slice(4 * number, 4 * number + 4)
-    states = [*zip(found.x, found.sigma), (found.final, 0.0)]
-    for k, (x, level) in enumerate(states):
-      alone = score(x, level, method_lib.positive(condition))
-      np.testing.assert_allclose(alone, rolled.completion_reward[0, k, rows], rtol=1e-5)
+    # The last first, so that it is seen to be a matter of the state and not of its place.
+    states = jnp.stack([found.final, *found.x[::-1]], axis=1)
+    levels = jnp.concatenate([jnp.zeros(1), found.sigma[::-1]])
+    scores = session.reward_fn.look(types.Samples(states, levels), method_lib.positive(condition))
+    scores = 2.0 * scores["dina_lrm"].reshape(4, 4)[:, ::-1].T
+    np.testing.assert_allclose(scores, rolled.completion_reward[0, :, rows], rtol=1e-5)
   np.testing.assert_array_equal(
     epoch[0].credit.reward, stepwise.increments(jnp.asarray(rolled.completion_reward[0]))
   )
   assert rolled.completion_reward[0].std(axis=-1).min() > 0
+
+
+@pytest.mark.slow
+def test_evaluation_paints_its_pictures_and_scores_their_latents(session):
+  with jax.set_mesh(session.mesh):
+    found = session.evaluate(session.model.params(session.model.trainable))
+  assert np.ptp(found.scores["dina_lrm"]) > 0 and found.images.shape == (2, 48, 80, 3)
+  assert found.row["reward/mean"] == pytest.approx(2.0 * found.scores["dina_lrm"].mean())
 
 
 def primitives(jaxpr, tally):

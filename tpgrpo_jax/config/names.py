@@ -25,7 +25,8 @@ UPDATES_BY = ("samples", "steps")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 REWARD_NAMES = (
     "ocr", "shapes", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote",
-    "flow_grpo_server", "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations", "dina_lrm",
+    "flow_grpo_server", "clipscore", "pickscore", "hpsv2", "image_reward", "aesthetic", "demonstrations",
+    "dina_lrm",
 )  # fmt: skip
 LATENT_REWARDS = {"dina_lrm": ("sd3",)}  # name -> the model variants whose latents it takes
 PROMPT_SOURCES = ("words", "shapes", "folder")

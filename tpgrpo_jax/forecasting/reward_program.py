@@ -15,44 +15,9 @@ from tpgrpo_jax.models.hf import encoder
 from tpgrpo_jax.rewards import clip_score, preprocess, towers
 from tpgrpo_jax.training import mesh as mesh_lib
 
-# config.json of the hub: PickScore is a ViT-H/14, CLIPScore's usual one a ViT-L/14.
-_CLIP_H = clip.CLIPConfig(
-  clip.CLIPTextConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    projection_dim=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    hidden_act="gelu",
-  ),
-  clip.CLIPVisionConfig(
-    hidden_size=1280,
-    intermediate_size=5120,
-    projection_dim=1024,
-    num_hidden_layers=32,
-    num_attention_heads=16,
-    patch_size=14,
-    hidden_act="gelu",
-  ),
-  projection_dim=1024,
-)
-_CLIP_L = clip.CLIPConfig(
-  clip.CLIPTextConfig(
-    hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12
-  ),
-  clip.CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    projection_dim=768,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    patch_size=14,
-  ),
-  projection_dim=768,
-)
 HUB_SIZES = {
-  "yuvalkirstain/PickScore_v1": _CLIP_H,
-  "openai/clip-vit-large-patch14": _CLIP_L,
+  "yuvalkirstain/PickScore_v1": clip.VIT_H_14,
+  "openai/clip-vit-large-patch14": clip.VIT_L_14,
 }
 # label -> (cosine, scale) -> score, as the rewards of those names have it.
 _SCORES = {

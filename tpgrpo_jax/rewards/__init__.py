@@ -16,6 +16,7 @@ from tpgrpo_jax.rewards import (
   demonstrations,
   dina,
   hps,
+  image_reward,
   jpeg,
   judge,
   latents,
@@ -48,6 +49,7 @@ DEVICE_REWARDS: dict[str, DeviceRewardMaker] = {
   "clipscore": clip_score.make_clipscore,
   "pickscore": clip_score.make_pickscore,
   "hpsv2": hps.make,
+  "image_reward": image_reward.make,
   "aesthetic": aesthetic.make,
   "demonstrations": demonstrations.make,
 }

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 import dataclasses
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -122,6 +123,36 @@ def load_vision(
     table = encoder.Table(names, _vision_aliases)
   create = lambda rngs: clip.CLIPVision(config, dtype=dtype, rngs=rngs)
   return encoder.load_encoder(folder, table, config, create, dtype=dtype, shardings=shardings)
+
+
+def bare(name: str) -> str:
+  """A tensor's name without the wrappers that files of a tower and a head put before it."""
+  return re.sub(r"^((module|model|aesthetic_model|aesthetics_predictor|predictor)\.)+", "", name)
+
+
+def load_wrapped_vision(
+  folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, shardings: Any = None
+) -> encoder.Encoder:
+  """`load_vision` of a file that holds a head beside the tower, as DiffSynth-Studio/ImageMetrics has it.
+
+  Names may have a wrapper before them. Without a config.json the tower is taken for CLIP-L/14's.
+  """
+  config = clip.VIT_L_14.vision
+  if (pathlib.Path(folder) / encoder.CONFIG_FILE).is_file():
+    raw = {"model_type": "clip_vision_model"} | encoder.load_json(folder)
+    raw = raw.get("vision_config", raw) | {"model_type": "clip_vision_model"}
+    config = clip.CLIPVisionConfig.from_transformers(raw)
+
+  def towers_own(found):
+    names = {bare(name): name for name in found}
+    return {name: names[theirs] for name, theirs in _vision_aliases(names).items()}
+
+  create = lambda rngs: clip.CLIPVision(config, dtype=dtype, rngs=rngs)
+  table = encoder.Table(names, towers_own)
+  rule = "its config.json, or without one CLIP-L/14"
+  return encoder.load_encoder(
+    folder, table, config, create, dtype=dtype, shardings=shardings, rule=rule
+  )
 
 
 def _vision_aliases(found):
