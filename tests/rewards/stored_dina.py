@@ -16,7 +16,12 @@ def write_head(path: pathlib.Path, config: dina.HeadConfig, seed: int = 0) -> pa
   _, abstract = encoder.outline(lambda rngs: dina.Head(config, rngs=rngs), np.float32)
   shapes = {name: leaf.shape for name, leaf in flatten(abstract).items()}
   rng = np.random.default_rng(seed)
-  draw = lambda shape: (rng.standard_normal(shape) * 0.5 / np.sqrt(shape[-1])).astype(np.float32)
+
+  def draw(entry):
+    is_norm = ".norm_" in f".{entry.name}"
+    scale = 1.5 * entry.shape[-1] ** -0.5 if len(entry.shape) == 2 else 0.5
+    return (is_norm + scale * rng.standard_normal(entry.shape)).astype(np.float32)
+
   entries = names.HEAD.names(config, shapes)
-  safetensors.numpy.save_file({entry.name: draw(entry.shape) for entry in entries}, path)
+  safetensors.numpy.save_file({entry.name: draw(entry) for entry in entries}, path)
   return path

@@ -4,6 +4,7 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 import safetensors.numpy
 
@@ -137,15 +138,26 @@ def test_missing_tensors_and_pickles_are_named(folder, tensors, tmp_path):
     make()
 
 
+def see(images):
+  """Resize(32), CenterCrop(32), ToTensor and Normalize of torchvision, on Pillow; [N, 3, 32, 32]."""
+  height, width = images.shape[1:3]
+  shorter = min(height, width)
+  height, width = int(32 * height / shorter), int(32 * width / shorter)
+  top, left = (int(round((side - 32) / 2.0)) for side in (height, width))  # as CenterCrop has it
+  seen = []
+  for image in images:
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized.crop((left, top, left + 32, top + 32)), np.float32) / 255
+    seen.append((pixels - np.float32(preprocess.CLIP_MEAN)) / np.float32(preprocess.CLIP_STD))
+  return np.stack(seen).transpose(0, 3, 1, 2)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("size", [(40, 52), (32, 32), (67, 38), (47, 32)])
 def test_image_reward_equals_live_torch(folder, tensors, size):
-  """The towers of transformers, the authors' head, and torchvision's pictures."""
+  """The towers of transformers, the authors' head, and Pillow's resampling with torchvision's crop."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  transforms = pytest.importorskip("torchvision.transforms")
-  from PIL import Image
-
   vision, text = SIZES.vision, SIZES.text
   shared = dict(num_hidden_layers=2, hidden_act="gelu")
   look = transformers.BlipVisionModel(transformers.BlipVisionConfig(
@@ -167,18 +179,13 @@ def test_image_reward_equals_live_torch(folder, tensors, size):
   ]
   head = torch.nn.Sequential(*modules).eval()
   head.load_state_dict(part("mlp.layers."))
-  see = transforms.Compose([
-    transforms.Resize(32, interpolation=transforms.InterpolationMode.BICUBIC),
-    transforms.CenterCrop(32), transforms.ToTensor(),
-    transforms.Normalize(preprocess.CLIP_MEAN, preprocess.CLIP_STD),
-  ])  # fmt: skip
   images = pictures(*size)
   tokenizer = transformers.BertTokenizer.from_pretrained(folder)
   words = tokenizer(
     list(PROMPTS), padding="max_length", truncation=True, max_length=35, return_tensors="pt"
   )
   with torch.no_grad():
-    tokens = look(torch.stack([see(Image.fromarray(image)) for image in images])).last_hidden_state
+    tokens = look(torch.tensor(see(images))).last_hidden_state
     states = read(
       words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=tokens,
       encoder_attention_mask=torch.ones(tokens.shape[:2], dtype=torch.long),
