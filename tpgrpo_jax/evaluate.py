@@ -78,8 +78,9 @@ def main(argv: list[str]) -> None:
   evaluation.check_model(reward_fn, opened.model, prompts[0].text)
   watched = evaluation.Watched(reward_fn)
   num_steps, kind = config.eval.num_steps, _SAMPLER.value
-  options = dict(num_steps=num_steps, seed=seed, kind=kind, look=watched.look)
-  images = scoring.sample_images(opened, prompts, **options)
+  images = scoring.sample_images(
+    opened, prompts, num_steps=num_steps, seed=seed, kind=kind, look=watched.look
+  )
   setting = {"model": opened.name, "split": _SPLIT.value, "prompts": len(prompts), "seed": seed}
   setting |= {"sampler": kind, "num_steps": num_steps}
   setting["guidance_scale"] = config.sampler.guidance_scale

@@ -14,14 +14,17 @@ from tpgrpo_jax import types
 from tpgrpo_jax.models.hf import dina_files
 from tpgrpo_jax.rewards import latents, towers
 
+NOISE_LEVEL = 0.4
+TAPS = (4, 8, 12)
+
 
 def make(
   *,
   path: str | os.PathLike[str],
   head: str | os.PathLike[str],
   lora: str | os.PathLike[str] = "",
-  noise_level: float = 0.4,
-  taps: Sequence[int] = (4, 8, 12),
+  noise_level: float = NOISE_LEVEL,
+  taps: Sequence[int] = TAPS,
   heads: int = 8,
   dtype: str = "float32",
   placement: types.Placement | None = None,

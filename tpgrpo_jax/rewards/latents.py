@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -46,20 +47,25 @@ def make_latent_reward(
   """
   mesh = getattr(jax.tree.leaves(weights)[0].sharding, "mesh", None)
 
-  @jax.jit
-  def run(weights, x, sigma, condition):
-    def one(pair):
-      latents, level = pair
-      return score(weights, latents, jnp.full(len(latents), level), condition)
-
-    return jax.lax.map(one, (x.swapaxes(0, 1), sigma)).T
-
   def reward(samples: types.Samples, condition: types.Condition) -> jax.Array:
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      return run(weights, samples.x, samples.sigma, condition)
+      return run_states(score, weights, samples.x, samples.sigma, condition)
 
   reward.check_model = check_model  # pyright: ignore[reportFunctionMemberAccess]
   return reward
+
+
+@functools.partial(jax.jit, static_argnames="score")
+def run_states(
+  score: Callable[..., jax.Array], weights: Any, x: jax.Array, sigma: jax.Array, condition: Any
+) -> jax.Array:
+  """score(weights, x[:, i], sigma[i], condition) of x [S, n, h, w, c] for each i in turn; [S, n]."""
+
+  def one(pair):
+    latents, level = pair
+    return score(weights, latents, jnp.full(len(latents), level), condition)
+
+  return jax.lax.map(one, (x.swapaxes(0, 1), sigma)).T
 
 
 def look(
