@@ -114,15 +114,22 @@ def load_vision(
 
   Of the folder of a CLIPModel, the image tower alone is read.
   """
-  raw, table = encoder.load_json(folder), TABLE
-  if raw.get("model_type", "clip_vision_model") == "clip_vision_model":
-    config = clip.CLIPVisionConfig.from_transformers(raw)
-  else:
-    both = clip.CLIPConfig.from_transformers(raw)
-    config = dataclasses.replace(both.vision, projection_dim=both.projection_dim)
-    table = encoder.Table(names, _vision_aliases)
+  raw = encoder.load_json(folder)
+  config = _vision_config(raw)
+  is_alone = raw.get("model_type", "clip_vision_model") == "clip_vision_model"
+  table = TABLE if is_alone else encoder.Table(names, _vision_aliases)
   create = lambda rngs: clip.CLIPVision(config, dtype=dtype, rngs=rngs)
   return encoder.load_encoder(folder, table, config, create, dtype=dtype, shardings=shardings)
+
+
+def _vision_config(raw, wrapped=False):
+  """Of an image tower's config.json, or of a whole CLIP's; one that is wrapped may have any model_type."""
+  if wrapped and "vision_config" not in raw:
+    raw = {**raw, "model_type": "clip_vision_model"}
+  if raw.get("model_type", "clip_vision_model") == "clip_vision_model":
+    return clip.CLIPVisionConfig.from_transformers(raw)
+  both = clip.CLIPConfig.from_transformers(raw)
+  return dataclasses.replace(both.vision, projection_dim=both.projection_dim)
 
 
 def bare(name: str) -> str:
