@@ -12,6 +12,7 @@ import stored_dina
 from tpgrpo_jax import rewards, types
 from tpgrpo_jax.models import dina
 from tpgrpo_jax.rewards import dina as dina_reward
+from tpgrpo_jax.serving import build
 
 TAPS, WIDTH, RANK, ALPHA = (1, 3), 32, 4, 8
 SIZES = {
@@ -234,3 +235,8 @@ def test_wrong_files_and_options_are_named(head, tmp_path):
   (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
   with pytest.raises(ValueError, match="holds a FluxTransformer2DModel, must hold the SD3"):
     rewards.make_rewards({"dina_lrm": {"weight": 1.0, **options}})
+
+
+def test_a_server_of_pictures_does_not_serve_it():
+  with pytest.raises(ValueError, match="--rewards: 'mine' takes latents"):
+    build.read_specs(["mine"], '{"mine": {"make": "dina_lrm"}}')

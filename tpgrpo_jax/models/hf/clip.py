@@ -146,12 +146,7 @@ def load_wrapped_vision(
   """
   config = clip.VIT_L_14.vision
   if (pathlib.Path(folder) / encoder.CONFIG_FILE).is_file():
-    raw = encoder.load_json(folder)
-    sizes = {
-      **raw.get("vision_config", raw),
-      "model_type": "clip_vision_model",
-    }  # a wrapper names itself
-    config = clip.CLIPVisionConfig.from_transformers(sizes)
+    config = _vision_config(encoder.load_json(folder), wrapped=True)
 
   def towers_own(found):
     names = {bare(name): name for name in found}
