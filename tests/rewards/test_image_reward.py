@@ -11,7 +11,7 @@ import safetensors.numpy
 from tpgrpo_jax import rewards
 from tpgrpo_jax.models import blip, clip
 from tpgrpo_jax.models.hf import blip as hf_blip
-from tpgrpo_jax.models.hf import encoder
+from tpgrpo_jax.models.hf import dina_files, encoder
 from tpgrpo_jax.models.hf.table import flatten
 from tpgrpo_jax.rewards import image_reward, preprocess
 
@@ -195,3 +195,16 @@ def test_image_reward_equals_live_torch(folder, tensors, size):
   assert np.abs(found - wanted).max() < TOLERANCE * np.abs(wanted).max()
   assert np.ptp(wanted) > 100 * TOLERANCE
   assert image_reward.LENGTH == words.input_ids.shape[1] == 35
+
+
+@pytest.mark.parity
+def test_conversion_in_the_message_makes_what_is_read(folder, tensors, tmp_path, monkeypatch):
+  torch = pytest.importorskip("torch")
+  monkeypatch.chdir(tmp_path)
+  for name, text in (("ImageReward.pt", image_reward.CONVERT), ("rm_head.pt", dina_files.CONVERT)):
+    torch.save({k: torch.from_numpy(v) for k, v in tensors.items()}, name)
+    exec("\n".join(line.strip() for line in text.splitlines() if line.startswith("  ")))
+  for name in ("model.safetensors", "rm_head.safetensors"):
+    made = safetensors.numpy.load_file(name)
+    assert made.keys() == tensors.keys()
+    assert all(np.array_equal(made[key], tensors[key]) for key in tensors)

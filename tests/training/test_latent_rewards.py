@@ -11,11 +11,12 @@ import pytest
 import stored_diffusers as stored
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import types
+from tpgrpo_jax import rewards, types
 from tpgrpo_jax.config import rules
 from tpgrpo_jax.cost import flops
 from tpgrpo_jax.credit import stepwise
 from tpgrpo_jax.models import dina
+from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
@@ -192,3 +193,20 @@ def test_latents_and_embeddings_of_another_model_are_refused(session):
 def test_pictures_alone_are_no_latents(session):
   with pytest.raises(ValueError, match="rewards.dina_lrm: looks at latents"):
     session.reward_fn(np.zeros((1, 8, 8, 3), np.uint8), ["A"], [{}])
+
+
+@pytest.mark.slow
+def test_scores_on_a_mesh_are_those_of_one_device(session):
+  spec = session.config.rewards
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(2, 2, 2))
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((8, 2, *session.model.pipeline.latent_shape)).astype(np.float32)
+  condition = session.model.pipeline.encode([session.train_prompts[0].text] * 8)
+  levels = np.float32([0.5, 0.0])
+  wanted = rewards.make_rewards(spec).look(types.Samples(x, levels), condition)["dina_lrm"]
+  sharded = rewards.make_rewards(spec, placement=mesh_lib.make_placement(mesh))
+  with jax.set_mesh(mesh):
+    x, condition = processes.put_batch(mesh, (x, condition))
+    found = sharded.look(types.Samples(x, levels), condition)["dina_lrm"]
+  assert np.ptp(wanted) > 0.01
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
