@@ -9,13 +9,14 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit
-from tpgrpo_jax.config import presets
+from tpgrpo_jax.config import names, presets
 from tpgrpo_jax.flow import branching, completion
 
 PAGE = pathlib.Path(__file__).with_name("methods.md")
 BEGIN = "<!-- begin: python docs/make_methods_table.py writes this table -->"
 END = "<!-- end -->"
 TASK = "sd35m_ocr"  # T = 10, W = 9, K = 24
+TASK_OF_LATENTS = "sd35m_dina"  # the same but for its reward
 HEADER = (
   "method",
   "states",
@@ -52,14 +53,19 @@ def states(config: config_lib.Config) -> str:
 
 def completes(config: config_lib.Config) -> bool:
   """Whether the credit method needs completions."""
-  return credit.CREDIT[config.credit.method].completions == "all"
+  return kind(config) == "all"
+
+
+def kind(config: config_lib.Config) -> str:
+  """What R[k] is the reward of, as of types.CreditMethod."""
+  return credit.CREDIT[config.credit.method].completions
 
 
 def completions(config: config_lib.Config) -> str:
   """How states are completed."""
   asked = config.completion
-  if not completes(config):
-    return "none"
+  if kind(config) != "all":
+    return {"none": "none", "states": "none: the noisy states"}[kind(config)]
   if asked.strides:
     return f"strides {', '.join(map(str, asked.strides))}"
   if not asked.steps:
@@ -118,6 +124,8 @@ def evaluations(config: config_lib.Config) -> float:
 def images(config: config_lib.Config) -> float:
   """Images that are decoded and scored a sample."""
   s = config.sampler
+  if set(config.rewards) <= set(names.LATENT_REWARDS):
+    return 0
   window = (s.window[1] - s.window[0]) * completes(config)
   return window * max(1, len(config.completion.strides)) + 1 / s.branches
 
@@ -145,7 +153,7 @@ def number(value: float) -> str:
 
 def row(name: str) -> tuple[str, ...]:
   """The cells of one method."""
-  config = presets.recipe(TASK, name)
+  config = presets.recipe(TASK if name in presets.METHODS else TASK_OF_LATENTS, name)
   paper = presets.PAPERS[name]
   return (
     f"`{name}`",
@@ -164,7 +172,7 @@ def row(name: str) -> tuple[str, ...]:
 
 def table() -> str:
   """All methods, as Markdown."""
-  rows = [HEADER, ("---",) * len(HEADER), *map(row, presets.METHODS)]
+  rows = [HEADER, ("---",) * len(HEADER), *map(row, presets.METHODS | presets.OF_LATENTS)]
   return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 

@@ -75,12 +75,17 @@ def main(argv: list[str]) -> None:
     weights=_WEIGHTS.value,
     strength=_STRENGTH.value,
   )
+  evaluation.check_model(reward_fn, opened.model, prompts[0].text)
+  watched = evaluation.Watched(reward_fn)
   num_steps, kind = config.eval.num_steps, _SAMPLER.value
-  images = scoring.sample_images(opened, prompts, num_steps=num_steps, seed=seed, kind=kind)
+  images = scoring.sample_images(
+    opened, prompts, num_steps=num_steps, seed=seed, kind=kind, look=watched.look
+  )
   setting = {"model": opened.name, "split": _SPLIT.value, "prompts": len(prompts), "seed": seed}
   setting |= {"sampler": kind, "num_steps": num_steps}
   setting["guidance_scale"] = config.sampler.guidance_scale
-  result = setting | scoring.evaluate_images(images, prompts, reward_fn)
+  looked = watched.scores(len(images))
+  result = setting | scoring.evaluate_images(images, prompts, reward_fn, looked)
   if not processes.is_first():
     return
   print(", ".join(f"{k} {v}" for k, v in setting.items()), scoring.render_table(result), sep="\n")

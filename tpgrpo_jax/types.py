@@ -95,6 +95,22 @@ class StepCredit:
   share: jax.Array | None = None
 
 
+@_pytree
+class Samples:
+  """What the rewards of a microbatch are given, where one of them takes latents.
+
+  Attributes:
+    x: [S, n, h, w, c] n latents of each of S samples (or anchors): their completions or noisy states, then
+      the finished one.
+    sigma: [n] their noise levels, 0 of finished ones.
+    images: uint8 [S, n, H, W, 3] the same decoded, where a reward looks at pictures too; else None.
+  """
+
+  x: jax.Array
+  sigma: jax.Array
+  images: jax.Array | None = None
+
+
 class Plan(NamedTuple):
   """Which lane does what in each step of the packed completions (flow.completion); plain NumPy.
 
@@ -134,17 +150,18 @@ CreditFn = Callable[..., StepCredit]
 
 
 class CreditMethod(NamedTuple):
-  """A credit function, the completions that it needs ("all" of them, or "none"), and what else.
+  """A credit function, what R[k] of a state is the reward of, and what else it needs.
 
   Attributes:
     function: of the completion rewards, and of its extras by keyword.
-    completions: whether the states' completions are made at all.
+    completions: "all": R[k] is that of the state's completion; "states": that of the noisy state itself, for
+      rewards that take latents; "none": there is none but R[W].
     extras: "key" (a PRNG key of the epoch), "alignment" ([W+1, B] cosine of the latent after k steps and
       the finished one).
   """
 
   function: CreditFn
-  completions: Literal["all", "none"]
+  completions: Literal["all", "states", "none"]
   extras: tuple[str, ...] = ()
 
 
@@ -157,6 +174,11 @@ RewardFn = Callable[
 DeviceRewardFn = Callable[[jax.Array, Sequence[str], Sequence[Mapping[str, Any]]], jax.Array]
 """(images uint8 [N, H, W, 3] on the devices, prompts, metadata) -> scores float32 [N], dispatched and
 not waited for."""
+
+
+LatentRewardFn = Callable[[Samples, Any], jax.Array]
+"""(samples, condition of leading axis S) -> scores [S, n], dispatched and not waited for. Its attribute
+`check_model`, (latent_shape, condition) -> None, raises ValueError for a model that it cannot judge."""
 
 
 class Placement(NamedTuple):

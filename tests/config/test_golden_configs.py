@@ -14,7 +14,7 @@ import make_configs  # noqa: E402
 
 COMMAND = "If that is meant, run: python tests/golden/make_configs.py"
 MADE = make_configs.make()
-PAIRS = [(task, method) for task in presets.TASKS for method in presets.METHODS]
+PAIRS = [(task, method) for task in presets.TASKS for method in make_configs.methods_of(task)]
 
 
 @pytest.mark.parametrize("name", MADE)

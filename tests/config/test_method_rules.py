@@ -521,6 +521,16 @@ BAD = {
     {"sampler.calibration_rounds": 5},
     ("sampler.calibration_rounds=5:", "sampler.calibration=0 makes none", "Leave it at 20"),
   ),
+  "reward_of_other_latents": (
+    "",
+    {"rewards": {"mine": {"weight": 1.0, "make": "dina_lrm"}}},
+    ("rewards.mine: 'dina_lrm' takes latents", "model.variant='sd3'", "'tiny'", "Use a reward"),
+  ),
+  "increments_of_states_by_pictures": (
+    "",
+    {"credit.method": "latent_increments"},
+    ("credit.method='latent_increments':", "rewards.ocr can only look", "name the others in eval"),
+  ),
   "latents_that_are_not_kept": (
     "nft",
     {"sampler.latents": "bfloat16"},

@@ -10,7 +10,7 @@ default, a task or a method sees here which runs change with it.
 import dataclasses
 import pathlib
 
-from tpgrpo_jax.config import bridge, presets
+from tpgrpo_jax.config import bridge, names, presets
 
 FOLDER = pathlib.Path(__file__).with_name("configs")
 
@@ -21,13 +21,19 @@ def lines(config) -> list[str]:
   return [f"{name} = {value!r}" for name, value in sorted(fields.items())]
 
 
+def methods_of(task) -> list[str]:
+  """The methods that go with a task."""
+  of_latents = set(presets.TASKS[task]().rewards) <= set(names.LATENT_REWARDS)
+  return [*presets.METHODS, *(presets.OF_LATENTS if of_latents else ())]
+
+
 def make() -> dict[str, str]:
   """File name -> content."""
   files = {}
   for task in presets.TASKS:
     own = lines(presets.TASKS[task]())
     files[f"{task}.txt"] = own
-    for method in presets.METHODS:
+    for method in methods_of(task):
       changed = lines(presets.recipe(task, method))
       files[f"{task}.{method}.txt"] = [line for line in changed if line not in own]
   return {name: "\n".join(content) + "\n" for name, content in files.items()}

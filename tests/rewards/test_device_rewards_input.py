@@ -262,6 +262,36 @@ def test_head_that_is_no_safetensors_file_says_how_to_convert_it(folder_of, file
   assert str(head) in message and rule in message and fix in message
 
 
+@pytest.mark.parametrize("wrapper", ["", "module.aesthetics_predictor."])
+def test_aesthetic_score_of_one_file_with_tower_and_head_is_that_of_two(
+  folder_of, golden, tmp_path, wrapper
+):
+  folder, options = folder_of("aesthetic")
+  wanted = rewards.DEVICE_REWARDS["aesthetic"](**options)(IMAGES + 90, PROMPTS, [{}] * 2)
+  tower = {
+    name: tensor for name, tensor in stored_models.weights(golden, "clip_l").items()
+    if name.startswith(("vision_model.", "visual_projection."))
+  }  # fmt: skip
+  tower["vision_model.embeddings.position_ids"] = np.arange(3)[None]
+  whole = {f"{wrapper}{k}": v for k, v in (tower | stored_models.weights(golden, "head")).items()}
+  one = tmp_path / "one"
+  one.mkdir()
+  (one / "config.json").write_text((folder / "config.json").read_text())
+  safetensors.numpy.save_file(whole, one / "model.safetensors")
+  found = rewards.DEVICE_REWARDS["aesthetic"](path=one)(IMAGES + 90, PROMPTS, [{}] * 2)
+  np.testing.assert_array_equal(found, wanted)
+  (one / "config.json").unlink()  # then it is taken for CLIP-L/14, and this one is not
+  assert "does not fit its config.json, or without one CLIP-L/14" in message_of(
+    "aesthetic", {"path": str(one)}
+  )
+
+
+def test_tower_without_a_head_says_where_one_comes_from(folder_of):
+  folder, _ = folder_of("aesthetic")
+  message = message_of("aesthetic", {"path": str(folder)})
+  assert "no layers" in message and "sac+logos+ava1-l14-linearMSE" in message
+
+
 def test_head_of_another_shape_is_refused(folder_of, golden):
   folder, options = folder_of("aesthetic")
   for change, rule in (

@@ -3,15 +3,17 @@
 from collections.abc import Iterator
 import math
 
-from tpgrpo_jax.config import fields
+from tpgrpo_jax.config import fields, names
 
-_OUTCOME = ("flow_grpo", "coca")  # credit without completions
+_OUTCOME = ("flow_grpo", "coca")  # credit of the finished image alone
+_STATES = ("latent_increments",)  # credit of the noisy states themselves
 _MEMBERS = ("branch", "branch_gain")  # credit of members
 
 
 def check(config: fields.Config) -> Iterator[str]:
   """One line for each broken rule: field, value, rule, fix."""
-  for group in (_branches, _moving_windows, _noise_levels, _completions, _credit, _objective):
+  groups = (_branches, _moving_windows, _noise_levels, _completions, _credit, _latents, _objective)
+  for group in groups:
     yield from group(config)
   yield from _policy(config) if config.loss.objective == "policy" else _forward(config)
 
@@ -191,7 +193,7 @@ def _completions(config) -> Iterator[str]:
   asked, default = config.completion, fields.Completion()
   for name in ("steps", "strides", "solver"):
     value = getattr(asked, name)
-    if value != getattr(default, name) and config.credit.method in _OUTCOME:
+    if value != getattr(default, name) and config.credit.method in _OUTCOME + _STATES:
       yield (
         f"completion.{name}={value!r}: credit.method={config.credit.method!r} makes no completions. Leave it "
         f"at {getattr(default, name)!r}."
@@ -232,6 +234,30 @@ def _credit(config) -> Iterator[str]:
     value = getattr(config.advantage, name)
     if not 0 <= value < math.inf:
       yield f"advantage.{name}={value}: must be finite and >= 0; 0 is none."
+
+
+def _latents(config) -> Iterator[str]:
+  """What belongs to rewards of latents."""
+  made = {label: _maker(label, spec) for label, spec in config.rewards.items()}
+  made |= {label: label for label in config.eval.rewards if label not in made}
+  for label, name in made.items():
+    fits = names.LATENT_REWARDS.get(name)
+    if fits and config.model.variant not in fits:
+      yield (
+        f"rewards.{label}: {name!r} takes latents of model.variant={' or '.join(map(repr, fits))}, and "
+        f"yours is {config.model.variant!r}, whose latents are others. Use a reward of pictures."
+      )
+  of_pictures = [label for label in config.rewards if made[label] not in names.LATENT_REWARDS]
+  if config.credit.method in _STATES and of_pictures:
+    yield (
+      f"credit.method={config.credit.method!r}: takes the rewards of noisy states, and rewards."
+      f"{', rewards.'.join(of_pictures)} can only look at finished pictures. Train on rewards of latents "
+      f"alone ({', '.join(names.LATENT_REWARDS)}), and name the others in eval.rewards."
+    )
+
+
+def _maker(label, spec):
+  return spec.get("make", label) if isinstance(spec, dict) else label
 
 
 def _of_values(config) -> Iterator[str]:

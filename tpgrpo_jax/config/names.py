@@ -12,8 +12,8 @@ WINDOW_DRAWS = ("epoch", "microbatch")
 LATENT_DTYPES = ("float32", "bfloat16", "float16")
 LEVEL_DRAWS = ("permuted", "stratified")
 CREDIT_METHODS = (
-    "flow_grpo", "increments", "aggregation", "tp_grpo", "tp_grpo_consistent", "vgpo", "coca", "branch",
-    "branch_gain",
+    "flow_grpo", "increments", "latent_increments", "aggregation", "tp_grpo", "tp_grpo_consistent", "vgpo",
+    "coca", "branch", "branch_gain",
 )  # fmt: skip
 NORMALIZATIONS = ("group", "group_joint", "global_std", "value")
 ADVANTAGE_GROUPS = ("prompt", "state")
@@ -25,8 +25,10 @@ UPDATES_BY = ("samples", "steps")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 REWARD_NAMES = (
     "ocr", "shapes", "geneval", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote",
-    "flow_grpo_server", "unirl", "clipscore", "pickscore", "hpsv2", "aesthetic", "demonstrations",
+    "flow_grpo_server", "unirl", "clipscore", "pickscore", "hpsv2", "image_reward", "aesthetic",
+    "demonstrations", "dina_lrm",
 )  # fmt: skip
+LATENT_REWARDS = {"dina_lrm": ("sd3",)}  # name -> the model variants whose latents it takes
 PROMPT_SOURCES = ("words", "shapes", "geneval", "folder")
 DTYPES = ("float32", "bfloat16")
 TEXT_DEVICES = ("mesh", "cpu")

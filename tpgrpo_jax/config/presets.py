@@ -186,6 +186,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Name -> the fields that a method sets."""
 
+OF_LATENTS: dict[str, dict[str, Any]] = {
+  "latent_increments": {"credit.method": "latent_increments"},
+}
+"""The same of methods that only go with tasks whose rewards take latents."""
+
 PAPERS = {
   "flow_grpo": "2505.05470",
   "flow_grpo_fast": "2505.05470",
@@ -207,6 +212,7 @@ PAPERS = {
   "gcpo": "2510.21583",
   "diffusion_nft": "2509.16117",
   "awm": "2509.25050",
+  "latent_increments": "2602.11146",
 }
 """Name -> the arXiv number of its paper; empty where only code was found."""
 
@@ -229,6 +235,7 @@ READINGS = {
   "gcpo": "Their chunks of 2, 3, 4, 7 of 16 steps, scaled to T; drawn evenly.",
   "diffusion_nft": "The rollout is Euler's; theirs is DPM-Solver++(2M).",
   "awm": "The rollout is Euler's ODE; theirs is SA-Solver, in part stochastic.",
+  "latent_increments": "Ours: DiNa-LRM on the trajectory's own noisy states; the paper noises finished ones.",
 }
 """Name -> where a method is our reading or differs from the paper or its code, in one sentence."""
 
@@ -238,14 +245,15 @@ def recipe(task: str, method: str) -> Config:
 
   Args:
     task: a name of TASKS.
-    method: a name of METHODS.
+    method: a name of METHODS or OF_LATENTS.
 
   Raises:
     ValueError: an unknown name, with the nearest one.
   """
   base = registry.lookup(TASKS, task, field="task")()
-  registry.check(method, METHODS, field="method")
-  changes = {"run.dir": f"runs/{task}_{method}", "run.label": method, **METHODS[method]}
+  known = METHODS | OF_LATENTS
+  registry.check(method, known, field="method")
+  changes = {"run.dir": f"runs/{task}_{method}", "run.label": method, **known[method]}
   return apply(base, changes)
 
 

@@ -39,6 +39,15 @@ GENEVAL = {
     "high": 1.0,
   }
 }
+DINA_LRM = {
+  "dina_lrm": {
+    "weight": 1.0,
+    "path": "stabilityai/stable-diffusion-3.5-medium",
+    "lora": "weights/dina_lrm/checkpoint/backbone_lora",
+    "head": "weights/dina_lrm/checkpoint/rm_head.safetensors",
+    "dtype": "bfloat16",
+  }
+}
 OCR_SCENES = {"ocr": {"weight": 1.0, "detect": True, "rule": "flow_grpo", "text_score": 0.5}}
 
 
@@ -107,6 +116,11 @@ def sd35m_geneval() -> Config:
     rewards={label: dict(options) for label, options in GENEVAL.items()},
     eval=dataclasses.replace(base.eval, judge_prompts=425),
   )
+
+
+def sd35m_dina() -> Config:
+  """SD3.5-Medium learns what people prefer, by DiNa-LRM, which looks at latents: training decodes nothing."""
+  return dataclasses.replace(sd35m_pickscore(), rewards=dict(DINA_LRM))
 
 
 def flux_pickscore() -> Config:
@@ -190,6 +204,7 @@ TASKS: dict[str, Callable[[], Config]] = {
   "sd35m_ocr": sd35m_ocr,
   "sd35m_pickscore": sd35m_pickscore,
   "sd35m_geneval": sd35m_geneval,
+  "sd35m_dina": sd35m_dina,
   "flux_pickscore": flux_pickscore,
   "flux2_klein_ocr": flux2_klein_ocr,
   "flux2_klein_pickscore": flux2_klein_pickscore,

@@ -71,6 +71,7 @@ def _table(keep, extras: tuple[str, ...]) -> dict[str, CreditMethod]:
   return {
     "flow_grpo": CreditMethod(by(outcome.terminal), completions="none"),
     "increments": CreditMethod(by(stepwise.increments), completions="all"),
+    "latent_increments": CreditMethod(by(stepwise.increments), completions="states"),
     **{
       name: CreditMethod(f, completions="all", extras=extras) for name, f in _turning(keep).items()
     },

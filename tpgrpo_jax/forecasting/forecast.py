@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import rewards
 from tpgrpo_jax.cost import collectives, flops, hardware
 from tpgrpo_jax.cost.hardware import GIB
 from tpgrpo_jax.forecasting import lowering, reward_program
@@ -210,9 +211,8 @@ def held_bytes(plan: lowering.Plan, phase: str) -> int:
   """Bytes on one device that the run keeps beside a phase's own arguments.
 
   Beside a rollout: EMA and optimizer, the microbatches already sampled, the images of one whose rewards
-  are not done. Beside an update: the decoder, the microbatches of the other updates. Beside a
-  reward: all weights and states but its own, and all
-  microbatches. Beside rollout and update: the weights of the rewards.
+  are not done. Beside an update: the decoder, the microbatches of the other updates. Beside a reward: all
+  weights and states but its own, and all microbatches. Beside rollout and update: the rewards' weights.
   """
   count = lowering.bytes_per_device
   piece = count((lowering.transitions(plan), lowering.condition(plan)))
@@ -241,8 +241,10 @@ def _extra(plan):
 
 
 def _image_bytes(plan):
-  """uint8 images of one microbatch, on one device."""
-  return plan.images // mesh_lib.batch_shards(plan.mesh) * math.prod(plan.image_shape)
+  """What rewards of one microbatch look at, on one device: uint8 images, and float32 latents."""
+  latents = plan.latents if rewards.reads(plan.config.rewards).latents else 0
+  each = 4 * latents * math.prod(plan.model.pipeline.latent_shape)
+  return (each + plan.images * math.prod(plan.image_shape)) // mesh_lib.batch_shards(plan.mesh)
 
 
 def _weights(plan):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, types
+from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.models import (
   flux,
   flux2,
@@ -119,10 +119,17 @@ class Plan:
     return self.config.train.microbatch // self.method.members
 
   @property
-  def images(self) -> int:
-    """Of one microbatch: those of its trajectories or anchors, and those of all completions."""
+  def latents(self) -> int:
+    """Scored of one microbatch: those of its trajectories or anchors, and all completions or noisy states."""
     segments = 0 if self.completions is None else len(self.completions.state)
+    if self.method.credit.completions == "states":
+      segments = self.method.window
     return self.states + segments * self.config.train.microbatch
+
+  @property
+  def images(self) -> int:
+    """Of them, those that are decoded: all, or none where no reward looks at pictures."""
+    return self.latents if rewards.reads(self.config.rewards).pictures else 0
 
   @property
   def image_shape(self) -> tuple[int, int, int]:

@@ -10,49 +10,16 @@ import jax.numpy as jnp
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import rewards
 from tpgrpo_jax.forecasting import lowering
-from tpgrpo_jax.models import clip
+from tpgrpo_jax.models import clip, dina, hf, mmdit
 from tpgrpo_jax.models.hf import encoder
-from tpgrpo_jax.rewards import clip_score, preprocess, towers
+from tpgrpo_jax.rewards import clip_score, latents, preprocess, towers
+from tpgrpo_jax.rewards import dina as dina_reward
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import method as method_lib
 
-# config.json of the hub: PickScore is a ViT-H/14, CLIPScore's usual one a ViT-L/14.
-_CLIP_H = clip.CLIPConfig(
-  clip.CLIPTextConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    projection_dim=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    hidden_act="gelu",
-  ),
-  clip.CLIPVisionConfig(
-    hidden_size=1280,
-    intermediate_size=5120,
-    projection_dim=1024,
-    num_hidden_layers=32,
-    num_attention_heads=16,
-    patch_size=14,
-    hidden_act="gelu",
-  ),
-  projection_dim=1024,
-)
-_CLIP_L = clip.CLIPConfig(
-  clip.CLIPTextConfig(
-    hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12
-  ),
-  clip.CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    projection_dim=768,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    patch_size=14,
-  ),
-  projection_dim=768,
-)
 HUB_SIZES = {
-  "yuvalkirstain/PickScore_v1": _CLIP_H,
-  "openai/clip-vit-large-patch14": _CLIP_L,
+  "yuvalkirstain/PickScore_v1": clip.VIT_H_14,
+  "openai/clip-vit-large-patch14": clip.VIT_L_14,
 }
 # label -> (cosine, scale) -> score, as the rewards of those names have it.
 _SCORES = {
@@ -66,20 +33,22 @@ def on_devices(config: config_lib.Config) -> tuple[list[dict[str, Any]], list[st
   able, unable = [], []
   for label, value in config.rewards.items():
     options = {"make": label} | (value if isinstance(value, dict) else {})
-    if options["make"] not in rewards.DEVICE_REWARDS:
+    if options["make"] not in {**rewards.DEVICE_REWARDS, **rewards.LATENT_REWARDS}:
       continue
-    known = options["make"] in _SCORES and _sizes(options) is not None
+    known = _sizes(options) is not None
     (able if known else unable).append(options if known else options["make"])
   return able, unable
 
 
 def program(plan: lowering.Plan, options: dict[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
-  """(jitted function, args, kwargs) of one reward on the images of one microbatch.
+  """(jitted function, args, kwargs) of one reward on the images, or latents, of one microbatch.
 
   Args:
     plan: of the run.
     options: as of `on_devices`.
   """
+  if options["make"] in rewards.LATENT_REWARDS:
+    return _of_latents(plan, options)
   sizes: Any = _sizes(options)
   dtype = towers.DTYPES[options.get("dtype", "float32")]
   create = lambda rngs: clip.CLIP(sizes, dtype=dtype, rngs=rngs)
@@ -97,8 +66,36 @@ def program(plan: lowering.Plan, options: dict[str, Any]) -> tuple[Any, tuple, d
   return jax.jit(run), (model.weights, lowering.divided(plan.mesh, arrays)), {}
 
 
+def _of_latents(plan, options):
+  """`program` of DiNa-LRM, with a head of the public one's form."""
+  taps, sizes = tuple(options.get("taps", dina_reward.TAPS)), _sizes(options)
+  assert isinstance(sizes, mmdit.MMDiTConfig)  # the config's rules have looked
+  config = dina.BackboneConfig(sizes, taps)
+  head = dina.HeadConfig(config.transformer.width, config.transformer.width, len(taps))
+  dtype = towers.DTYPES[options.get("dtype", "float32")]
+  backbone, weights = encoder.outline(lambda r: dina.Backbone(config, dtype=dtype, rngs=r), dtype)
+  ending, others = encoder.outline(lambda r: dina.Head(head, dtype=dtype, rngs=r), dtype)
+  weights = mesh_lib.abstract(plan.mesh, {"backbone": weights, "head": others})
+  score = dina_reward.make_score(backbone, ending, dina_reward.NOISE_LEVEL)
+  each = plan.latents // plan.states
+  shape = (plan.states, each, *plan.model.pipeline.latent_shape)
+  x = lowering.divided(plan.mesh, jax.ShapeDtypeStruct(shape, jnp.float32))
+  levels = jax.ShapeDtypeStruct((each,), jnp.float32)
+  condition = method_lib.positive(lowering.condition(plan))
+  run = functools.partial(latents.run_states, score)
+  return jax.jit(run), (weights, x, levels, condition), {}
+
+
 def _sizes(options):
+  """Of the reward's model, from its folder or hub id; None where they are not known."""
   path = str(options.get("path", ""))
+  if options["make"] in rewards.LATENT_REWARDS:
+    folder = pathlib.Path(path)
+    if folder.is_dir():
+      return hf.load_config(hf.resolve(folder, subfolder="transformer"))
+    return lowering.HUB_SIZES[path][0] if path in lowering.HUB_SIZES else None
+  if options["make"] not in _SCORES:
+    return None
   if pathlib.Path(path, encoder.CONFIG_FILE).is_file():
     return clip.CLIPConfig.from_transformers(encoder.load_json(path))
   return HUB_SIZES.get(path)

@@ -117,6 +117,43 @@ class CLIPConfig:
     )
 
 
+# config.json of the hub: PickScore is a ViT-H/14, CLIPScore's usual one and the aesthetic tower a ViT-L/14.
+VIT_H_14 = CLIPConfig(
+  CLIPTextConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    projection_dim=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    hidden_act="gelu",
+  ),
+  CLIPVisionConfig(
+    hidden_size=1280,
+    intermediate_size=5120,
+    projection_dim=1024,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    patch_size=14,
+    hidden_act="gelu",
+  ),
+  projection_dim=1024,
+)
+VIT_L_14 = CLIPConfig(
+  CLIPTextConfig(
+    hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12
+  ),
+  CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    projection_dim=768,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    patch_size=14,
+  ),
+  projection_dim=768,
+)
+
+
 def _known(cls, config, model_type):
   found = config.get("model_type", model_type)
   if found != model_type:

@@ -1,7 +1,8 @@
 """The rewards: `make(**options)` -> a function of images, prompts and metadata.
 
 Those of the host take NumPy arrays, return (scores float32 [N], info), and may block. Those of the
-devices are jitted: they take images on the devices and return scores that nobody has waited for yet.
+devices are jitted: they take images on the devices and return scores that nobody has waited for yet. Those
+of latents are of the devices too; they take latents and the prompts' embeddings, so that nothing is decoded.
 """
 
 from collections.abc import Mapping
@@ -13,10 +14,13 @@ from tpgrpo_jax.rewards import (
   clip_score,
   combine,
   demonstrations,
+  dina,
   geneval,
   hps,
+  image_reward,
   jpeg,
   judge,
+  latents,
   ocr,
   remote,
   shapes,
@@ -24,10 +28,12 @@ from tpgrpo_jax.rewards import (
 from tpgrpo_jax.rewards.combine import (
   CombinedRewardFn,
   DeviceRewardMaker,
+  LatentRewardMaker,
   RewardError,
   RewardMaker,
   Scores,
 )
+from tpgrpo_jax.rewards.latents import Reads
 
 # A user's own "package.module:make" is one of these.
 HOST_REWARDS: dict[str, RewardMaker] = {
@@ -46,11 +52,16 @@ DEVICE_REWARDS: dict[str, DeviceRewardMaker] = {
   "clipscore": clip_score.make_clipscore,
   "pickscore": clip_score.make_pickscore,
   "hpsv2": hps.make,
+  "image_reward": image_reward.make,
   "aesthetic": aesthetic.make,
   "demonstrations": demonstrations.make,
 }
 
-REWARDS = (*HOST_REWARDS, *DEVICE_REWARDS)
+LATENT_REWARDS: dict[str, LatentRewardMaker] = {
+  "dina_lrm": dina.make,
+}
+
+REWARDS = (*HOST_REWARDS, *DEVICE_REWARDS, *LATENT_REWARDS)
 """Every name."""
 
 
@@ -71,16 +82,24 @@ def make_rewards(
     ValueError: as `combine.make_weighted_sum`.
   """
   return combine.make_weighted_sum(
-    rewards, HOST_REWARDS, DEVICE_REWARDS, placement=placement, **patience
+    rewards, HOST_REWARDS, DEVICE_REWARDS, LATENT_REWARDS, placement=placement, **patience
   )
+
+
+def reads(rewards: Mapping[str, Any]) -> Reads:
+  """What the rewards of a config look at: pictures, latents, or both."""
+  return latents.reads(rewards, LATENT_REWARDS)
 
 
 __all__ = [
   "DEVICE_REWARDS",
   "HOST_REWARDS",
+  "LATENT_REWARDS",
   "REWARDS",
   "CombinedRewardFn",
+  "Reads",
   "RewardError",
   "Scores",
   "make_rewards",
+  "reads",
 ]

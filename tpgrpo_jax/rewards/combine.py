@@ -8,12 +8,12 @@ the host run, and everything is waited for, when the result is asked for, in wha
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import contextlib
+import functools
 import http.client
 import inspect
 import json
 import logging
 import math
-import numbers
 import threading
 import time
 from typing import Any, NamedTuple
@@ -24,11 +24,11 @@ from jaxtyping import Bool, UInt8
 import numpy as np
 
 from tpgrpo_jax import registry, types
+from tpgrpo_jax.rewards import latents
+from tpgrpo_jax.rewards import specs as specs_lib
 from tpgrpo_jax.runs import processes
 
 log = logging.getLogger(__name__)
-
-_LARGEST = float(np.finfo(np.float32).max)  # a weight beyond makes every total infinite
 
 MAY_PASS = (OSError, RuntimeError, http.client.HTTPException, json.JSONDecodeError)
 """What a call raises that may succeed when it is made again: servers and networks that fail."""
@@ -37,6 +37,10 @@ RewardMaker = Callable[..., types.RewardFn]
 
 DeviceRewardMaker = Callable[..., types.DeviceRewardFn]
 """(placement=..., **options) -> the reward."""
+
+LatentRewardMaker = Callable[..., types.LatentRewardFn]
+"""(placement=..., **options) -> the reward."""
+
 
 Scores = tuple[np.ndarray, dict[str, np.ndarray], dict[str, dict[str, Any]]]
 """(total float32 [N], label -> float32 [N], label -> info)."""
@@ -53,6 +57,7 @@ def make_weighted_sum(
   rewards: Mapping[str, Any],
   host: Mapping[str, RewardMaker],
   device: Mapping[str, DeviceRewardMaker],
+  latent: Mapping[str, LatentRewardMaker] = {},
   *,
   placement: types.Placement | None = None,
   timeout: float = math.inf,
@@ -69,20 +74,25 @@ def make_weighted_sum(
       ...options of that reward}; without "make" the label is the name.
     host: name -> maker of a reward of the host; the user's own are of these.
     device: name -> maker of a reward of the devices.
+    latent: name -> maker of a reward of latents, on the devices too.
     placement: of the weights and batches of rewards of the devices; None for the default device.
     timeout: seconds that one call of a reward of the host may take.
     retries: how often a call is made again that took longer, or raised one of MAY_PASS.
     backoff: seconds before the first of them; each later one waits twice as long.
 
   Returns:
-    begin: (images uint8 [N, H, W, 3], of the host or of the devices, prompts, metadata, rows) ->
+    begin: (images uint8 [N, H, W, 3], of the host or of the devices, prompts, metadata, rows, looked) ->
     finish: () -> (total float32 [N], label -> float32 [N], label -> info). `begin` does not wait.
     `finish` raises RewardError if a reward returns anything but N finite numbers, or gives up.
     `rows`, bool [N], marks those that this process scores, by default all: the other scores are 0,
     so that the sum over processes has them all, and an info is of these rows alone.
+    `looked` is what `begin.look(samples, condition)` gave for the same N: label -> scores [N] of the
+    rewards of latents, dispatched. Where all are of latents, images may be None.
     `begin.check(prompts)` raises ValueError for a prompt that a reward cannot score: it asks those
     rewards that have such an attribute, a function of one prompt and its metadata.
     `begin.canaries` is label -> the canary.Canary that a reward brings, or None.
+    `begin.check_model(latent_shape, condition)` raises ValueError for a model that a reward of latents cannot
+    judge.
 
   Raises:
     ValueError: no rewards, an unknown name, a weight that is not a finite number, or an option that
@@ -93,26 +103,30 @@ def make_weighted_sum(
       f"rewards={rewards!r}: must be a mapping with one reward or more, label -> weight. "
       "Try rewards={'ocr': 1.0}."
     )
-  specs = {label: _parse(label, spec) for label, spec in rewards.items()}
-  table = {**host, **device}
-  functions: dict[str, dict[str, Any]] = {"host": {}, "device": {}}
+  specs = {label: specs_lib.parse(label, spec) for label, spec in rewards.items()}
+  table = {**host, **device, **latent}
+  functions: dict[str, dict[str, Any]] = {"host": {}, "device": {}, "latent": {}}
   for label, (_, name, options) in specs.items():
     maker = registry.lookup(table, name, field=f"rewards.{label}")
-    kind, given = ("device", {"placement": placement}) if name in device else ("host", {})
+    kind = "latent" if name in latent else "device" if name in device else "host"
+    given = {} if kind == "host" else {"placement": placement}
     functions[kind][label] = _make(label, maker, options, given)
   weights = {label: weight for label, (weight, _, _) in specs.items()}
   patience = _Patience(timeout, retries, backoff)
 
   def begin(
-    images: UInt8[np.ndarray | jax.Array, "N H W 3"],
+    images: UInt8[np.ndarray | jax.Array, "N H W 3"] | None,
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]],
     *,
     rows: Bool[np.ndarray, " N"] | None = None,
+    looked: Mapping[str, Any] = {},
   ) -> Callable[[], Scores]:
-    if not len(images) == len(prompts) == len(metadata):
+    latents.check_seen(functions, images, looked)
+    count = len(prompts) if images is None else len(images)
+    if not count == len(prompts) == len(metadata):
       raise ValueError(
-        f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata: must be "
+        f"{count} images, {len(prompts)} prompts, {len(metadata)} metadata: must be "
         "equally many. Pass one prompt and one metadata per image."
       )
     rows = np.ones(len(prompts), bool) if rows is None else rows
@@ -123,6 +137,8 @@ def make_weighted_sum(
       results = _run_host(functions["host"], images, prompts, metadata, rows, patience)
       for label, scores in dispatched.items():
         results[label] = (_wait(label, scores, prompts, extra) * rows, {})
+      for label, scores in looked.items():
+        results[label] = (_wait(label, scores, prompts, 0) * rows, {})
       scores = {label: results[label][0] for label in weights}
       total = np.zeros(len(prompts), np.float32)
       for label, score in scores.items():
@@ -132,21 +148,25 @@ def make_weighted_sum(
     return finish
 
   def check(prompts: Sequence[types.Prompt]) -> None:
-    for function in (*functions["host"].values(), *functions["device"].values()):
+    for function in (f for kind in functions.values() for f in kind.values()):
       for prompt in prompts:
         getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
 
+  bind = functools.partial
+  begin.look = bind(latents.look, functions["latent"])  # pyright: ignore[reportFunctionMemberAccess]
+  begin.check_model = bind(latents.check_model, functions["latent"])  # pyright: ignore[reportFunctionMemberAccess]
   begin.check = check  # pyright: ignore[reportFunctionMemberAccess]
   begin.canaries = {  # pyright: ignore[reportFunctionMemberAccess]
-    label: getattr({**functions["host"], **functions["device"]}[label], "canary", None)
-    for label in weights
+    label: getattr(function, "canary", None)
+    for kind in functions.values()
+    for label, function in kind.items()
   }
   return begin
 
 
 def weights_of(rewards: Mapping[str, Any]) -> dict[str, float]:
   """Label -> weight of what `make_weighted_sum` takes."""
-  return {label: _parse(label, spec)[0] for label, spec in rewards.items()}
+  return {label: specs_lib.parse(label, spec)[0] for label, spec in rewards.items()}
 
 
 def _dispatch(functions, images, prompts, metadata, placement, extra):
@@ -235,24 +255,6 @@ def _limit(timeout, function, *args):
     if future.done():
       raise  # the reward's own
     raise TimeoutError(f"no answer within {timeout:g} s") from error
-
-
-def _parse(label, spec):
-  """(weight, name, options) of one entry."""
-  field, name, options = f"rewards.{label}", label, {}
-  weight = spec
-  if isinstance(spec, Mapping):
-    options = dict(spec)
-    name = options.pop("make", label)
-    if "weight" not in options:
-      raise ValueError(f"{field}={spec!r}: has no weight. Add 'weight': 1.0.")
-    weight, field = options.pop("weight"), f"{field}.weight"
-  is_number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
-  if not is_number or not math.isfinite(weight) or abs(float(weight)) > _LARGEST:
-    raise ValueError(f"{field}={weight!r}: must be a finite number. Use 1.0 if it is the only one.")
-  if not isinstance(name, str):
-    raise ValueError(f"rewards.{label}.make={name!r}: must be a name. Without it the label is.")
-  return float(weight), name, options
 
 
 def _make(label, make, options, given):

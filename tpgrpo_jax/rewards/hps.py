@@ -35,8 +35,8 @@ def make(
   changes.)
 
   Args:
-    path: folder or hub id of safetensors with open_clip's names of a ViT-H-14, or with transformers'
-      names and its config.json.
+    path: folder or hub id of safetensors with open_clip's names of a ViT-H-14 (the public file, converted, or
+      HPSv2/ of DiffSynth-Studio/ImageMetrics), or with transformers' names and its config.json.
     tokenizer: folder or hub id of the tokenizer, laion/CLIP-ViT-H-14-laion2B-s32B-b79K; "" for path's own.
     dtype: float32 or bfloat16, of the weights and of the towers.
     batch: images at once on each device.
@@ -50,12 +50,7 @@ def make(
   towers.check_options(dtype, batch)
   clean = _load_clean()
   folder = towers.open_folder(path, convert=CONVERT)
-  if not any(folder.glob("*.safetensors")):
-    found = sorted(file.name for file in folder.iterdir())
-    shown = f" (it holds {', '.join(found[:5])})" if found else ""
-    raise ValueError(
-      f"path={str(path)!r}: no safetensors in it{shown}. Pickles are not read.{CONVERT}"
-    )
+  towers.check_safetensors(path, folder, convert=CONVERT)
   kw = dict(dtype=towers.DTYPES[dtype], shardings=None if placement is None else placement.params)
   file = open_clip.find_weights(folder)
   if open_clip.is_open_clip(files.find_tensors(folder, file=file, field="path")):

@@ -38,10 +38,38 @@ def clip_pixels(
     mean: per channel.
     std: per channel.
   """
-  height, width = images.shape[1:3]
-  shorter = min(height, width)
-  resized = tuple(int(size * side / shorter) for side in (height, width))
-  return _normalize(_resize(images, resized, (size, size)).astype(jnp.float32) / 255.0, mean, std)
+  pixels = _resize(
+    images, _shorter_side(images, size), (size, size), begin=lambda spare: spare // 2
+  )
+  return _normalize(pixels.astype(jnp.float32) / 255.0, mean, std)
+
+
+def torchvision_pixels(
+  images: UInt8[jax.Array, "N H W 3"],
+  *,
+  size: int = 224,
+  mean: tuple[float, float, float] = CLIP_MEAN,
+  std: tuple[float, float, float] = CLIP_STD,
+) -> Float32[jax.Array, "N S S 3"]:
+  """`clip_pixels` with torchvision's crop: of an odd number of pixels, half to even are cut away first.
+
+  As the Resize and CenterCrop of pictures that OpenAI's CLIP has, which ImageReward's code repeats.
+
+  Args:
+    images: RGB.
+    size: side S of the result, the tower's image_size.
+    mean: per channel.
+    std: per channel.
+  """
+  begin = lambda spare: round(spare / 2)  # Python, too, rounds half to even
+  pixels = _resize(images, _shorter_side(images, size), (size, size), begin=begin)
+  return _normalize(pixels.astype(jnp.float32) / 255.0, mean, std)
+
+
+def _shorter_side(images, size):
+  """(height, width) of pictures whose shorter side becomes `size`."""
+  shorter = min(images.shape[1:3])
+  return tuple(int(size * side / shorter) for side in images.shape[1:3])
 
 
 def hps_pixels(
@@ -87,14 +115,17 @@ def resize(
     height: h, of the result.
     width: w, of the result.
   """
-  return _resize(images, (height, width), (height, width))
+  return _resize(images, (height, width), (height, width), begin=lambda spare: 0)
 
 
-def _resize(images, resized, cropped):
-  """The centre `cropped` of images resampled to `resized`, both (height, width)."""
+def _resize(images, resized, cropped, *, begin):
+  """The centre `cropped` of images resampled to `resized`, both (height, width).
+
+  `begin` says how many of the pixels to spare are cut away first.
+  """
   digits = []
   for side, new, kept in zip(images.shape[1:3], resized, cropped):
-    first = (new - kept) // 2
+    first = begin(new - kept)
     digits.append(_digits(_weights(side, new)[first : first + kept]))
   rows, columns = digits
   images = _resample("koi,nhic->knhoc", columns, images)  # Pillow's order: across, then down

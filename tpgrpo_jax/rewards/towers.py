@@ -74,6 +74,17 @@ def open_folder(
   return folder
 
 
+def check_safetensors(path: str | os.PathLike[str], folder: pathlib.Path, *, convert: str) -> None:
+  """Raises ValueError, with how a pickle is converted, unless there are safetensors in the folder."""
+  if any(folder.glob("*.safetensors")):
+    return
+  found = sorted(file.name for file in folder.iterdir())
+  shown = f" (it holds {', '.join(found[:5])})" if found else ""
+  raise ValueError(
+    f"path={str(path)!r}: no safetensors in it{shown}. Pickles are not read.{convert}"
+  )
+
+
 def load_tokenize(
   label: str,
   folder: pathlib.Path,
@@ -82,6 +93,8 @@ def load_tokenize(
   *,
   hint: str,
   clean: Callable[[str], str] = lambda prompt: prompt,
+  kind: str = "clip",
+  length: int = 0,
 ) -> TokenizeFn:
   """Makes the function prompts -> ids of a text tower, padded or cut to its length.
 
@@ -90,22 +103,25 @@ def load_tokenize(
   Args:
     label: the reward's name, for messages.
     folder: of the model.
-    tokenizer: folder or hub id of a CLIP tokenizer; "" for the model's own.
-    config: the tower's clip.CLIPTextConfig.
+    tokenizer: folder or hub id of a tokenizer; "" for the model's own.
+    config: the text tower's, with vocab_size and max_position_embeddings.
     hint: where the public model's tokenizer is, for the message that there is none.
     clean: what is done to a prompt before.
+    kind: of the tokenizer, a name of models.hf.tokenizer.KINDS.
+    length: tokens that are read; 0 is all that the tower has positions for.
 
   Raises:
     ValueError: no tokenizer, or, from the function, one of another model.
   """
   if tokenizer:
     folder = open_folder(tokenizer, field="tokenizer", weights=False)
-  elif not hf_tokenizer.has_tokenizer("clip", folder):
+  elif not hf_tokenizer.has_tokenizer(kind, folder):
+    wanted = ", or ".join(" and ".join(names) for names in hf_tokenizer.KINDS[kind][1])
     raise ValueError(
-      f"path={str(folder)!r}: holds no tokenizer (tokenizer.json, or vocab.json and merges.txt). Copy "
+      f"path={str(folder)!r}: holds no tokenizer ({wanted}). Copy "
       f"the files there, or set tokenizer to their folder or hub id: {hint}."
     )
-  load, length = hf_tokenizer.load_tokenizer("clip", folder), config.max_position_embeddings
+  load, length = hf_tokenizer.load_tokenizer(kind, folder), length or config.max_position_embeddings
   options = dict(padding="max_length", max_length=length, truncation=True)
   warned: set[str] = set()
 

@@ -42,8 +42,9 @@ def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, floa
     row[f"completion_reward/{k}"] = value
   for k, value in enumerate(rollout.gains.mean(axis=1)):
     row[f"increment/{k}"] = value
-  row |= image_statistics(rollout.statistics)
-  # Without completions R[0] ... R[W-1] do not exist: no row rather than NaN.
+  if len(rollout.statistics):
+    row |= image_statistics(rollout.statistics)
+  # Without completions or states R[0] ... R[W-1] do not exist: no row rather than NaN.
   return {name: float(value) for name, value in row.items() if np.isfinite(value)}
 
 

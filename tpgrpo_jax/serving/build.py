@@ -44,7 +44,13 @@ def read_specs(labels: Sequence[str], options: str) -> dict[str, dict[str, Any]]
       raise ValueError(
         f"--options: {label!r} is not in --rewards.{registry.nearest(label, labels)}"
       )
-  return {label: {"weight": 1.0, **asked.get(label, {})} for label in labels}
+  specs = {label: {"weight": 1.0, **asked.get(label, {})} for label in labels}
+  for label, spec in specs.items():
+    if spec.get("make", label) in rewards.LATENT_REWARDS:
+      raise ValueError(
+        f"--rewards: {label!r} takes latents, and a request holds pictures. It runs in the training itself."
+      )
+  return specs
 
 
 def uses_devices(specs: Mapping[str, Mapping[str, Any]]) -> bool:

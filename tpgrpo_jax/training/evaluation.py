@@ -1,7 +1,7 @@
 """Evaluation on held-out prompts: sampling from fixed noise, scored by any rewards."""
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import functools
 from typing import Any, NamedTuple
@@ -47,9 +47,10 @@ def make_sample_fn(
   num_steps: int,
   kind: str = "ode",
 ) -> Callable[..., np.ndarray]:
-  """Returns (params, prompts, seed, on_chunk) -> images uint8 [N, H, W, 3], by sampling in batches.
+  """Returns (params, prompts, seed, on_chunk, look) -> images uint8 [N, H, W, 3], by sampling in batches.
 
-  Image i depends on the weights, prompt i, i and the seed alone.
+  Image i depends on the weights, prompt i, i and the seed alone. `look` is shown every batch before it is
+  thrown away, as (latents [n, h, w, c], condition); the last one is filled up.
 
   Args:
     config: sampler.noise_level is that of every step, also of a run that has calibrated its own.
@@ -69,13 +70,15 @@ def make_sample_fn(
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.split(key)[1]))(group[:, 0])
     latents = denoise(keys, velocity_fn, params, x_init, condition)
     is_finite = jnp.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))
-    return models.images_uint8(model.pipeline.decode(params["decoder"], latents)), is_finite
+    images = models.images_uint8(model.pipeline.decode(params["decoder"], latents))
+    return images, latents, is_finite
 
   def run(
     params: Any,
     prompts: Sequence[types.Prompt],
     seed: int = NOISE_SEED,
     on_chunk: preemption.OnChunk = preemption.go_on,
+    look: Callable[[jax.Array, types.Condition], Any] = lambda latents, condition: None,
   ) -> np.ndarray:
     shards = mesh_lib.batch_shards(mesh)
     size = -(-min(config.eval.batch, len(prompts)) // shards) * shards
@@ -88,8 +91,9 @@ def make_sample_fn(
       group = np.stack([index, np.zeros_like(index)], axis=1)
       placed = (group, method_lib.build_condition(config, model, texts))
       placed = processes.put_batch(mesh, placed)
-      painted, is_finite = sample(params, jax.random.key(seed), *placed)
+      painted, latents, is_finite = sample(params, jax.random.key(seed), *placed)
       _check_finite(processes.fetch(is_finite), texts)
+      look(latents, method_lib.positive(placed[1]))
       images.append(processes.fetch(painted))
     return np.concatenate(images)[: len(prompts)]
 
@@ -134,8 +138,9 @@ def make_evaluate(
 
 
 def _evaluate(sample, reward_fn, weights, prompts, params, on_chunk=preemption.go_on):
-  images = sample(params, prompts, on_chunk=on_chunk)
-  scores, infos = score(reward_fn, images, prompts, on_chunk)
+  watched = Watched(reward_fn)
+  images = sample(params, prompts, on_chunk=on_chunk, look=watched.look)
+  scores, infos = score(reward_fn, images, prompts, on_chunk, watched.scores(len(images)))
   # A reward that is only evaluated counts as it is.
   total = sum(weights.get(label, 1.0) * float(each.mean()) for label, each in scores.items())
   row = {"reward/mean": total}
@@ -152,22 +157,56 @@ def _evaluate(sample, reward_fn, weights, prompts, params, on_chunk=preemption.g
   )
 
 
+class Watched:
+  """What rewards of latents say of finished latents, batch after batch."""
+
+  def __init__(self, reward_fn: rewards.CombinedRewardFn):
+    """Of the rewards that `reward_fn` is made of; those of pictures are left out."""
+    self._look: Any = getattr(reward_fn, "look", lambda samples, condition: {})
+    self._found: list[dict[str, np.ndarray]] = []
+
+  def look(self, latents: jax.Array, condition: types.Condition) -> None:
+    """Scores a batch [n, h, w, c] of them."""
+    scores = self._look(types.Samples(latents[:, None], jnp.zeros(1)), condition)
+    self._found.append({label: processes.fetch(each) for label, each in scores.items()})
+
+  def scores(self, count: int) -> dict[str, np.ndarray]:
+    """label -> scores [count] of the first ones; {} where no reward takes latents."""
+    labels = self._found[0] if self._found else {}
+    return {k: np.concatenate([each[k] for each in self._found])[:count] for k in labels}
+
+
+def check_model(reward_fn: rewards.CombinedRewardFn, model: build.Model, prompt: str) -> None:
+  """Raises ValueError where a reward of latents cannot judge the model's.
+
+  Args:
+    reward_fn: the rewards.
+    model: with its pipeline.
+    prompt: any that the pipeline knows.
+  """
+  shape, condition = model.pipeline.latent_shape, model.pipeline.encode([prompt])
+  reward_fn.check_model(shape, condition)  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def score(
   reward_fn: rewards.CombinedRewardFn,
   images: np.ndarray,
   prompts: Sequence[types.Prompt],
   on_chunk: preemption.OnChunk = preemption.go_on,
+  looked: Mapping[str, np.ndarray] = {},
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
   """(label -> scores [N], label -> info) of images uint8 [N, H, W, 3] that every process holds.
 
-  Of several processes each scores its share; an info then holds what is a number for every image.
+  Of several processes each scores its share; an info then holds what is a number for every image. `looked`
+  are the scores [N] of rewards of latents, as of Watched.
   """
   count, process = jax.process_count(), jax.process_index()
   rows = np.arange(len(images)) % count == process
   texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
   scorer = futures.ThreadPoolExecutor(1)
   try:
-    job = scorer.submit(reward_fn(images, texts, metadata, rows=rows))
+    given = {"looked": looked} if looked else {}
+    job = scorer.submit(reward_fn(images, texts, metadata, rows=rows, **given))
     on_chunk(job)
     _, scores, infos = job.result()
   finally:  # without waiting: whoever ends the work does not wait for a reward that hangs

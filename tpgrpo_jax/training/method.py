@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import credit, models, registry, types
+from tpgrpo_jax import credit, models, registry, rewards, types
 from tpgrpo_jax.credit import advantages
 from tpgrpo_jax.flow import branching, completion, guidance, schedule, steps
 from tpgrpo_jax.training import build
@@ -125,8 +125,9 @@ def bind_credit(config: config_lib.Config) -> types.CreditMethod:
   if not isinstance(method, types.CreditMethod):
     method = types.CreditMethod(method, completions="all")  # the user's own function
   field = f"credit.method={config.credit.method!r}"
-  if method.completions not in ("all", "none") or not callable(method.function):
-    raise ValueError(f"{field}: must be a function, or CreditMethod(function, 'all' or 'none').")
+  kinds = ("all", "states", "none")
+  if method.completions not in kinds or not callable(method.function):
+    raise ValueError(f"{field}: must be a function, or CreditMethod(function, one of {kinds}).")
   _check_needs(config, method, field)
   method = method._replace(function=_bind_known(method.function, gamma=config.credit.gamma))
   _check_credit(config, method, field)
@@ -138,6 +139,8 @@ def _check_needs(config, method, field):
   s, known = config.sampler, ("key", "alignment")
   if not isinstance(method.extras, tuple) or not {*method.extras} <= {*known}:
     raise ValueError(f"{field}: extras={method.extras!r} must be a tuple of {known}.")
+  if method.completions == "states":
+    _check_states(config, field)
   if s.rollout == "branch" and (method.completions == "none" or "alignment" in method.extras):
     raise ValueError(
       f"{field}: has completions={method.completions!r} and extras={method.extras}. Members of "
@@ -148,6 +151,20 @@ def _check_needs(config, method, field):
     raise ValueError(
       f"sampler.calibration={s.calibration}: counts the signs of increments, and {field} makes no "
       "completions. Use one that does, or set calibration to 0."
+    )
+
+
+def _check_states(config, field):
+  """Raises ValueError where the noisy states themselves cannot be scored."""
+  if rewards.reads(config.rewards).pictures:
+    raise ValueError(
+      f"{field}: asks for the rewards of noisy states, and rewards={sorted(config.rewards)} look at "
+      f"pictures. Use rewards of latents alone, such as {' or '.join(rewards.LATENT_REWARDS)}."
+    )
+  if config.sampler.rollout != "trajectory":
+    raise ValueError(
+      f"{field}: asks for the rewards of noisy states, and sampler.rollout={config.sampler.rollout!r} keeps "
+      "none of a sample. Use 'trajectory'."
     )
 
 
@@ -243,6 +260,11 @@ def build_condition(config: config_lib.Config, model: build.Model, prompts: list
   return types.GuidedCondition(positive, model.pipeline.encode([""]))
 
 
+def positive(condition: Any) -> types.Condition:
+  """The part of what `build_condition` makes that is of the prompts themselves."""
+  return condition.positive if isinstance(condition, types.GuidedCondition) else condition
+
+
 def draw_place(config: config_lib.Config, epoch: int, chunk: int) -> np.ndarray:
   """Where the noise goes in one microbatch: [W] the steps that are stochastic, or that are branched."""
   s = config.sampler
@@ -276,12 +298,12 @@ def _places(config) -> Iterator[np.ndarray]:
 
 
 def build_plan(config: config_lib.Config, method: Method, place: np.ndarray) -> types.Plan | None:
-  """The packing of one microbatch's completions; None when the credit method needs none.
+  """The packing of one microbatch's completions; None when the credit method makes none.
 
   Where windows or steps are drawn every plan is padded to the largest shape, so that all compile to one
   program.
   """
-  if method.credit.completions == "none":
+  if method.credit.completions != "all":
     return None
   plan = functools.partial(_plan, config.sampler, config.completion, tuple(method.sigmas))
   rows, lanes = _largest_plan(config.sampler, config.completion, tuple(method.sigmas))

@@ -22,7 +22,7 @@ from tpgrpo_jax.training import method as method_lib
 
 KEPT = 64  # images of an epoch that stay on the host, for the report
 
-RolloutFn = Callable[..., tuple[types.Transitions, jax.Array]]
+RolloutFn = Callable[..., tuple[types.Transitions, jax.Array | types.Samples]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,14 @@ class Rollout:
     compared: the rows of completion_reward whose images are compared: the last of trajectories, all members
       of branches.
     completion_reward: [G, W+1, B] float32 total reward, for each of the G strides; NaN where no
-      completion was made (k < W). Of branches: row 0 is the anchor's own, row k + 1 the member's.
+      completion was made (k < W). Of branches: row 0 is the anchor's own, row k + 1 the member's. Where
+      the credit method asks for states, row k < W is the reward of the noisy state after k steps.
     rewards: label -> [G, W+1, B], the same for each reward alone.
-    images: uint8 [at most KEPT, H, W, 3], the first samples' own (the anchors', on branches).
+    images: uint8 [at most KEPT, H, W, 3], the first samples' own (the anchors', on branches); none where no
+      reward looks at pictures.
     gains: [W, B] of the first stride: the increments, on branches the member's reward over its anchor's.
-    statistics: [S, 3] of the images of trajectories or anchors, as of metrics.statistics_of_each.
+    statistics: [S, 3] of the images of trajectories or anchors, as of metrics.statistics_of_each; S = 0
+      without images.
     prompts: [B].
     seconds: phase -> time.
   """
@@ -182,7 +185,7 @@ def sample_microbatch(
   plan: types.Plan | None,
   *,
   sigmas: jax.Array,
-) -> tuple[types.Transitions, jax.Array]:
+) -> tuple[types.Transitions, jax.Array | types.Samples]:
   """Samples one microbatch of S states with M members.
 
   Args:
@@ -200,7 +203,8 @@ def sample_microbatch(
 
   Returns:
     (Transitions, images uint8 [S, segments M + 1, H, W, 3]); a state's last image is its trajectory's (or
-    anchor's) own.
+    anchor's) own. Where a reward takes latents, Samples of as many in place of the images; they are
+    decoded only where another one looks at pictures.
   """
   # The noise belongs to the sample, the draws to the microbatch; both are functions of the epoch.
   noise_key, draw_key = jax.random.split(key)
@@ -218,13 +222,21 @@ def sample_microbatch(
     members = completed.reshape(len(completed), states, -1, *completed.shape[2:]).swapaxes(0, 1)
     members = members.reshape(states, -1, *completed.shape[2:])
     latents = jnp.concatenate([members, latents], axis=1)
-  flat = latents.reshape(-1, *latents.shape[2:])
-  images = models.images_uint8(model.pipeline.decode(params["decoder"], flat))
+  levels = jnp.zeros(latents.shape[1])
+  if method.credit.completions == "states":
+    latents = jnp.concatenate([transitions.x.swapaxes(0, 1), latents], axis=1)
+    levels = jnp.concatenate([transitions.sigma, levels])
   kept = lambda x: x.astype(config.sampler.latents)  # without loss: they were rounded to it
   transitions = dataclasses.replace(
     transitions, x=kept(transitions.x), x_next=kept(transitions.x_next)
   )
-  return transitions, images.reshape(*latents.shape[:2], *images.shape[1:])
+  seen = rewards.reads(config.rewards)
+  if not seen.pictures:
+    return transitions, types.Samples(latents, levels)
+  flat = latents.reshape(-1, *latents.shape[2:])
+  images = models.images_uint8(model.pipeline.decode(params["decoder"], flat))
+  images = images.reshape(*latents.shape[:2], *images.shape[1:])
+  return transitions, types.Samples(latents, levels, images) if seen.latents else images
 
 
 def collect(
@@ -232,7 +244,7 @@ def collect(
   model: build.Model,
   method: method_lib.Method,
   mesh: jax.sharding.Mesh,
-  rollout_fn: Callable[..., tuple[types.Transitions, jax.Array]],
+  rollout_fn: RolloutFn,
   reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
   order: np.ndarray | None = None,
@@ -247,7 +259,7 @@ def collect(
     model: of the run.
     method: of the run.
     mesh: of the run.
-    rollout_fn: (chunk number, group [S, 2], condition) -> (Transitions, images).
+    rollout_fn: (chunk number, group [S, 2], condition) -> (Transitions, images or Samples).
     reward_fn: the weighted sum of the run's rewards; of several processes each scores its own samples.
     prompts: [B] prompt-major, every prompt K times.
     order: [B] the samples as the microbatches take them; None is as they are. Members stay together.
@@ -269,10 +281,10 @@ def collect(
       asked = [prompts[i] for i in lead]
       condition = method_lib.build_condition(config, model, [p.text for p in asked])
       placed = processes.put_batch(mesh, (group[first : first + size : method.members], condition))
-      found, images = rollout_fn(chunk, *placed)
+      found, seen = rollout_fn(chunk, *placed)
       transitions.append(found)
       conditions.append(placed[1])
-      job = _begin_scoring(reward_fn, images, asked, samples < KEPT)
+      job = _begin_scoring(reward_fn, seen, placed[1], asked, samples < KEPT)
       pending.append(scorer.submit(job))
       # Two microbatches at most are under way, so that images do not pile up on the device.
       on_chunk(len(samples), pending[chunk - 1] if chunk else None)
@@ -300,7 +312,7 @@ def collect(
     states.compared,
     completion_reward,
     {label: in_order(scores) for label, scores in by_label.items()},
-    images[np.argsort(order[order < KEPT])],
+    images[np.argsort(order[order < KEPT])] if len(images) else images,
     np.asarray(states.gains(jnp.asarray(completion_reward[0]))),
     statistics,
     list(prompts),
@@ -308,19 +320,25 @@ def collect(
   )
 
 
-def _begin_scoring(reward_fn, images, prompts, kept):
+def _begin_scoring(reward_fn, seen, condition, prompts, kept):
   """Dispatches what runs on the devices; the returned function does the rest, in another thread.
 
   It gives (own, completions) scores of all samples [B], [segments, B], their own images where `kept` [B]
-  is set, and the statistics of all own images [S, 3]; zeros for the samples of other processes.
+  is set, and the statistics of all own images [S, 3]; zeros for the samples of other processes, and None
+  for both where nothing was decoded.
   """
-  states, count = images.shape[:2]
+  images, looked = seen, {}
+  if isinstance(seen, types.Samples):
+    images = seen.images
+    looked = {"looked": reward_fn.look(seen, method_lib.positive(condition))}
+  lead = images if images is not None else seen.x
+  states, count = lead.shape[:2]
   members = len(kept) // states
-  flat = images.reshape(-1, *images.shape[2:])
+  flat = None if images is None else images.reshape(-1, *images.shape[2:])
   texts = [p.text for p in prompts for _ in range(count)]
   metadata = [p.metadata for p in prompts for _ in range(count)]
-  last, mine = images[:, -1], processes.own_rows(images)
-  wait = reward_fn(flat, texts, metadata, rows=np.repeat(mine, count))
+  last, mine = None if images is None else images[:, -1], processes.own_rows(lead)
+  wait = reward_fn(flat, texts, metadata, rows=np.repeat(mine, count), **looked)
 
   def split(flat):
     scores = flat.reshape(states, count)
@@ -329,20 +347,28 @@ def _begin_scoring(reward_fn, images, prompts, kept):
 
   def finish():
     total, by_label, _ = wait()
+    labels = {k: split(values) for k, values in by_label.items()}
+    if last is None:
+      return split(total), labels, None, None
     found = processes.fetch_rows(last, mine)
     pictures, statistics = np.zeros(last.shape, np.uint8), np.zeros((states, 3), np.float32)
     pictures[mine], statistics[mine] = found, metrics.statistics_of_each(found)
     pictures = np.repeat(pictures, members, axis=0)[kept]
-    return split(total), {k: split(values) for k, values in by_label.items()}, pictures, statistics
+    return split(total), labels, pictures, statistics
 
   return finish
 
 
 def _concatenate(scored):
-  """The microbatches side by side: (own, completions), label -> the same, images, statistics."""
+  """The microbatches side by side: (own, completions), label -> the same, images, statistics.
+
+  Empty arrays in place of the latter two where nothing was decoded.
+  """
   total, by_label, images, statistics = zip(*scored)
   join = lambda parts: tuple(np.concatenate(each, axis=-1) for each in zip(*parts))
   scores = {k: join([part[k] for part in by_label]) for k in by_label[0]}
+  if images[0] is None:
+    return join(total), scores, np.zeros((0, 1, 1, 3), np.uint8), np.zeros((0, 3), np.float32)
   return join(total), scores, np.concatenate(images), np.concatenate(statistics)
 
 

@@ -1,6 +1,6 @@
 """What `evaluate` and `sample` do with an opened model: images, scores, and the files they leave."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -55,20 +55,24 @@ def sample_images(
   num_steps: int,
   seed: int,
   kind: str = "ode",
+  look: Any = lambda latents, condition: None,
 ) -> np.ndarray:
   """Samples uint8 [N, H, W, 3]; image i is a function of weights, prompt i, i and seed alone.
 
-  `kind` is a name of evaluation.SAMPLERS.
+  `kind` is a name of evaluation.SAMPLERS, `look` as of evaluation.make_sample_fn.
   """
   sample = evaluation.make_sample_fn(
     opened.config, opened.model, opened.mesh, num_steps=num_steps, kind=kind
   )
   with jax.set_mesh(opened.mesh):
-    return sample(opened.params, prompts, seed)
+    return sample(opened.params, prompts, seed, look=look)
 
 
 def evaluate_images(
-  images: np.ndarray, prompts: Sequence[types.Prompt], reward_fn: rewards.CombinedRewardFn
+  images: np.ndarray,
+  prompts: Sequence[types.Prompt],
+  reward_fn: rewards.CombinedRewardFn,
+  looked: Mapping[str, np.ndarray] = {},
 ) -> dict[str, Any]:
   """Scores images by every reward on its own.
 
@@ -76,6 +80,7 @@ def evaluate_images(
     images: uint8 [N, H, W, 3].
     prompts: [N].
     reward_fn: as of `rewards.make_rewards`.
+    looked: scores [N] of its rewards of latents, as of evaluation.Watched.
 
   Returns:
     What JSON can hold: {"rewards": label -> mean, std, standard_error and, where the reward says it,
@@ -84,7 +89,7 @@ def evaluate_images(
     mean (of exact, where there is one), and mean_of_tags, GenEval's overall score.
   """
   texts = [p.text for p in prompts]
-  scores, infos = evaluation.score(reward_fn, images, prompts)
+  scores, infos = evaluation.score(reward_fn, images, prompts, looked=looked)
   summary, samples = {}, [{"prompt": text, "scores": {}} for text in texts]
   for label, score in scores.items():
     spread = float(score.std())

@@ -6,8 +6,9 @@ import os
 import pathlib
 from typing import Any
 
-from tpgrpo_jax.models import clip, flux, flux2, flux2_vae, mmdit, t5, vae, z_image
+from tpgrpo_jax.models import clip, dina, flux, flux2, flux2_vae, mmdit, t5, vae, z_image
 from tpgrpo_jax.models.hf import clip as hf_clip
+from tpgrpo_jax.models.hf import dina as hf_dina
 from tpgrpo_jax.models.hf import files, sd3
 from tpgrpo_jax.models.hf import flux as hf_flux
 from tpgrpo_jax.models.hf import flux2 as hf_flux2
@@ -23,6 +24,10 @@ _CLIP_TEXT = Architecture(
 ARCHITECTURES = {
   "SD3Transformer2DModel": Architecture(
     mmdit.MMDiTConfig, mmdit.MMDiTConfig.from_diffusers, sd3.names
+  ),
+  # No file says so: what a reward reads of the transformer above, for adapters on it.
+  "DiNaBackbone": Architecture(
+    dina.BackboneConfig, dina.BackboneConfig.from_diffusers, hf_dina.names
   ),
   "FluxTransformer2DModel": Architecture(
     flux.FluxConfig, flux.FluxConfig.from_diffusers, hf_flux.names

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 import dataclasses
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -113,15 +114,50 @@ def load_vision(
 
   Of the folder of a CLIPModel, the image tower alone is read.
   """
-  raw, table = encoder.load_json(folder), TABLE
-  if raw.get("model_type", "clip_vision_model") == "clip_vision_model":
-    config = clip.CLIPVisionConfig.from_transformers(raw)
-  else:
-    both = clip.CLIPConfig.from_transformers(raw)
-    config = dataclasses.replace(both.vision, projection_dim=both.projection_dim)
-    table = encoder.Table(names, _vision_aliases)
+  raw = encoder.load_json(folder)
+  config = _vision_config(raw)
+  is_alone = raw.get("model_type", "clip_vision_model") == "clip_vision_model"
+  table = TABLE if is_alone else encoder.Table(names, _vision_aliases)
   create = lambda rngs: clip.CLIPVision(config, dtype=dtype, rngs=rngs)
   return encoder.load_encoder(folder, table, config, create, dtype=dtype, shardings=shardings)
+
+
+def _vision_config(raw, wrapped=False):
+  """Of an image tower's config.json, or of a whole CLIP's; one that is wrapped may have any model_type."""
+  if wrapped and "vision_config" not in raw:
+    raw = {**raw, "model_type": "clip_vision_model"}
+  if raw.get("model_type", "clip_vision_model") == "clip_vision_model":
+    return clip.CLIPVisionConfig.from_transformers(raw)
+  both = clip.CLIPConfig.from_transformers(raw)
+  return dataclasses.replace(both.vision, projection_dim=both.projection_dim)
+
+
+def bare(name: str) -> str:
+  """A tensor's name without the wrappers that files of a tower and a head put before it."""
+  return re.sub(r"^((module|model|aesthetic_model|aesthetics_predictor|predictor)\.)+", "", name)
+
+
+def load_wrapped_vision(
+  folder: str | os.PathLike[str], *, dtype: Any = jnp.float32, shardings: Any = None
+) -> encoder.Encoder:
+  """`load_vision` of a file that holds a head beside the tower, as DiffSynth-Studio/ImageMetrics has it.
+
+  Names may have a wrapper before them. Without a config.json the tower is taken for CLIP-L/14's.
+  """
+  config = clip.VIT_L_14.vision
+  if (pathlib.Path(folder) / encoder.CONFIG_FILE).is_file():
+    config = _vision_config(encoder.load_json(folder), wrapped=True)
+
+  def towers_own(found):
+    names = {bare(name): name for name in found}
+    return {name: names[theirs] for name, theirs in _vision_aliases(names).items()}
+
+  create = lambda rngs: clip.CLIPVision(config, dtype=dtype, rngs=rngs)
+  table = encoder.Table(names, towers_own)
+  rule = "its config.json, or without one CLIP-L/14"
+  return encoder.load_encoder(
+    folder, table, config, create, dtype=dtype, shardings=shardings, rule=rule
+  )
 
 
 def _vision_aliases(found):

@@ -30,12 +30,12 @@ def names(config: mmdit.MMDiTConfig, shapes: Mapping[str, tuple[int, ...]]) -> l
   for path, shape in sorted(shapes.items()):
     stack = re.match(r"blocks_(\d+)\.(.*)", path)
     if not stack:
-      entries.append(_entry(config, path, None, path, shape))
+      entries.append(entry(config, path, None, path, shape))
       continue
     start = int(first[int(stack[1])])
     for i in range(shape[0]):
       name = f"transformer_blocks.{start + i}.{stack[2]}"
-      entries.append(_entry(config, path, i, name, shape[1:]))
+      entries.append(entry(config, path, i, name, shape[1:]))
   return entries
 
 
@@ -46,7 +46,10 @@ def rename(path: str) -> str:
   return path
 
 
-def _entry(config, path, block, name, shape):
+def entry(
+  config: mmdit.MMDiTConfig, path: str, block: int | None, name: str, shape: tuple[int, ...]
+) -> Entry:
+  """The line of one tensor of ours, of one block of a stack or of all: `name` is renamed here."""
   name = rename(name)
   if path == "pos_embed.pos_embed":
     rows, columns, width = shape

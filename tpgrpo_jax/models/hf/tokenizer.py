@@ -7,6 +7,7 @@ from typing import Any
 # kind -> (transformers' class, the sets of files of which a folder must hold one).
 KINDS = {
   "clip": ("CLIPTokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt"))),
+  "bert": ("BertTokenizer", (("tokenizer.json",), ("vocab.txt",))),
   "t5": ("T5Tokenizer", (("tokenizer.json",), ("spiece.model",))),
   "qwen3": ("Qwen2Tokenizer", (("tokenizer.json",), ("vocab.json", "merges.txt"))),
 }
