@@ -61,9 +61,9 @@ class Sampler:
       SD3's pipeline uses it); shifted (the same as Z-Image's does); flux and flux2 (with a shift that grows
       with the image, as FLUX.1-dev; and falls with the steps, as FLUX.2).
     shift: of the schedules sd3 and shifted; the others do not use it.
-    guidance_scale: 1 is no guidance. Another value costs two model evaluations a step instead of one, but
-      FLUX.1-dev is told it, and FLUX.1-schnell knows none. Z-Image's pipeline counts it from 0: its
-      guidance_scale=4 is 5 here.
+    guidance_scale: 0 ... 1 is no guidance, as in diffusers. A larger one costs two model evaluations a step
+      instead of one, but FLUX.1-dev is told it (any value), and FLUX.1-schnell knows none. Z-Image's pipeline
+      counts it from 0: its guidance_scale=4 is 5 here.
     same_latent: the samples of one prompt start from the same noise.
     height: of an image in pixels; 0 is the model's own.
     width: likewise.

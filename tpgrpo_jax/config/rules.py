@@ -190,7 +190,7 @@ def _sampler(config) -> Iterator[str]:
     yield f"sampler.shift={s.shift}: must be finite and > 0; SD3 uses 3."
   if not 0 <= s.guidance_scale < math.inf:
     yield (
-      f"sampler.guidance_scale={s.guidance_scale}: must be finite and >= 0. 1 is no guidance; the "
+      f"sampler.guidance_scale={s.guidance_scale}: must be finite and >= 0. 0 ... 1 is no guidance; the "
       "papers use 4.5 (SD3.5) and 3.5 (FLUX.1)."
     )
 

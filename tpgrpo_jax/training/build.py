@@ -185,7 +185,7 @@ def _told_guidance(config, sizes):
     return None
   if sizes.guidance_embeds:
     return scale
-  if scale != 1.0:
+  if scale > 1.0:
     raise ValueError(
       f"sampler.guidance_scale={scale}: this model knows no guidance (FLUX.1-schnell was made to do "
       "without; config.json: guidance_embeds is false). Set it to 1."

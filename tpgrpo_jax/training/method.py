@@ -223,9 +223,9 @@ def make_sigmas(sampler: config_lib.Sampler, model: build.Model, num_steps: int)
 
 
 def is_guided(config: config_lib.Config) -> bool:
-  """Whether a step evaluates the model twice, with the prompt and without."""
+  """Whether a step evaluates the model twice, with the prompt and without: above 1, as in diffusers."""
   variant = models.MODELS[config.model.variant]
-  return variant.guidance == "classifier_free" and config.sampler.guidance_scale != 1.0
+  return variant.guidance == "classifier_free" and config.sampler.guidance_scale > 1.0
 
 
 def guide(config: config_lib.Config, velocity_fn: types.VelocityFn) -> types.VelocityFn:

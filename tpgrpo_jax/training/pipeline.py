@@ -189,7 +189,7 @@ def latent_shape(
 def check_distilled(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
   """Raises ValueError for a guidance scale where the pipeline was distilled to do without."""
   index = encoder.load_json(root, text_source.INDEX_FILE)
-  if index.get("is_distilled") and sampler.guidance_scale != 1.0:
+  if index.get("is_distilled") and sampler.guidance_scale > 1.0:
     raise ValueError(
       f"sampler.guidance_scale={sampler.guidance_scale}: this pipeline was distilled to do without guidance "
       f"({text_source.INDEX_FILE}: is_distilled is true, as in FLUX.2-klein-4B). Set it to 1, or take the "

@@ -1,0 +1,39 @@
+"""A run does what was meant, or says that it does not: cases that were once silently something else."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import method_rules
+from tpgrpo_jax.models import flux
+from tpgrpo_jax.training import build, pipeline
+from tpgrpo_jax.training import method as method_lib
+
+
+def guided(scale, variant="sd3"):
+  return config_lib.Config(
+    model=config_lib.Model(variant), sampler=config_lib.Sampler(guidance_scale=scale)
+  )
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
+def test_guidance_of_one_and_below_is_none_as_in_diffusers(scale, tmp_path):
+  assert not method_lib.is_guided(guided(scale))
+  velocity_fn = lambda *inputs: inputs
+  assert method_lib.guide(guided(scale), velocity_fn) is velocity_fn
+  # Model cards of distilled models say 0.
+  sizes = flux.FluxConfig(num_layers=1, num_single_layers=1, guidance_embeds=False)
+  build.outline(guided(scale, "flux"), sizes)
+  (tmp_path / "model_index.json").write_text(json.dumps({"is_distilled": True}))
+  pipeline.check_distilled(config_lib.Sampler(guidance_scale=scale), tmp_path)
+  forward = dataclasses.replace(guided(scale), loss=config_lib.Loss(objective="nft"))
+  assert not any("without guidance" in each for each in method_rules.advise(forward))
+
+
+def test_guidance_above_one_is_guidance(tmp_path):
+  assert method_lib.is_guided(guided(1.5)) and not method_lib.is_guided(guided(1.5, "flux"))
+  sizes = flux.FluxConfig(num_layers=1, num_single_layers=1, guidance_embeds=False)
+  with pytest.raises(ValueError, match="knows no guidance"):
+    build.outline(guided(1.5, "flux"), sizes)
