@@ -119,7 +119,7 @@ def test_names_and_metadata_are_diffusers_own(file):
   assert names["transformer.proj_out.lora_A.weight"].shape == (RANK, 16)
   assert not any("alpha" in name for name in names)  # diffusers' SD3 loader refuses them
   settings = json.loads(metadata_of(file)["lora_adapter_metadata"])
-  assert settings["transformer.r"] == RANK and settings["transformer.lora_alpha"] == ALPHA
+  assert settings["transformer.r"] == settings["transformer.lora_alpha"] == RANK
   assert settings["transformer.target_modules"] == list(EVERY_KIND)
 
 
@@ -184,10 +184,15 @@ def test_names_of_other_programs_are_understood(file, trainable, abstract, chang
   assert_same(hf.load_lora(file, CONFIG, abstract).trainable, trainable)
 
 
+def without_scale(tensors):
+  """B as it was trained, which other programs write; alpha / rank is 4, so that nothing is rounded."""
+  return {k: v / np.float32(ALPHA / RANK) if "lora_B" in k else v for k, v in tensors.items()}
+
+
 def to_kohya(tensors, alpha=ALPHA):
   """Underscores for dots, and an alpha beside every pair."""
   result = {}
-  for name, tensor in renamed("", "lora_down", "lora_up")(tensors).items():
+  for name, tensor in renamed("", "lora_down", "lora_up")(without_scale(tensors)).items():
     module, _, end = name.rpartition(".lora_")
     module = "lora_transformer_" + module.replace(".", "_")
     result[f"{module}.lora_{end}"] = tensor
@@ -203,14 +208,38 @@ def test_kohyas_names_and_alpha_tensors_are_understood(file, trainable, abstract
 
 
 def test_without_a_word_on_alpha_it_is_the_rank_as_in_diffusers(file, abstract):
+  assert hf.load_lora(file, CONFIG, abstract).states_alpha
   rewrite(file, lambda tensors: tensors, metadata={"format": "pt"})
-  assert hf.load_lora(file, CONFIG, abstract).alpha == RANK
+  found = hf.load_lora(file, CONFIG, abstract)
+  assert found.alpha == RANK and not found.states_alpha
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_every_readers_rule_gives_the_same_strength(file, trainable, header):
+  tensors, settings = safetensors.numpy.load_file(file), {}
+  if header:
+    settings = json.loads(metadata_of(file)["lora_adapter_metadata"])
+  a, b = (tensors[f"transformer.proj_out.lora_{side}.weight"] for side in "AB")
+  ours = trainable["proj_out"]["lora_a"] @ trainable["proj_out"]["lora_b"] * (ALPHA / RANK)
+  by_header = settings.get("transformer.lora_alpha", RANK) / RANK  # diffusers >= 0.34, peft
+  by_alpha_tensors = tensors.get("transformer.proj_out.alpha", RANK) / RANK  # ComfyUI, kohya
+  for scale in (by_header, by_alpha_tensors):
+    np.testing.assert_allclose(scale * (b @ a), ours.T, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_that_rounds_comes_back_to_one_rounding(trainable, abstract, tmp_path):
+  found = hf.load_lora(save(tmp_path, trainable, alpha=9.1), CONFIG, abstract)
+  assert found.alpha == 9.1
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-22), found.trainable, trainable
+  )
 
 
 def test_pefts_folder_takes_its_settings_from_adapter_config(file, trainable, abstract, tmp_path):
   folder = tmp_path / "peft"
   folder.mkdir()
-  rewrite(file, renamed("base_model.model."), folder / "adapter_model.safetensors", {})
+  change = lambda tensors: renamed("base_model.model.")(without_scale(tensors))
+  rewrite(file, change, folder / "adapter_model.safetensors", {})
   settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 5, "bias": "none"}
   (folder / "adapter_config.json").write_text(json.dumps(settings))
   found = hf.load_lora(folder, CONFIG, abstract)
@@ -259,7 +288,7 @@ def dropped(*names):
     ),
     (
       lambda t: t | {f"{TO_Q}.alpha": np.asarray(7.0, np.float32)},
-      ("more than one alpha: 7, 12",),
+      ("more than one alpha: 3, 7",),
     ),
     (
       renamed("transformer.single_"),
@@ -366,7 +395,7 @@ def run_theirs(model, inputs):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("through", ["pipeline", "transformer"])
+@pytest.mark.parametrize("through", ["pipeline", "transformer", "pipeline without header"])
 @pytest.mark.parametrize(
   "targets", [model_fields.REFERENCE_LORA_TARGETS, (*EVERY_KIND, "pos_embed.proj")]
 )
@@ -377,7 +406,9 @@ def test_diffusers_gives_our_output_with_our_adapters(theirs, weights, tmp_path,
   wanted, inputs = run(graphdef, {"frozen": weights, "trainable": trainable})
   path = save(tmp_path / "lora", trainable, targets=targets)
   before = run_theirs(theirs, inputs)
-  if through == "pipeline":
+  if through == "pipeline without header":
+    rewrite(path, lambda tensors: tensors, metadata={"format": "pt"})
+  if through.startswith("pipeline"):
     pipe = diffusers.StableDiffusion3Pipeline(
       transformer=theirs, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None,
       text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
