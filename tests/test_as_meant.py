@@ -3,11 +3,14 @@
 import dataclasses
 import json
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.config import method_rules
-from tpgrpo_jax.models import flux
+from tpgrpo_jax.models import flux, text_source
+from tpgrpo_jax.models.hf import files
 from tpgrpo_jax.training import build, pipeline
 from tpgrpo_jax.training import method as method_lib
 
@@ -37,3 +40,32 @@ def test_guidance_above_one_is_guidance(tmp_path):
   sizes = flux.FluxConfig(num_layers=1, num_single_layers=1, guidance_embeds=False)
   with pytest.raises(ValueError, match="knows no guidance"):
     build.outline(guided(1.5, "flux"), sizes)
+
+
+@pytest.mark.parametrize(
+  "name, word",
+  [("FluxFillPipeline", "mask"), ("FluxControlPipeline", "Depth"), ("FluxKontextPipeline", "edits"),
+   ("FluxControlImg2ImgPipeline", "Canny")],
+)  # fmt: skip
+def test_pipelines_that_need_more_than_text_are_named(tmp_path, name, word):
+  (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+  with pytest.raises(ValueError, match=f"holds a {name}: FLUX.1-.*{word}"):
+    text_source.check_from_text(tmp_path)
+  for same_weights in ("FluxPipeline", "FluxImg2ImgPipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": same_weights}))
+    text_source.check_from_text(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16, "float64"])
+def test_weights_that_are_not_finite_end_at_reading_with_their_name(tmp_path, value, dtype):
+  tensor = np.zeros((3, 5), dtype)
+  files.check_finite(tensor, "good", tmp_path)
+  files.check_finite(
+    np.array([np.finfo(dtype).max if dtype != ml_dtypes.bfloat16 else 3e38], dtype),
+    "large",
+    tmp_path,
+  )
+  tensor[2, 4] = value
+  with pytest.raises(ValueError, match="the tensor blocks.1.bad holds NaN or infinity"):
+    files.check_finite(tensor, "blocks.1.bad", tmp_path)

@@ -89,6 +89,7 @@ def tiny_pipeline(variant: str, sizes: models.mmdit.MMDiTConfig) -> Pipeline:
 def _open_diffusers(config, mesh, sizes, prompts):
   """A pipeline as the hub stores it."""
   root = _fetch(config)
+  text_source.check_from_text(root)
   folder = root / "vae"
   variant = models.MODELS[config.model.variant]
   vae_config = hf.load_config(folder)

@@ -6,13 +6,14 @@ import os
 import pathlib
 import re
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax.models.hf import architectures, files, save
-from tpgrpo_jax.models.hf.table import Entry, flatten, unflatten
+from tpgrpo_jax.models.hf import architectures, authors, files, save
+from tpgrpo_jax.models.hf.table import Entry, flatten, shorten, unflatten
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -20,13 +21,13 @@ METADATA_KEY = "lora_adapter_metadata"  # diffusers keeps rank and alpha in the 
 OWN_KEY = "tpgrpo_jax"  # and we the alpha of the training that made it
 PREFIX = "transformer."  # the part of a pipeline that the adapter sits on
 
-# What other programs put before a module's name, and how they end a tensor's.
-_PREFIXES = r"^(base_model\.model\.)?(lora_transformer_|transformer\.|diffusion_model\.)?"
+# How other programs end a tensor's name, and begin those of a text encoder's adapters.
 _ENDINGS = (
   (r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight$", "a"),
   (r"\.(lora_B|lora_up|lora\.up)(\.default)?\.weight$", "b"),
   (r"\.alpha$", "alpha"),
 )
+_TEXT_ENCODER = r"^(base_model\.model\.)?(text_encoder(_\d)?\.|text_encoders\.|lora_te\d?_|te\d\.)"
 # Settings of PEFT that change what an adapter computes, and the only value that is read here.
 _PLAIN = {
   "peft_type": "LORA", "use_dora": False, "use_rslora": False, "lora_bias": False, "bias": "none",
@@ -90,7 +91,9 @@ def save_lora(
       leaf = tree[f"{base}lora_{side}"]
       dtype = np.dtype(leaf.dtype)
       scale = dtype.type(alpha / rank if side == "b" else 1)
-      make = lambda e=entry, x=leaf, s=side, c=scale: c * _to_foreign(e, s, save.to_host(x, e.block))
+      make = lambda e=entry, x=leaf, s=side, c=scale: (
+        c * _to_foreign(e, s, save.to_host(x, e.block))
+      )
       foreign = f"{name}.lora_{side.upper()}.weight"
       pending.append(save.Pending(foreign, shapes[side], dtype, make))
   settings = {
@@ -162,6 +165,14 @@ def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapt
   kernels = {k: tuple(v.shape) for k, v in flatten(abstract).items() if k.endswith(".kernel")}
   entries = architectures.names(config, kernels)
   found, settings = _read(path)
+  of_text = [name for name in found if re.match(_TEXT_ENCODER, name)]
+  if of_text:
+    warnings.warn(
+      f"{path}: its adapters of text encoders ({len(of_text)} tensors, such as {of_text[0]}) are left out: "
+      "text encoders are not trained here.",
+      stacklevel=2,
+    )
+    found = {name: tensor for name, tensor in found.items() if name not in of_text}
   found = architectures.ARCHITECTURES[architectures.class_name(config)].adapters(found)
   adapted, problems = _match(entries, found)
   if not adapted:
@@ -184,7 +195,7 @@ def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapt
   problems += _incomplete(entries, adapted)
   if problems:
     raise ValueError(
-      f"{path}: not an adapter for this {architectures.class_name(config)}:\n" + "\n".join(problems)
+      f"{path}: not an adapter for this {architectures.class_name(config)}:\n" + shorten(problems)
     )
   names = {entry.name.removesuffix(".weight") for entry, _ in adapted}
   every = {entry.name.removesuffix(".weight") for entry in entries}
@@ -215,6 +226,8 @@ def _read(path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """(tensors by name, PEFT's settings) of a file and of adapter_config.json beside it."""
   with files.open_safetensors(path) as handle:
     tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+    for name, tensor in tensors.items():
+      files.check_finite(tensor, name, path)
     metadata = handle.metadata() or {}
   settings = {}
   if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
@@ -249,7 +262,7 @@ def _match(entries, found):
       continue
     ((side, match),) = endings
     module = name[: match.start()]
-    entry = known.get(module) or known.get(re.sub(_PREFIXES, "", module))
+    entry = known.get(module) or known.get(authors.plain(module))
     if entry is None:
       problems.append(f"  the model has no such module: {name} {tensor.shape}")
     else:

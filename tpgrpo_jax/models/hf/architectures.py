@@ -25,7 +25,10 @@ ARCHITECTURES = {
     mmdit.MMDiTConfig, mmdit.MMDiTConfig.from_diffusers, sd3.names
   ),
   "FluxTransformer2DModel": Architecture(
-    flux.FluxConfig, flux.FluxConfig.from_diffusers, hf_flux.names
+    flux.FluxConfig,
+    flux.FluxConfig.from_diffusers,
+    hf_flux.names,
+    adapters=hf_flux.rename_adapters,
   ),
   "Flux2Transformer2DModel": Architecture(
     flux2.Flux2Config,
