@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
   distributed.set_up(config)
   reward_fn = session_lib.build_eval_rewards(config, restore.mesh_here(config))
   prompts = scoring.load_split(config, _SPLIT.value, count=_PROMPTS.value)
+  reward_fn.check(prompts)  # pyright: ignore[reportFunctionMemberAccess]
   seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value
   opened = restore.open_model(
     config,

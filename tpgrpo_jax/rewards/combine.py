@@ -17,6 +17,7 @@ import numbers
 import threading
 import time
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,8 @@ def make_weighted_sum(
     `rows`, bool [N], marks those that this process scores, by default all: the other scores are 0,
     so that the sum over processes has them all, and an info is of these rows alone.
     `begin.check(prompts)` raises ValueError for a prompt that a reward cannot score: it asks those
-    rewards that have such an attribute, a function of one prompt and its metadata.
+    rewards that have such an attribute, a function of one prompt and its metadata. It warns of what their
+    attribute `survey`, of all prompts, says.
     `begin.canaries` is label -> the canary.Canary that a reward brings, or None.
 
   Raises:
@@ -132,9 +134,12 @@ def make_weighted_sum(
     return finish
 
   def check(prompts: Sequence[types.Prompt]) -> None:
-    for function in (*functions["host"].values(), *functions["device"].values()):
+    for label, function in {**functions["host"], **functions["device"]}.items():
       for prompt in prompts:
-        getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
+        with _noting(label, [prompt.text]):
+          getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
+      for line in getattr(function, "survey", lambda _: [])(prompts):
+        warnings.warn(f"rewards.{label}: {line}", stacklevel=2)
 
   begin.check = check  # pyright: ignore[reportFunctionMemberAccess]
   begin.canaries = {  # pyright: ignore[reportFunctionMemberAccess]
