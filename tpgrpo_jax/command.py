@@ -133,7 +133,8 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def _stop(error) -> NoReturn:
-  print(f"error: {error}", file=sys.stderr)
+  notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))  # which reward it was
+  print(f"error: {error}{notes}", file=sys.stderr)
   sys.exit(1)
 
 
