@@ -11,7 +11,8 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.config import method_rules
 from tpgrpo_jax.models import flux, text_source
 from tpgrpo_jax.models.hf import files
-from tpgrpo_jax.training import build, pipeline
+from tpgrpo_jax.runs import metrics
+from tpgrpo_jax.training import build, notices, pipeline
 from tpgrpo_jax.training import method as method_lib
 
 
@@ -69,3 +70,33 @@ def test_weights_that_are_not_finite_end_at_reading_with_their_name(tmp_path, va
   tensor[2, 4] = value
   with pytest.raises(ValueError, match="the tensor blocks.1.bad holds NaN or infinity"):
     files.check_finite(tensor, "blocks.1.bad", tmp_path)
+
+
+def test_shares_of_the_advantages_variance_add_up_and_follow_the_scales():
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=64), 100 * rng.normal(size=64)
+  share = lambda **options: metrics.variance_shares(
+    {"a": a, "b": b}, {"a": 1.0, "b": 1.0}, 8, **options
+  )
+  drowned, even = share(per_reward=False), share(per_reward=True)
+  for found in (drowned, even):
+    assert sum(found.values()) == pytest.approx(1)
+  assert drowned["reward/b/share"] > 0.99 and abs(even["reward/b/share"] - 0.5) < 0.15
+  # A level that all samples of a prompt share has no part in it.
+  lifted = metrics.variance_shares(
+    {"a": a + 1000 * np.repeat(np.arange(8), 8), "b": b}, {"a": 1.0, "b": 1.0}, 8, per_reward=False
+  )
+  assert lifted == pytest.approx(drowned)
+  assert not metrics.variance_shares({"a": a}, {"a": 1.0}, 8, per_reward=False)
+
+
+def test_a_reward_that_drowns_the_others_is_said_once_with_the_remedy(capsys):
+  noticed = notices.Notices(config_lib.Config())
+  row = {"reward/a/share": 0.03, "reward/b/share": 0.97, "reward/a/mean": 0.5}
+  noticed.epoch(row)
+  noticed.epoch(row)
+  said = capsys.readouterr().err
+  assert said.count("reward 'b' makes 97%") == 1
+  assert "advantage.per_reward=True" in said and "'a' hardly counts" in said
+  notices.Notices(config_lib.Config()).epoch(row | {"reward/b/share": 0.9})
+  assert not capsys.readouterr().err

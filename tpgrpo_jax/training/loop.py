@@ -17,7 +17,7 @@ import tqdm
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.runs import best as best_lib
 from tpgrpo_jax.runs import checkpoint, metrics, preemption, processes, run_folder
-from tpgrpo_jax.training import calibration, evaluation, judging
+from tpgrpo_jax.training import calibration, evaluation, judging, notices
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -117,6 +117,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
   has_stalled = functools.partial(
     best.has_stalled, every=config.eval.every, patience=config.eval.patience
   )
+  noticed = notices.Notices(config)
   first, row = totals["epoch"], _last_row(run_dir, "eval")
   clock = time.perf_counter() - totals["seconds"]
   # The row is missing at the start, and where a run was cut between a checkpoint and its evaluation.
@@ -144,6 +145,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
       totals["flops"] = totals.get("flops", 0.0) + session.meter.total()
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
       sink.write({"epoch": epoch + 1, "kind": "train", **totals_row(totals), **train_row})
+      noticed.epoch(train_row)
       checkpoints.save(epoch + 1, state, totals, force=epoch + 1 == config.train.epochs)
       if checkpoints.preempted:
         checkpoints.wait()
