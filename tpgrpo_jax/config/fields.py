@@ -17,7 +17,7 @@ class Run:
   Attributes:
     label: what reports call it; empty for its credit.method.
     programs: folder of compiled programs that runs share, so that a resumed run compiles nothing; empty
-      for ~/.cache/tpgrpo_jax/programs, "off" for none. $JAX_COMPILATION_CACHE_DIR goes first.
+      for ~/.cache/tpgrpo_jax/programs, "off" for none. Empty and "off" leave $JAX_COMPILATION_CACHE_DIR alone.
   """
 
   dir: str = "runs/tpgrpo"
@@ -27,11 +27,18 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """name "words" and "shapes" are the built-in tasks; "folder" reads path/train.* and path/test.* (.txt or
-  .jsonl)."""
+  """What is asked for.
+
+  Attributes:
+    name: "words" and "shapes" are the built-in tasks; "folder" reads path/train.* and path/test.* (.txt or
+      .jsonl).
+    path: of "folder".
+    cache: folder of prepared prompts that runs share; empty for $TFDS_DATA_DIR, else ~/.cache/tpgrpo_jax.
+  """
 
   name: str = "words"
   path: str = ""
+  cache: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +65,9 @@ class Sampler:
     calibration_rounds: how many.
     latents: dtype that latents are kept in; they are rounded to it before they are scored.
     schedule: noise levels: linear; sd3 (diffusers' FlowMatchEulerDiscreteScheduler with a fixed shift, as
-      SD3's pipeline uses it); shifted (the same as Z-Image's does); flux and flux2 (with a shift that grows
-      with the image, as FLUX.1-dev; and falls with the steps, as FLUX.2).
+      SD3's pipeline uses it); shifted (the same as Z-Image's does); flux, flux2 and sd3_dynamic (with a shift
+      that grows with the image, as FLUX.1-dev; falls with the steps too, as FLUX.2; and as SD3's pipeline
+      with use_dynamic_shifting). The line of the growing shift and its last level are the pipeline's own.
     shift: of the schedules sd3 and shifted; the others do not use it.
     guidance_scale: 0 ... 1 is no guidance, as in diffusers. A larger one costs two model evaluations a step
       instead of one, but FLUX.1-dev is told it (any value), and FLUX.1-schnell knows none. Z-Image's pipeline

@@ -37,7 +37,11 @@ def train(config: config_lib.Config) -> dict[str, float]:
   """
   metrics.check_sinks(config.log)
   run_dir = config.run.dir
-  with run_folder.named_errors(run_dir), contextlib.ExitStack() as held:
+  with (
+    run_folder.named_errors(run_dir),
+    jax.enable_x64(False),  # whatever the environment or a notebook says
+    contextlib.ExitStack() as held,
+  ):
 
     def open_folder():
       with run_folder.named_errors(run_dir):

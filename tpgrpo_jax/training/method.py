@@ -219,7 +219,12 @@ def make_sigmas(sampler: config_lib.Sampler, model: build.Model, num_steps: int)
   """The grid of noise levels, [num_steps + 1]."""
   height, width, _ = model.pipeline.latent_shape
   image_tokens = height * width // model.config.latents.patch**2
-  return schedule.SCHEDULES[sampler.schedule](num_steps, sampler.shift, image_tokens)
+  line, terminal = dict(model.pipeline.grid), None
+  if sampler.schedule != "linear":
+    terminal = line.pop("terminal", None)
+  line.pop("terminal", None)
+  sigmas = schedule.SCHEDULES[sampler.schedule](num_steps, sampler.shift, image_tokens, **line)
+  return schedule.stretch_to_terminal(sigmas, terminal) if terminal and num_steps > 1 else sigmas
 
 
 def is_guided(config: config_lib.Config) -> bool:
