@@ -20,7 +20,7 @@ RANKS = {
     "training": 4, "serving": 4,
     "forecasting": 5, "command": 5,
     "train": 6, "evaluate": 6, "sample": 6, "pretrain": 6, "export": 6, "aot": 6, "report": 6,
-    "serve": 6, "judge": 6,
+    "serve": 6, "judge": 6, "__main__": 6,
 }  # fmt: skip
 CONFIG_READERS = {"config", "runs", "reporting", "training", "forecasting"}
 HEAVY = (

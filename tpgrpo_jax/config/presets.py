@@ -234,7 +234,7 @@ READINGS = {
 
 
 def recipe(task: str, method: str) -> Config:
-  """The config of a task trained by a method; its run folder is runs/<task>_<method>.
+  """The config of a task trained by a method; its run folder is runs/<task>_<method>, with the seed.
 
   Args:
     task: a name of TASKS.
@@ -245,7 +245,7 @@ def recipe(task: str, method: str) -> Config:
   """
   base = registry.lookup(TASKS, task, field="task")()
   registry.check(method, METHODS, field="method")
-  changes = {"run.dir": f"runs/{task}_{method}", "run.label": method, **METHODS[method]}
+  changes = {"run.dir": f"runs/{task}_{method}{{seed}}", "run.label": method, **METHODS[method]}
   return apply(base, changes)
 
 

@@ -67,10 +67,14 @@ def flux_sigmas(
   Returns:
     [T + 1] float64, from 1 to 0.
   """
-  line = dict(
-    base_shift=base_shift, max_shift=max_shift, base_tokens=base_tokens, max_tokens=max_tokens
+  mu = dynamic_mu(
+    image_tokens,
+    base_shift=base_shift,
+    max_shift=max_shift,
+    base_tokens=base_tokens,
+    max_tokens=max_tokens,
   )
-  return shift_sigmas(linear_sigmas(num_steps), np.exp(dynamic_mu(image_tokens, **line)))
+  return shift_sigmas(linear_sigmas(num_steps), np.exp(mu))
 
 
 def dynamic_mu(
@@ -107,7 +111,7 @@ def sd3_dynamic_sigmas(
 
 
 def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
-  """The grid whose last level above 0 is `terminal`, 1 - sigma being stretched (diffusers' shift_terminal)."""
+  """The grid whose last level above 0 is `terminal`: 1 - sigma is stretched (diffusers' shift_terminal)."""
   noise = 1.0 - sigmas[:-1]
   return np.append(1.0 - noise * (1.0 - terminal) / noise[-1], 0.0)
 

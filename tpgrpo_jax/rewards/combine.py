@@ -6,9 +6,9 @@ the host run, and everything is waited for, when the result is asked for, in wha
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import copy
 from concurrent import futures
 import contextlib
+import copy
 import http.client
 import inspect
 import json

@@ -50,7 +50,7 @@ def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, floa
 def variance_shares(
   rewards: dict[str, np.ndarray], weights: dict[str, float], group_size: int, *, per_reward: bool
 ) -> dict[str, float]:
-  """reward/<label>/share: how much of the advantage's variance within groups is a reward's own; they sum to 1.
+  """reward/<label>/share: each reward's own part of the advantage's variance within groups; they sum to 1.
 
   cov(w c, total) / var(total), with c the reward less its group's mean (divided by its group's spread where
   each is normalised for itself) and total the sum of all w c. One that goes against the others has a negative

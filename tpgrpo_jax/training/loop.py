@@ -35,6 +35,7 @@ def train(config: config_lib.Config) -> dict[str, float]:
     RewardError: a reward gave up or returned what cannot be trained on; the run can be resumed.
     Preempted: the process was asked to end; the finished epochs are saved.
   """
+  config = config_lib.name_run(config)
   metrics.check_sinks(config.log)
   run_dir = config.run.dir
   with (

@@ -51,5 +51,6 @@ def of_epoch(config: config_lib.Config, row: Mapping[str, Any]) -> Iterator[tupl
       )
       yield (
         f"share/{label}",
-        f"reward {label!r} makes {share:.0%} of the advantage's variance, so {others} hardly counts. {remedy}.",
+        f"reward {label!r} makes {share:.0%} of the advantage's variance, so {others} hardly counts. "
+        f"{remedy}.",
       )

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from tpgrpo_jax import caches
+from tpgrpo_jax import caches, models, types
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, types
 from tpgrpo_jax.models import hf, prompt_cache, prompt_embedding, text_source, tiny, vae
 from tpgrpo_jax.models.hf import encoder, files
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -200,8 +199,8 @@ def check_distilled(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
     )
 
 
-# Fields of diffusers' FlowMatchEulerDiscreteScheduler: under what name the grid takes them, and the only value
-# of the others that is followed.
+# Fields of diffusers' FlowMatchEulerDiscreteScheduler: under what name the grid takes them, and of the others
+# the only value that is followed.
 _OF_GRID = {
   "base_shift": "base_shift", "max_shift": "max_shift", "base_image_seq_len": "base_tokens",
   "max_image_seq_len": "max_tokens", "shift_terminal": "terminal",
