@@ -90,6 +90,15 @@ def define_weights() -> tuple[flags.FlagHolder, flags.FlagHolder]:
   return weights, flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
 
 
+def define_epoch() -> flags.FlagHolder:
+  """The flag --epoch of the commands that open a run."""
+  return flags.DEFINE_integer(
+    "epoch",
+    None,
+    "The run after so many epochs, where a checkpoint of it is kept; by default the newest.",
+  )
+
+
 def refuse_arguments(argv: list[str]) -> None:
   """Raises ValueError for arguments that are not flags, where a command takes none."""
   if len(argv) > 1:
@@ -142,6 +151,10 @@ def _with_recipes_found(argv):
     ValueError: no such recipe or file, which config_flags would keep to itself.
   """
   argv = list(argv)
+  if not any(re.match(r"--?config(=|$)", arg) for arg in argv):
+    run = next((v for i, a in enumerate(argv) if (v := _value_of("run", a, argv[i + 1 :]))), None)
+    if run and any(re.match(r"--?config\.", arg) for arg in argv):  # fields of the run's own config
+      argv.insert(1, f"--config={PACKAGE / 'reporting' / 'run_recipe.py'}:{run}")
   for i, arg in enumerate(argv):
     found = re.fullmatch(r"--?config(?:=(.*))?", arg)
     if not found:
@@ -155,6 +168,12 @@ def _with_recipes_found(argv):
     else:
       argv[i + 1] = found_value
   return argv
+
+
+def _value_of(name, arg, rest):
+  """What an argument --name=value, or --name with the next one, says; None for others."""
+  found = re.fullmatch(rf"--?{name}(?:=(.*))?", arg)
+  return found and (found[1] if found[1] is not None else (rest or [""])[0])
 
 
 def _find_recipe(value):
