@@ -13,7 +13,7 @@ from tpgrpo_jax.config import names, presets
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "tpgrpo_jax"
 RANKS = {
-    "types": 0, "registry": 0, "caches": 0, "config": 0, "cost": 0,
+    "types": 0, "version": 0, "registry": 0, "caches": 0, "config": 0, "cost": 0,
     "flow": 1, "credit": 1, "objective": 1,
     "models": 2, "data": 2, "runs": 2,
     "rewards": 3, "reporting": 3,

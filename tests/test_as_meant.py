@@ -242,3 +242,48 @@ def test_grids_with_the_pipelines_fields_are_diffusers_own(tmp_path, schedule, t
   variant = "flux" if schedule == "flux" else "sd3"
   stored = read_scheduler(tmp_path, variant, schedule, **fields)
   np.testing.assert_allclose(grid(stored, schedule), theirs.sigmas.numpy(), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  "row, part",
+  [
+    ({"group/zero_spread": 1.0}, "no group of this epoch has any spread"),
+    ({"ratio/first_update_max_abs_log": 2e-6}, "more than a tenth of loss.clip_range=1e-05"),
+    ({"clip/inactive": 0.95}, "95% of the terms have no gradient"),
+  ],
+)
+def test_what_an_epoch_knows_is_said_once(capsys, row, part):
+  noticed = notices.Notices(config_lib.Config())
+  noticed.epoch(
+    {"group/zero_spread": 0.9, "ratio/first_update_max_abs_log": 9e-7, "clip/inactive": 0.9}
+  )
+  assert not capsys.readouterr().err
+  noticed.epoch(row)
+  noticed.epoch(row)
+  said = capsys.readouterr().err
+  assert said.count(part) == 1 and len(said.splitlines()) == 1
+
+
+def test_utilisation_is_said_after_the_epoch_that_compiles(capsys):
+  noticed = notices.Notices(config_lib.Config())
+  row = {"time/rollout_utilisation": 0.31, "time/update_utilisation": 0.42}
+  noticed.epoch(row)
+  assert not capsys.readouterr().err
+  noticed.epoch(row)
+  assert "rollout 31%, update 42%" in capsys.readouterr().err
+
+
+def test_an_evaluation_far_below_the_best_and_an_average_that_stands_still_are_said(capsys):
+  row = {"reward/mean": 0.5, "reward/std": 0.2}
+  earlier = [{"epoch": 0, "reward/mean": 0.3}, {"epoch": 10, "reward/mean": 0.6}]
+  found = notices.below_best("reward/mean", row, 100, earlier)
+  assert found == {"best/epoch": 10, "best/below": pytest.approx(5.0)}
+  assert notices.below_best("reward/mean", row, 100, []) == {}
+  noticed = notices.Notices(config_lib.Config())
+  noticed.evaluation({"epoch": 0, "update": 0, "ema/moves": 0, **row})
+  noticed.evaluation({"epoch": 9, "update": 9, "ema/moves": 1, "best/below": 1.9, "best/epoch": 3})
+  assert not capsys.readouterr().err
+  noticed.evaluation({"epoch": 20, "update": 6, "ema/moves": 0, **row, **found})
+  said = capsys.readouterr().err
+  assert "5.0 standard errors below its best, after epoch 10" in said
+  assert "ema.every=8: the average has not moved after 6 updates" in said

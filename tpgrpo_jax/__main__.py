@@ -6,7 +6,7 @@ import runpy
 import sys
 from typing import NoReturn
 
-from tpgrpo_jax import command, registry
+from tpgrpo_jax import command, registry, version
 
 COMMANDS = ("train", "evaluate", "sample", "export", "report", "pretrain", "aot", "serve", "judge")
 
@@ -18,7 +18,7 @@ def main() -> None:
     print(usage())
     return
   if name in ("--version", "-version"):
-    print(f"tpgrpo_jax {command.version()}")
+    print(f"tpgrpo_jax {version.installed()}")
     return
   if name not in COMMANDS:
     _stop(f"error: {name!r}: no such command.{registry.nearest(name, COMMANDS)}")

@@ -1,7 +1,6 @@
 """How every command starts, and how it says that something is wrong."""
 
 from collections.abc import Callable
-import importlib.metadata
 import os
 import pathlib
 import re
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import registry
+from tpgrpo_jax import registry, version
 from tpgrpo_jax.config import bridge, describe
 
 PACKAGE = pathlib.Path(__file__).parent
@@ -39,7 +38,7 @@ def run(
 
   def parse(argv: list[str]) -> list[str]:
     if {"--version", "-version"} & {*argv}:
-      print(f"tpgrpo_jax {version()}")
+      print(f"tpgrpo_jax {version.installed()}")
       sys.exit(0)
     if {"--help", "-help", "-h"} & {*argv} and any(name == "config" for name in flags.FLAGS):
       print(f"{sys.modules[main.__module__].__doc__}\n{flags.FLAGS.main_module_help()}")
@@ -69,14 +68,6 @@ def run(
       os._exit(128 + signal.SIGINT)  # without waiting for threads: that is what was asked for
 
   app.run(quiet, argv=argv, flags_parser=parse)
-
-
-def version() -> str:
-  """Of the installed package, as its metadata says."""
-  try:
-    return importlib.metadata.version("tpgrpo_jax")
-  except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-    return "not installed"
 
 
 def define_weights() -> tuple[flags.FlagHolder, flags.FlagHolder]:

@@ -115,7 +115,7 @@ def open_model(
     if weights != "ema" or strength != 1.0 or epoch is not None:
       shown = "" if epoch is None else f", --epoch={epoch}"
       raise ValueError(
-        f"--weights={weights}, --strength={strength}{shown}: are of what a run has learned. Give --run RUN_DIR."
+        f"--weights={weights}, --strength={strength}{shown}: are of a run. Give --run RUN_DIR."
       )
     mesh = mesh_lib.make_mesh(config.mesh)
     model = build.build_model(config, mesh, prompts)
