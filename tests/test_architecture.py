@@ -13,14 +13,14 @@ from tpgrpo_jax.config import names, presets
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "tpgrpo_jax"
 RANKS = {
-    "types": 0, "registry": 0, "config": 0, "cost": 0,
+    "types": 0, "version": 0, "registry": 0, "caches": 0, "config": 0, "cost": 0,
     "flow": 1, "credit": 1, "objective": 1,
     "models": 2, "data": 2, "runs": 2,
     "rewards": 3, "reporting": 3,
     "training": 4, "serving": 4,
     "forecasting": 5, "command": 5,
     "train": 6, "evaluate": 6, "sample": 6, "pretrain": 6, "export": 6, "aot": 6, "report": 6,
-    "serve": 6, "judge": 6,
+    "serve": 6, "judge": 6, "__main__": 6,
 }  # fmt: skip
 CONFIG_READERS = {"config", "runs", "reporting", "training", "forecasting"}
 HEAVY = (

@@ -17,8 +17,9 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.models import byte_text, hf, lora, mmdit
+from tpgrpo_jax.reporting import run_recipe
 from tpgrpo_jax.runs import best, checkpoint, run_folder
-from tpgrpo_jax.training import build, restore, scoring
+from tpgrpo_jax.training import build, comparing, restore, scoring
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -263,6 +264,51 @@ def test_evaluate_a_run_by_built_in_and_own_rewards(work, run_dir):
   asked = run_command(work, "evaluate", *arguments, "--overwrite")
   assert asked.returncode == 0, asked.stderr
   assert json.loads((work / "scores" / "evaluation.json").read_text()) != result
+
+
+def test_evaluate_compares_with_the_base_from_the_same_noise_with_fields_of_its_own(work, run_dir):
+  (work / "others").mkdir(exist_ok=True)
+  (work / "others" / "test.txt").write_text("OWL\nFOX\nEMU\n")
+  done = run_command(
+    work, "evaluate", "--run", run_dir, f"--config.prompts.path={work / 'others'}", "--compare", "base",
+    "--rewards", "jpeg_compressibility,mine:make", "--output", "compared", "--epoch", 7,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  result = json.loads((work / "compared" / "evaluation.json").read_text())
+  assert [s["prompt"] for s in result["samples"]] == ["OWL", "FOX", "EMU"]
+  compared = result["compared"]
+  assert compared["model"].startswith("base model") and "after epoch 7" in result["model"]
+  # Its scores are the numbers of the pictures: the paired differences are all 0.
+  assert compared["gain"]["mine:make"] == {"mean": 0.0, "standard_error": 0.0}
+  gain = compared["gain"]["jpeg_compressibility"]
+  before, after = (r["rewards"]["jpeg_compressibility"]["mean"] for r in (compared, result))
+  assert gain["mean"] == pytest.approx(after - before, abs=1e-6) and gain["mean"] != 0
+  assert "mine:make" in done.stdout and "a gain of +0.0000" in done.stdout
+
+
+def test_fields_that_change_the_weights_of_a_run_are_refused(run_dir):
+  recipe = run_recipe.get_config(str(run_dir))
+  recipe.sampler.guidance_scale = 2.0
+  assert restore.choose_config(str(run_dir), recipe).sampler.guidance_scale == 2.0
+  recipe.lora.rank = 4
+  with pytest.raises(ValueError, match=r"--config.lora.rank=4: the run has 0"):
+    restore.choose_config(str(run_dir), recipe)
+
+
+def test_an_epoch_that_is_not_kept_is_refused_with_those_that_are(config, run_dir):
+  with pytest.raises(ValueError, match=r"--epoch=3: the run has checkpoints after \[7\]"):
+    restore.open_model(config, run_dir, epoch=3)
+  with pytest.raises(ValueError, match="best weights have an epoch of their own"):
+    restore.open_model(config, run_dir, epoch=7, weights="best")
+
+
+def test_paired_differences_have_the_smaller_error():
+  rng = np.random.default_rng(0)
+  base = rng.normal(size=200)
+  scored = lambda values: {"rewards": {"a": {}}, "samples": [{"scores": {"a": v}} for v in values]}
+  found = comparing.gains(scored(base + 0.1 + 0.01 * rng.normal(size=200)), scored(base))["a"]
+  assert found.mean == pytest.approx(0.1, abs=0.003)
+  assert found.standard_error == pytest.approx(0.01 / np.sqrt(200), rel=0.2)
 
 
 def test_evaluate_names_an_unknown_reward(work):

@@ -88,7 +88,8 @@ def test_recipes_and_run_folders_that_a_page_names_exist(page):
     assert (ROOT / "configs" / f"{task}.py").is_file(), task
     if method:
       rules.validate(presets.recipe(task, method))
-  folders = {presets.recipe(t, m).run.dir for t in presets.TASKS for m in presets.METHODS}
+  pairs = [(t, m) for t in presets.TASKS for m in presets.METHODS]
+  folders = {bridge.name_run(presets.recipe(*pair)).run.dir for pair in pairs}
   for name in re.findall(r"runs/((?:tiny|sd35m|flux)[a-z0-9_]+)", text):
     assert f"runs/{name}" in folders | {"runs/tiny_text_pretrain"}, name
 

@@ -13,12 +13,18 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.config import bridge
+from tpgrpo_jax import registry, version
+from tpgrpo_jax.config import bridge, describe
 
 PACKAGE = pathlib.Path(__file__).parent
 
 
-def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -> None:
+def run(
+  main: Callable[[list[str]], Any],
+  *,
+  recipe: type = config_lib.Config,
+  argv: list[str] | None = None,
+) -> None:
   """absl's app.run without the libraries' INFO lines, unless --verbosity asks for them.
 
   An error that this package raised for its user ends the command with its message alone; any other
@@ -27,15 +33,22 @@ def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -
   Args:
     main: of argv.
     recipe: the dataclass that --config describes; the keys of --config.x.y=z are checked with it.
+    argv: in place of sys.argv.
   """
 
   def parse(argv: list[str]) -> list[str]:
+    if {"--version", "-version"} & {*argv}:
+      print(f"tpgrpo_jax {version.installed()}")
+      sys.exit(0)
+    if {"--help", "-help", "-h"} & {*argv} and any(name == "config" for name in flags.FLAGS):
+      print(f"{sys.modules[main.__module__].__doc__}\n{flags.FLAGS.main_module_help()}")
+      print(describe.render(recipe))
+      sys.exit(0)
     keys = (re.match(r"--?config\.([^=]+)", arg) for arg in argv)
     try:
       for key in filter(None, keys):
         bridge.check_key(recipe, key[1])
-      _check_recipe(argv)
-      return flags.FLAGS(argv)
+      return flags.FLAGS(_with_recipes_found(argv))
     except (ValueError, TypeError, SyntaxError, flags.Error) as error:  # of config_flags
       _stop(_origin(error))
 
@@ -54,7 +67,7 @@ def run(main: Callable[[list[str]], Any], *, recipe: type = config_lib.Config) -
       sys.stderr.flush()
       os._exit(128 + signal.SIGINT)  # without waiting for threads: that is what was asked for
 
-  app.run(quiet, flags_parser=parse)
+  app.run(quiet, argv=argv, flags_parser=parse)
 
 
 def define_weights() -> tuple[flags.FlagHolder, flags.FlagHolder]:
@@ -66,6 +79,15 @@ def define_weights() -> tuple[flags.FlagHolder, flags.FlagHolder]:
     "Of the run: the newest average, as the last update left them, those of the best evaluation.",
   )
   return weights, flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
+
+
+def define_epoch() -> flags.FlagHolder:
+  """The flag --epoch of the commands that open a run."""
+  return flags.DEFINE_integer(
+    "epoch",
+    None,
+    "The run after so many epochs, where a checkpoint of it is kept; by default the newest.",
+  )
 
 
 def refuse_arguments(argv: list[str]) -> None:
@@ -106,18 +128,58 @@ def open_output(flag: str, folder: str, *, only: tuple[str, ...] = ()) -> pathli
   return path
 
 
-def _check_recipe(argv):
-  """Raises ValueError where --config names no file, which config_flags would keep to itself."""
+def recipes() -> dict[str, pathlib.Path]:
+  """Name -> file of the recipes that ship: those of the checkout, else those of the installed package."""
+  folders = (PACKAGE.parent / "configs", PACKAGE / "recipes")
+  folder = next((folder for folder in folders if (folder / "tiny_text.py").is_file()), folders[1])
+  return {path.stem: path for path in sorted(folder.glob("[a-z]*.py"))}
+
+
+def _with_recipes_found(argv):
+  """The arguments, with the file of the recipe that --config names.
+
+  Raises:
+    ValueError: no such recipe or file, which config_flags would keep to itself.
+  """
+  argv = list(argv)
+  if not any(re.match(r"--?config(=|$)", arg) for arg in argv):
+    run = next((v for i, a in enumerate(argv) if (v := _value_of("run", a, argv[i + 1 :]))), None)
+    if run and any(re.match(r"--?config\.", arg) for arg in argv):  # fields of the run's own config
+      argv.insert(1, f"--config={PACKAGE / 'reporting' / 'run_recipe.py'}:{run}")
   for i, arg in enumerate(argv):
     found = re.fullmatch(r"--?config(?:=(.*))?", arg)
     if not found:
       continue
-    value = found[1] if found[1] is not None else (argv[i + 1 : i + 2] or [""])[0]
-    file = value.split(":", 1)[0]  # config_flags hands what follows the colon to get_config
-    if not pathlib.Path(file).is_file():
-      raise ValueError(
-        f"--config={value!r}: no such file. Give a recipe, such as configs/tiny_text.py."
-      )
+    if found[1] is None and i + 1 == len(argv):
+      argv.append("")
+    value = found[1] if found[1] is not None else argv[i + 1]
+    found_value = _find_recipe(value)
+    if found[1] is not None:
+      argv[i] = f"--config={found_value}"
+    else:
+      argv[i + 1] = found_value
+  return argv
+
+
+def _value_of(name, arg, rest):
+  """What an argument --name=value, or --name with the next one, says; None for others."""
+  found = re.fullmatch(rf"--?{name}(?:=(.*))?", arg)
+  return found and (found[1] if found[1] is not None else (rest or [""])[0])
+
+
+def _find_recipe(value):
+  file, colon, method = value.partition(
+    ":"
+  )  # config_flags hands what follows the colon to get_config
+  if pathlib.Path(file).is_file():
+    return value
+  known = recipes()
+  if file not in known:
+    raise ValueError(
+      f"--config={value!r}: no such file, nor a recipe of that name."
+      f"{registry.nearest(pathlib.Path(file).stem, known)}"
+    )
+  return f"{known[file]}{colon}{method}"
 
 
 def _origin(error: BaseException) -> BaseException:
@@ -133,7 +195,8 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def _stop(error) -> NoReturn:
-  print(f"error: {error}", file=sys.stderr)
+  notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))  # which reward it was
+  print(f"error: {error}{notes}", file=sys.stderr)
   sys.exit(1)
 
 

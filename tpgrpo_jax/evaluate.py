@@ -1,6 +1,7 @@
 """Scores a run or a base model: python -m tpgrpo_jax.evaluate --run RUN_DIR [--rewards ocr]
 
-The base model of a recipe: --config configs/tiny_text.py [--config.model.path=...].
+The base model of a recipe: --config configs/tiny_text.py [--config.model.path=...]. With --run too,
+fields that do not change the weights may be set: --config.prompts.path=FOLDER.
 """
 
 import dataclasses
@@ -16,6 +17,12 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe: its base model.", lock_config=True
 )
 _WEIGHTS, _STRENGTH = command.define_weights()
+_EPOCH = command.define_epoch()
+_COMPARE = flags.DEFINE_string(
+  "compare",
+  None,
+  'Also "base" or another run folder, from the same noise: the gain, prompt by prompt.',
+)
 _REWARDS = flags.DEFINE_list(
   "rewards", None, 'Names, or your own "package.module:make"; by default those of the config.'
 )
@@ -61,34 +68,55 @@ def main(argv: list[str]) -> None:
       f"--output={_OUTPUT.value!r}: holds an earlier evaluation.json. Name another folder, or --overwrite."
     )
   from tpgrpo_jax.runs import distributed, processes
-  from tpgrpo_jax.training import evaluation, scoring
+  from tpgrpo_jax.training import comparing, evaluation, scoring
   from tpgrpo_jax.training import session as session_lib
 
   distributed.set_up(config)
   reward_fn = session_lib.build_eval_rewards(config, restore.mesh_here(config))
   prompts = scoring.load_split(config, _SPLIT.value, count=_PROMPTS.value)
+  reward_fn.check(prompts)  # pyright: ignore[reportFunctionMemberAccess]
   seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value
-  opened = restore.open_model(
-    config,
-    _RUN.value,
-    prompts=[p.text for p in prompts],
-    weights=_WEIGHTS.value,
-    strength=_STRENGTH.value,
-  )
-  evaluation.check_model(reward_fn, opened.model, prompts[0].text)
-  watched = evaluation.Watched(reward_fn)
+  texts = [p.text for p in prompts]
   num_steps, kind = config.eval.num_steps, _SAMPLER.value
-  images = scoring.sample_images(
-    opened, prompts, num_steps=num_steps, seed=seed, kind=kind, look=watched.look
+
+  def score(opened):
+    evaluation.check_model(reward_fn, opened.model, texts[0])
+    watched = evaluation.Watched(reward_fn)
+    images = scoring.sample_images(
+      opened, prompts, num_steps=num_steps, seed=seed, kind=kind, look=watched.look
+    )
+    looked = watched.scores(len(images))
+    return opened.name, images, scoring.evaluate_images(images, prompts, reward_fn, looked)
+
+  name, images, found = score(
+    restore.open_model(
+      config,
+      _RUN.value,
+      prompts=texts,
+      weights=_WEIGHTS.value,
+      strength=_STRENGTH.value,
+      epoch=_EPOCH.value,
+    )
   )
-  setting = {"model": opened.name, "split": _SPLIT.value, "prompts": len(prompts), "seed": seed}
+  setting = {"model": name, "split": _SPLIT.value, "prompts": len(prompts), "seed": seed}
   setting |= {"sampler": kind, "num_steps": num_steps}
   setting["guidance_scale"] = config.sampler.guidance_scale
-  looked = watched.scores(len(images))
-  result = setting | scoring.evaluate_images(images, prompts, reward_fn, looked)
+  result, lines = setting | found, []
+  if _COMPARE.value:
+    other_name, _, other = score(
+      comparing.open_other(config, _COMPARE.value, texts, _WEIGHTS.value)
+    )
+    gains = comparing.gains(found, other)
+    result["compared"] = {
+      "model": other_name,
+      "rewards": other["rewards"],
+      "gain": {label: gain._asdict() for label, gain in gains.items()},
+    }
+    lines = [comparing.render(other_name, other, gains)]
   if not processes.is_first():
     return
-  print(", ".join(f"{k} {v}" for k, v in setting.items()), scoring.render_table(result), sep="\n")
+  print(", ".join(f"{k} {v}" for k, v in setting.items()))
+  print(scoring.render_table(result), *lines, sep="\n")
   print(f"written to {scoring.save_evaluation(result, images, _OUTPUT.value)}")
 
 

@@ -16,6 +16,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe: its base model.", lock_config=True
 )
 _WEIGHTS, _STRENGTH = command.define_weights()
+_EPOCH = command.define_epoch()
 _FILE = flags.DEFINE_string("prompts_file", None, "Text file, one prompt a line, beside arguments.")
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Solver steps; by default eval.num_steps.")
@@ -49,7 +50,12 @@ def main(argv: list[str]) -> None:
   texts = [text for text in texts for _ in range(_SAMPLES.value)]
   distributed.set_up(config)
   opened = restore.open_model(
-    config, _RUN.value, prompts=texts, weights=_WEIGHTS.value, strength=_STRENGTH.value
+    config,
+    _RUN.value,
+    prompts=texts,
+    weights=_WEIGHTS.value,
+    strength=_STRENGTH.value,
+    epoch=_EPOCH.value,
   )
   prompts = [types.Prompt(text, {}) for text in texts]
   images = scoring.sample_images(opened, prompts, num_steps=config.eval.num_steps, seed=_SEED.value)

@@ -14,7 +14,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_c
 def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
   command.refuse_arguments(argv)
-  config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
+  config = config_lib.name_run(config_lib.from_config_dict(config_lib.Config, _CONFIG.value))
   rules.validate(config)
   from tpgrpo_jax.runs import distributed, preemption, processes
   from tpgrpo_jax.training import loop

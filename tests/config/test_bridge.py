@@ -90,7 +90,7 @@ def test_recipe_of_a_method_is_that_of_the_table(path):
   spec.loader.exec_module(recipe)
   found = config_lib.from_config_dict(config_lib.Config, recipe.get_config("flow_dppo"))
   assert found == presets.recipe(path.stem, "flow_dppo")
-  assert found.run.dir == f"runs/{path.stem}_flow_dppo"
+  assert config_lib.name_run(found).run.dir == f"runs/{path.stem}_flow_dppo"
   assert recipe.get_config() == recipe.get_config("tp_grpo")
 
 

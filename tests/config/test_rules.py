@@ -78,7 +78,7 @@ BAD = {
   ),
   "guidance_of_nan": (
     {"sampler.guidance_scale": float("nan")},
-    ("sampler.guidance_scale=nan:", "must be finite and >= 0", "1 is no guidance"),
+    ("sampler.guidance_scale=nan:", "must be finite and >= 0", "0 ... 1 is no guidance"),
   ),
   "negative_seed": ({"seed": -1}, ("seed=-1:", "must be 0 ... 2**32 - 1", "Use 0")),
   "seed_beyond_32_bits": ({"seed": 2**40}, ("must be 0 ... 2**32 - 1", "Use 0")),

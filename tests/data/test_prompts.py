@@ -100,7 +100,38 @@ def test_the_same_bytes_in_another_form_are_another_dataset(source, load):
   (source / "train.jsonl").write_text('{"prompt": "a"}')
   assert load()[0].text == "a"
   (source / "train.jsonl").rename(source / "train.txt")
-  assert load()[0].text == '{"prompt": "a"}'
+  with pytest.raises(ValueError, match="holds JSON"):
+    load()
+
+
+@pytest.mark.parametrize(
+  "content, part",
+  [
+    ('{"prompt": "a"}\n{"prompt": "b"}', "holds JSON"),
+    ('[\n{"prompt": "a"}\n]', "holds JSON"),
+    ("id,prompt\n1,a cat", "is a table (its first line is 'id,prompt')"),
+    ('"Prompt";"Seed"\n"a cat";1', "is a table"),
+    ("caption\tsource\na cat\tweb", "is a table"),
+    ("prompt\na cat", "is a table"),
+  ],
+)
+def test_a_text_file_that_is_something_else_is_recognised(source, load, content, part):
+  (source / "train.txt").write_text(content)
+  with pytest.raises(ValueError) as caught:
+    load()
+  assert part in str(caught.value) and "one prompt a line" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["a cat, caption of a prompt\nb", "text\nb", "{braces}\nb"])
+def test_prompts_that_look_a_little_like_something_else_are_prompts(source, load, content):
+  (source / "train.txt").write_text(content)
+  assert [p.text for p in load()] == content.splitlines()
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n", "\u2028", "\x85"])
+def test_line_ends_of_every_system_end_a_line(source, load, end):
+  (source / "train.txt").write_bytes(end.join(["a", "b", "c"]).encode())
+  assert [p.text for p in load()] == ["a", "b", "c"]
 
 
 def test_processes_that_prepare_at_once_all_read_the_whole_dataset(source, tmp_path):
@@ -141,8 +172,9 @@ def test_a_preparation_that_fails_leaves_nothing_behind(source, load, tmp_path, 
 
   (source / "train.txt").write_text("a")
   monkeypatch.setattr(prompts, "_write_tfds", fail)
-  with pytest.raises(OSError, match="disk full"):
+  with pytest.raises(ValueError, match="--config.prompts.cache=") as caught:
     load()
+  assert "disk full" in str(caught.value)
   assert not list((tmp_path / "cache").iterdir())
 
 

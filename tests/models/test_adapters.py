@@ -14,6 +14,7 @@ import safetensors.numpy
 from tpgrpo_jax import models, types
 from tpgrpo_jax.config import model_fields
 from tpgrpo_jax.models import flux, hf, lora, mmdit
+from tpgrpo_jax.models.hf import flux as hf_flux
 from tpgrpo_jax.models.hf import flux2 as hf_flux2
 
 RANK, ALPHA = 3, 12.0
@@ -119,7 +120,7 @@ def test_names_and_metadata_are_diffusers_own(file):
   assert names["transformer.proj_out.lora_A.weight"].shape == (RANK, 16)
   assert not any("alpha" in name for name in names)  # diffusers' SD3 loader refuses them
   settings = json.loads(metadata_of(file)["lora_adapter_metadata"])
-  assert settings["transformer.r"] == RANK and settings["transformer.lora_alpha"] == ALPHA
+  assert settings["transformer.r"] == settings["transformer.lora_alpha"] == RANK
   assert settings["transformer.target_modules"] == list(EVERY_KIND)
 
 
@@ -177,6 +178,9 @@ def renamed(prefix, a="lora_A", b="lora_B"):
     renamed("base_model.model.transformer."),
     renamed("diffusion_model.", "lora_down", "lora_up"),
     renamed("transformer.", "lora_A.default", "lora_B.default"),
+    renamed("diffusion_model."),
+    renamed("_orig_mod.transformer."),
+    renamed("transformer._orig_mod."),
   ],
 )
 def test_names_of_other_programs_are_understood(file, trainable, abstract, change):
@@ -184,10 +188,34 @@ def test_names_of_other_programs_are_understood(file, trainable, abstract, chang
   assert_same(hf.load_lora(file, CONFIG, abstract).trainable, trainable)
 
 
+def without_scale(tensors):
+  """B as it was trained, which other programs write; alpha / rank is 4, so that nothing is rounded."""
+  return {k: v / np.float32(ALPHA / RANK) if "lora_B" in k else v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["text_encoder.layers.0.lora_A.weight", "lora_te1_text_model_encoder_layers_0.lora_up.weight"],
+)
+def test_adapters_of_text_encoders_are_left_out_with_a_warning(file, trainable, abstract, name):
+  rewrite(file, lambda t: t | {name: np.zeros((3, 4), np.float32)})
+  with pytest.warns(UserWarning, match=f"1 tensors, such as {name}"):
+    found = hf.load_lora(file, CONFIG, abstract)
+  assert_same(found.trainable, trainable)
+
+
+def test_a_list_of_names_that_do_not_fit_is_short_and_has_every_kind(file, abstract):
+  rewrite(file, renamed("transformer.other_"))
+  lines = error_of_loading(file, abstract).splitlines()
+  assert len(lines) <= 13 and "more lines of the kind" in lines[-2] + lines[-1]
+  assert any("no such module" in line for line in lines)
+  assert any("adapts none" in line for line in lines)
+
+
 def to_kohya(tensors, alpha=ALPHA):
   """Underscores for dots, and an alpha beside every pair."""
   result = {}
-  for name, tensor in renamed("", "lora_down", "lora_up")(tensors).items():
+  for name, tensor in renamed("", "lora_down", "lora_up")(without_scale(tensors)).items():
     module, _, end = name.rpartition(".lora_")
     module = "lora_transformer_" + module.replace(".", "_")
     result[f"{module}.lora_{end}"] = tensor
@@ -203,14 +231,38 @@ def test_kohyas_names_and_alpha_tensors_are_understood(file, trainable, abstract
 
 
 def test_without_a_word_on_alpha_it_is_the_rank_as_in_diffusers(file, abstract):
+  assert hf.load_lora(file, CONFIG, abstract).states_alpha
   rewrite(file, lambda tensors: tensors, metadata={"format": "pt"})
-  assert hf.load_lora(file, CONFIG, abstract).alpha == RANK
+  found = hf.load_lora(file, CONFIG, abstract)
+  assert found.alpha == RANK and not found.states_alpha
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_every_readers_rule_gives_the_same_strength(file, trainable, header):
+  tensors, settings = safetensors.numpy.load_file(file), {}
+  if header:
+    settings = json.loads(metadata_of(file)["lora_adapter_metadata"])
+  a, b = (tensors[f"transformer.proj_out.lora_{side}.weight"] for side in "AB")
+  ours = trainable["proj_out"]["lora_a"] @ trainable["proj_out"]["lora_b"] * (ALPHA / RANK)
+  by_header = settings.get("transformer.lora_alpha", RANK) / RANK  # diffusers >= 0.34, peft
+  by_alpha_tensors = tensors.get("transformer.proj_out.alpha", RANK) / RANK  # ComfyUI, kohya
+  for scale in (by_header, by_alpha_tensors):
+    np.testing.assert_allclose(scale * (b @ a), ours.T, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_that_rounds_comes_back_to_one_rounding(trainable, abstract, tmp_path):
+  found = hf.load_lora(save(tmp_path, trainable, alpha=9.1), CONFIG, abstract)
+  assert found.alpha == 9.1
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-22), found.trainable, trainable
+  )
 
 
 def test_pefts_folder_takes_its_settings_from_adapter_config(file, trainable, abstract, tmp_path):
   folder = tmp_path / "peft"
   folder.mkdir()
-  rewrite(file, renamed("base_model.model."), folder / "adapter_model.safetensors", {})
+  change = lambda tensors: renamed("base_model.model.")(without_scale(tensors))
+  rewrite(file, change, folder / "adapter_model.safetensors", {})
   settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 5, "bias": "none"}
   (folder / "adapter_config.json").write_text(json.dumps(settings))
   found = hf.load_lora(folder, CONFIG, abstract)
@@ -259,15 +311,15 @@ def dropped(*names):
     ),
     (
       lambda t: t | {f"{TO_Q}.alpha": np.asarray(7.0, np.float32)},
-      ("more than one alpha: 7, 12",),
+      ("more than one alpha: 3, 7",),
     ),
     (
       renamed("transformer.single_"),
       ("not an adapter for this SD3Transformer2DModel", "no such module: transformer.single_trans"),
     ),
     (
-      lambda t: t | {"text_encoder.layers.0.lora_A.weight": np.zeros((3, 4), np.float32)},
-      ("the model has no such module: text_encoder.layers.0.lora_A.weight (3, 4)",),
+      lambda t: t | {f"{TO_Q}.lora_B.weight": np.full((16, 3), np.nan, np.float32)},
+      (f"the tensor {TO_Q}.lora_B.weight holds NaN or infinity",),
     ),
     (
       lambda t: t | {f"{TO_Q}.magnitude": np.zeros(16, np.float32)},
@@ -366,7 +418,7 @@ def run_theirs(model, inputs):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("through", ["pipeline", "transformer"])
+@pytest.mark.parametrize("through", ["pipeline", "transformer", "pipeline without header"])
 @pytest.mark.parametrize(
   "targets", [model_fields.REFERENCE_LORA_TARGETS, (*EVERY_KIND, "pos_embed.proj")]
 )
@@ -377,7 +429,9 @@ def test_diffusers_gives_our_output_with_our_adapters(theirs, weights, tmp_path,
   wanted, inputs = run(graphdef, {"frozen": weights, "trainable": trainable})
   path = save(tmp_path / "lora", trainable, targets=targets)
   before = run_theirs(theirs, inputs)
-  if through == "pipeline":
+  if through == "pipeline without header":
+    rewrite(path, lambda tensors: tensors, metadata={"format": "pt"})
+  if through.startswith("pipeline"):
     pipe = diffusers.StableDiffusion3Pipeline(
       transformer=theirs, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None,
       text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
@@ -510,6 +564,80 @@ def test_adapters_of_peft_give_their_output_here(theirs, weights, abstract, tmp_
   assert jax.tree.structure(shapes) == jax.tree.structure(found.trainable)
   ours, inputs = run(graphdef, {"frozen": weights, "trainable": found.trainable})
   assert relative_error(ours, run_theirs(model, inputs)) < TOLERANCE
+
+
+def flux_authors_file(path, style, *, sparse=False, rank=4):
+  """Adapters of the small FLUX.1 under its authors' names, as kohya ("_") or ai-toolkit (".") write them."""
+  rng, width = np.random.default_rng(0), 32
+  shapes = {
+    f"double_blocks.{i}.{name}": shape
+    for i in range(2)
+    for name, shape in {
+      "img_attn.qkv": (3 * width, width), "txt_attn.qkv": (3 * width, width),
+      "img_attn.proj": (width, width), "txt_mlp.2": (width, 4 * width),
+      "img_mod.lin": (6 * width, width),
+    }.items()
+  } | {f"single_blocks.{i}.linear1": (7 * width, width) for i in range(2)}  # fmt: skip
+  draw, tensors = lambda *shape: rng.standard_normal(shape).astype(np.float32), {}
+  for name, (out, inside) in shapes.items():
+    parts = {"qkv": 3, "linear1": 4}.get(name.rpartition(".")[2], 1) if sparse else 1
+    a, b = draw(parts * rank, inside), draw(out, parts * rank)
+    if parts > 1:  # one small adapter for each of the parts
+      bounds = np.cumsum([0, width, width, width, 4 * width])
+      for i in range(parts):
+        own = b[bounds[i] : bounds[i + 1], i * rank : (i + 1) * rank].copy()
+        b[bounds[i] : bounds[i + 1]] = 0
+        b[bounds[i] : bounds[i + 1], i * rank : (i + 1) * rank] = own
+    if style == "kohya":
+      name = "lora_unet_" + name.replace(".", "_")
+      tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+      tensors[f"{name}.alpha"] = np.asarray(2.0 * parts, np.float32)
+    else:
+      name = f"diffusion_model.{name}"
+      tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+  safetensors.numpy.save_file(tensors, path)
+  return tensors
+
+
+@pytest.mark.parametrize(
+  "style, sparse, alpha", [("kohya", False, 2.0), ("kohya", True, 2.0), ("authors", False, 4.0)]
+)
+def test_adapters_under_the_names_of_flux_1s_authors_are_read(tmp_path, style, sparse, alpha):
+  tensors = flux_authors_file(tmp_path / "theirs.safetensors", style, sparse=sparse)
+  found = hf.load_lora(tmp_path / "theirs.safetensors", FLUX, flux_with(("attn.to_q",))[2])
+  assert (found.rank, found.alpha) == (4, alpha)
+  single = found.trainable["single_transformer_blocks"]
+  parts = [single["attn"][f"to_{side}"] for side in "qkv"] + [single["proj_mlp"]]
+  ours = np.concatenate([(p["lora_a"][1] @ p["lora_b"][1]).T for p in parts])
+  name = (
+    "lora_unet_single_blocks_1_linear1"
+    if style == "kohya"
+    else "diffusion_model.single_blocks.1.linear1"
+  )
+  a, b = (tensors[k] for k in tensors if k.startswith(name) and "alpha" not in k)
+  np.testing.assert_allclose(ours, b @ a, rtol=1e-4, atol=1e-5)
+  assert {"attn.to_q", "attn.add_v_proj", "proj_mlp", "norm1.linear"} <= {*found.targets}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("sparse", [False, True])
+def test_kohyas_names_of_flux_1_become_diffusers_own(tmp_path, monkeypatch, sparse):
+  torch = pytest.importorskip("torch")
+  utils = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+  tensors = flux_authors_file(tmp_path / "theirs.safetensors", "kohya", sparse=sparse)
+  given = {
+    k: torch.from_numpy(v) for k, v in tensors.items() if "linear1" not in k
+  }  # has FLUX.1's width
+  wanted = utils._convert_kohya_flux_lora_to_diffusers(given)
+  found = hf_flux.rename_adapters(tensors)
+  for name, tensor in wanted.items():
+    if not name.endswith("lora_A.weight"):
+      continue
+    module = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+    a, b = (found[f"{module}.lora_{end}.weight"] for end in ("down", "up"))
+    theirs = wanted[name.replace("lora_A", "lora_B")].numpy() @ tensor.numpy()
+    ours = b @ a * (found[f"{module}.alpha"] / len(a))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 # FLUX.2's authors' names, as ai-toolkit writes them.

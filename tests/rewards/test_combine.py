@@ -1,3 +1,4 @@
+import ctypes
 import http.client
 import json
 import threading
@@ -191,6 +192,105 @@ def test_score_that_is_not_finite_names_label_prompt_and_value(bad):
 def test_result_of_the_wrong_form_is_an_error(result, message):
   with pytest.raises(rewards.RewardError, match=message):
     _returning(result)(IMAGES, PROMPTS, METADATA)()
+
+
+def test_a_reward_cannot_change_what_another_sees():
+  seen = []
+
+  def painting(images, prompts, metadata):
+    # What torch.from_numpy(images).zero_() does: it does not ask whether the array may be written to.
+    ctypes.memset(images.ctypes.data, 0, images.nbytes)
+    metadata[0]["text"] = "mine"
+    prompts.clear()
+    return np.zeros(len(images)), {}
+
+  def looking(images, prompts, metadata):
+    time.sleep(0.2)
+    seen.append((images.copy(), list(prompts), [dict(m) for m in metadata]))
+    return np.zeros(len(images)), {}
+
+  table = {"painting": lambda: painting, "looking": lambda: looking}
+  given, metadata = np.full((3, 4, 4, 3), 7, np.uint8), [{"text": "a"}, {}, {}]
+  combine.make_weighted_sum({"painting": 1.0, "looking": 1.0}, table, {})(
+    given, PROMPTS, metadata
+  )()
+  images, prompts, theirs = seen[0]
+  assert (images == 7).all() and (given == 7).all()
+  assert prompts == list(PROMPTS) and theirs == metadata == [{"text": "a"}, {}, {}]
+
+
+class Tensor:
+  """As torch.Tensor behaves: bfloat16 and gradients have no NumPy array."""
+
+  def __init__(self, values, ready=False, floating=True):
+    self._values, self._ready, self._floating = values, ready, floating
+
+  def __array__(self, *args, **kwargs):
+    raise TypeError("Got unsupported ScalarType BFloat16")
+
+  def detach(self):
+    return self
+
+  cpu = detach
+
+  def is_floating_point(self):
+    return self._floating
+
+  def double(self):
+    return Tensor(self._values, ready=True)
+
+  def numpy(self):
+    assert self._ready or not self._floating
+    return np.asarray(self._values)
+
+
+@pytest.mark.parametrize(
+  "scores",
+  [
+    Tensor([0.5, 1.0, 0.0]),
+    [Tensor(0.5), 1.0, Tensor(0, floating=False)],
+    jnp.asarray([0.5, 1.0, 0.0], jnp.bfloat16),
+    np.asarray([0.5, 1.0, 0.0], np.float16),
+  ],
+)
+def test_scores_of_any_dtype_and_library_are_taken(scores):
+  found = _returning((scores, {}))(IMAGES, PROMPTS, METADATA)()[1]["mine"]
+  assert found.dtype == np.float32 and found.tolist() == [0.5, 1.0, 0.0]
+
+
+@pytest.mark.parity
+def test_scores_of_torch_are_taken():
+  torch = pytest.importorskip("torch")
+  scores = torch.tensor([0.5, 1.0, 0.0], requires_grad=True)
+  for given in (scores, scores.to(torch.bfloat16), scores.half(), [*scores]):
+    found = _returning((given, {}))(IMAGES, PROMPTS, METADATA)()[1]["mine"]
+    assert found.tolist() == [0.5, 1.0, 0.0]
+
+
+def test_scores_that_cannot_be_read_name_the_reward():
+  with pytest.raises(rewards.RewardError, match="'mine' returned scores that cannot be read"):
+    _returning(([[1.0], [1.0, 2.0], 3.0], {}))(IMAGES, PROMPTS, METADATA)()
+
+
+def test_a_failure_that_is_no_exception_and_one_of_the_maker_name_the_reward():
+  class Panic(BaseException):
+    pass
+
+  def broken(*_):
+    raise Panic("index out of bounds")
+
+  with pytest.raises(Panic) as caught:
+    combine.make_weighted_sum({"mine": 1.0}, {"mine": lambda: broken}, {})(
+      IMAGES, PROMPTS, METADATA
+    )()
+  assert "the reward 'mine'" in caught.value.__notes__[0]
+
+  def make():
+    raise FileNotFoundError("no weights.pt")
+
+  with pytest.raises(FileNotFoundError) as caught:
+    combine.make_weighted_sum({"mine": 1.0}, {"mine": make}, {})
+  assert "the reward 'mine'" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("kind", [KeyError, ConnectionError])

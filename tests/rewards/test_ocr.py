@@ -1,3 +1,4 @@
+import os
 import pathlib
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 import pytest
 
+from tpgrpo_jax import rewards, types
 from tpgrpo_jax.rewards import ocr
 
 WORDS = ["CAT", "HELLO", "X7K", "MAPLE", "NUT", "3497", "TRY", "DUCK", "LAMP", "PARK", "VERY"]
@@ -63,7 +65,14 @@ def test_flow_grpo_rule_is_the_edit_similarity_elsewhere():
 
 
 @pytest.mark.parametrize(
-  ["one", "other"], [("Hello World", "helloworld"), ("ＡＢ７", "ab7"), ("A\u3000B\n", "ab")]
+  ["one", "other"],
+  [
+    ("Hello World", "helloworld"),
+    ("ＡＢ７", "ab7"),
+    ("A\u3000B\n", "ab"),
+    ("Don’t – go", "don't-go"),
+    ("“A”—b…", '"a"-b...'),
+  ],
 )
 def test_normalize_forgets_case_space_and_width(one, other):
   assert ocr.normalize(one) == ocr.normalize(other)
@@ -78,10 +87,52 @@ def test_normalize_forgets_case_space_and_width(one, other):
     ("A knight's castle, its sign declaring \"Don't Enter\"", "Don't Enter"),
     ("CAT7", "CAT7"),
     ('A board 5" wide', 'A board 5" wide'),
+    ('A 5" wide board that reads "OPEN"', "OPEN"),
+    ('A 5"x7" print that reads "HI"', "HI"),
+    ('A sign: "Route 66"', "Route 66"),
+    ("A sign that says 'OPEN'", "OPEN"),
+    ("A knight's sign, 'Don't Enter', by the dogs' bowl", "Don't Enter"),
+    ("A sign that says ‘It’s open’.", "It’s open"),
+    ("A '90s diner of rock 'n' roll that says 'Eat'", "Eat"),
+    ("The dogs' bowls and the cats' bowls", "The dogs' bowls and the cats' bowls"),
+    ('"A sign that reads ""OPEN"", in the rain"', "OPEN"),
+    ('A sign that reads ""OPEN LATE""', "OPEN LATE"),
+    ("Ein Schild mit „Offen“", "Offen"),
+    ("Un panneau «Ouvert»", "Ouvert"),
   ],
 )
 def test_target_is_the_first_text_between_double_quotes_or_all(prompt, target):
   assert ocr.target_text(prompt, {}) == target
+
+
+def test_prompts_without_quoted_text_are_counted():
+  texts = ["a red cat", "the cat's sign", 'a sign "OPEN"', "CAT"]
+  prompts = [types.Prompt(text, {"text": text} if text == "CAT" else {}) for text in texts]
+  (line,) = ocr.survey(lambda: {*"abcdefghijklmnopqrstuvwxyz'"}, prompts)
+  assert line.startswith("2 of 4 prompts have no quoted text") and "'a red cat'" in line
+  assert not ocr.survey(lambda: {*"openct"}, [types.Prompt('"OPEN"', {})] * 3)
+
+
+def test_characters_that_the_reader_does_not_know_are_named(reward):
+  known = "A cat, Ärger, 漢字, €5 - don't"
+  prompts = [types.Prompt("x", {"text": text}) for text in (known, "A ж b", "Ж")]
+  (line,) = reward.survey(prompts)
+  assert "the characters 'ж' (in 2):" in line
+
+
+def test_a_combined_reward_warns_of_what_its_rewards_find_in_the_prompts():
+  combined = rewards.make_rewards({"mine": {"weight": 1.0, "make": "ocr"}})
+  with pytest.warns(UserWarning, match="rewards.mine: 2 of 2 prompts have no quoted text"):
+    combined.check([types.Prompt("a red cat", {}), types.Prompt("a blue cat", {})])
+
+
+def test_as_many_threads_as_this_process_may_use(monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+  monkeypatch.setattr(os, "cpu_count", lambda: 64)
+  pools = []
+  monkeypatch.setattr(ocr.futures, "ThreadPoolExecutor", lambda count, **_: pools.append(count))
+  ocr.make()
+  assert pools == [1]
 
 
 def test_target_in_the_metadata_comes_before_the_prompt():

@@ -1,6 +1,6 @@
 """What a run is told: frozen dataclasses, their rules, and the recipes. Imports no jax."""
 
-from tpgrpo_jax.config.bridge import from_config_dict, to_config_dict
+from tpgrpo_jax.config.bridge import from_config_dict, name_run, to_config_dict
 from tpgrpo_jax.config.fields import (
   Advantage,
   Checkpoint,
@@ -52,5 +52,6 @@ __all__ = [
   "Train",
   "Vae",
   "from_config_dict",
+  "name_run",
   "to_config_dict",
 ]

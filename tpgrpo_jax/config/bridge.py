@@ -44,6 +44,15 @@ def from_config_dict(cls: type[C], tree: Any) -> C:
   return _build(cls, tree, prefix="")
 
 
+def name_run(config: C) -> C:
+  """The config whose run folder has its seed where it says "{seed}" (config.Run)."""
+  run, seed = getattr(config, "run", None), getattr(config, "seed", 0)
+  if run is None or "{seed}" not in run.dir:
+    return config
+  named = dataclasses.replace(run, dir=run.dir.replace("{seed}", f"_seed{seed}" if seed else ""))
+  return dataclasses.replace(config, run=named)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
 def check_types(config: Any) -> None:
   """Checks the types of a config dataclass's fields, which its constructor does not.
 

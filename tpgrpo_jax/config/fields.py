@@ -7,6 +7,7 @@ changes single fields; `from_config_dict` gives frozen dataclasses back. Imports
 import dataclasses
 from typing import Any
 
+from tpgrpo_jax.config.machine_fields import Checkpoint, Distributed, Log, Mesh
 from tpgrpo_jax.config.model_fields import Lora, Model, Text, Vae
 
 
@@ -15,23 +16,32 @@ class Run:
   """Where a run lives; training resumes when the folder holds a checkpoint.
 
   Attributes:
+    dir: the folder, or gs://bucket/folder. "{seed}" in it stands for "_seed1" with seed=1, so that seeds do
+      not collide, and for nothing with seed=0.
     label: what reports call it; empty for its credit.method.
     programs: folder of compiled programs that runs share, so that a resumed run compiles nothing; empty
-      for ~/.cache/tpgrpo_jax/programs, "off" for none. $JAX_COMPILATION_CACHE_DIR goes first.
+      for $JAX_COMPILATION_CACHE_DIR, else ~/.cache/tpgrpo_jax/programs; "off" for none.
   """
 
-  dir: str = "runs/tpgrpo"
+  dir: str = "runs/tpgrpo{seed}"
   label: str = ""
   programs: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """name "words" and "shapes" are the built-in tasks; "folder" reads path/train.* and path/test.* (.txt or
-  .jsonl), "geneval" GenEval's metadata at path."""
+  """What is asked for.
+
+  Attributes:
+    name: "words" and "shapes" are the built-in tasks; "folder" reads path/train.* and path/test.* (.txt or
+      .jsonl), "geneval" GenEval's metadata at path.
+    path: of "folder" and "geneval".
+    cache: folder of prepared prompts that runs share; empty for $TFDS_DATA_DIR, else ~/.cache/tpgrpo_jax.
+  """
 
   name: str = "words"
   path: str = ""
+  cache: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +62,21 @@ class Sampler:
     branches: M, members of an anchor; divides train.group_size.
     branch_steps: steps of the window that are branched, drawn anew every epoch; 0 is all of them.
     antithetic: members come in pairs that take opposite noise.
+    dynamics: of a stochastic step: "cps" (Flow-CPS), "sde" (Flow-GRPO), "dance" (DanceGRPO).
+    noise_level: of every stochastic step, the papers' a or eta.
     noise_levels: one for each step of the window in place of noise_level; () for none.
     calibration: microbatches of trajectories in each round of finding noise_levels, before the first epoch
       (DenseGRPO); 0 does not. noise_level is where they start.
     calibration_rounds: how many.
     latents: dtype that latents are kept in; they are rounded to it before they are scored.
     schedule: noise levels: linear; sd3 (diffusers' FlowMatchEulerDiscreteScheduler with a fixed shift, as
-      SD3's pipeline uses it); shifted (the same as Z-Image's does); flux and flux2 (with a shift that grows
-      with the image, as FLUX.1-dev; and falls with the steps, as FLUX.2).
+      SD3's pipeline uses it); shifted (the same as Z-Image's does); flux, flux2 and sd3_dynamic (with a shift
+      that grows with the image, as FLUX.1-dev; falls with the steps too, as FLUX.2; and as SD3's pipeline
+      with use_dynamic_shifting). The line of the growing shift and its last level are the pipeline's own.
     shift: of the schedules sd3 and shifted; the others do not use it.
-    guidance_scale: 1 is no guidance. Another value costs two model evaluations a step instead of one, but
-      FLUX.1-dev is told it, and FLUX.1-schnell knows none. Z-Image's pipeline counts it from 0: its
-      guidance_scale=4 is 5 here.
+    guidance_scale: 0 ... 1 is no guidance, as in diffusers. A larger one costs two model evaluations a step
+      instead of one, but FLUX.1-dev is told it (any value), and FLUX.1-schnell knows none. Z-Image's pipeline
+      counts it from 0: its guidance_scale=4 is 5 here.
     same_latent: the samples of one prompt start from the same noise.
     height: of an image in pixels; 0 is the model's own.
     width: likewise.
@@ -151,9 +164,14 @@ class Advantage:
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-  """When a reward of the host fails: a call that takes longer than `timeout` seconds, or that raises
-  OSError or RuntimeError (a server that is away), is made again `retries` times, after backoff,
-  2 backoff, 4 backoff ... seconds. Then the run saves and stops."""
+  """When a reward of the host fails: the call is made again, and at last the run saves and stops.
+
+  Attributes:
+    timeout: seconds that one call may take.
+    retries: how often a call is made again that took longer, or that raised OSError or RuntimeError (a
+      server that is away).
+    backoff: seconds before the first of these; then twice as many, four times ...
+  """
 
   timeout: float = 600.0
   retries: int = 3
@@ -205,9 +223,16 @@ class Optimizer:
   """AdamW with a learning rate that warms up linearly, and global-norm clipping.
 
   Attributes:
+    learning_rate: after the warm-up.
+    warmup_updates: updates in which it grows from 0.
     schedule: of the rate after the warm-up: constant; linear or cosine, down to final_scale of it at the
       run's last update.
     final_scale: share of learning_rate that is left at the end.
+    b1: of AdamW, decay of the gradient's mean.
+    b2: of AdamW, decay of its square's mean.
+    eps: of AdamW, added to the root of the latter.
+    weight_decay: of AdamW, times the rate.
+    max_grad_norm: the gradient is scaled down to this norm.
   """
 
   learning_rate: float = 3e-4
@@ -226,6 +251,9 @@ class Train:
   """Sizes of an epoch.
 
   Attributes:
+    epochs: of the run.
+    prompts_per_epoch: P, prompts in an epoch.
+    group_size: K, samples of each prompt, which are compared.
     microbatch: samples in one device call, of all devices together; rollout and update use the same.
     updates_per_epoch: optimizer updates, each on an equal share of the epoch's samples.
     updates_by: what they share out: "samples", or the "steps" of the window, in order (G2RPO).
@@ -243,7 +271,12 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Ema:
-  """Exponential moving average of the trainable weights, updated every `every` updates."""
+  """Exponential moving average of the trainable weights, which evaluations use.
+
+  Attributes:
+    decay: share of the average that stays when it moves.
+    every: updates between its moves.
+  """
 
   decay: float = 0.9
   every: int = 8
@@ -274,69 +307,11 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
-  """Device mesh; data=-1 takes the devices that fsdp x tensor leave."""
-
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Distributed:
-  """How the processes of a run find each other.
-
-  Attributes:
-    coordinator: "auto" asks SLURM, Open MPI, Kubernetes or Cloud TPU; "off" is one process; else the
-      host:port of process 0, and num_processes and process_id say the rest.
-    timeout: seconds to wait for all processes at the start.
-    heartbeat_timeout: seconds after which a silent process counts as lost, and the others stop.
-  """
-
-  coordinator: str = "auto"
-  num_processes: int = 1
-  process_id: int = 0
-  timeout: int = 300
-  heartbeat_timeout: int = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-  """What is kept of a run.
-
-  Attributes:
-    every: epochs between checkpoints.
-    keep: how many of the newest stay.
-    keep_every: of which epochs all stay; 0 for none.
-    best: metric of the evaluations whose best weights are kept beside them: "reward/mean", the weighted sum,
-      or "reward/LABEL/mean"; "" keeps none.
-  """
-
-  every: int = 10
-  keep: int = 2
-  keep_every: int = 0
-  best: str = "reward/mean"
-
-
-@dataclasses.dataclass(frozen=True)
-class Log:
-  """TensorBoard and Weights & Biases beside metrics.jsonl; images_every epochs a sample grid.
-
-  Attributes:
-    profile: the epoch, from 1, of which <run.dir>/profile gets an XProf trace; 0 for none.
-  """
-
-  tensorboard: bool = True
-  wandb: bool = False
-  images_every: int = 10
-  profile: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
   """One RL fine-tuning run.
 
   Attributes:
+    seed: of weights, prompts and noise.
     rewards: label -> weight, or label -> {"weight": w, "make": name or "package.module:make",
       ...options of that reward}; the label is the reward's name unless "make" says otherwise.
   """

@@ -51,7 +51,12 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Vae:
-  """The autoencoder: compute dtype, and how many images a device decodes at once."""
+  """The autoencoder.
+
+  Attributes:
+    dtype: of its computation and weights.
+    images_per_chunk: images that a device decodes at once.
+  """
 
   dtype: str = "float32"
   images_per_chunk: int = 8
@@ -62,6 +67,9 @@ class Lora:
   """Low-rank adapters, as peft defines them; rank 0 trains every weight instead.
 
   Attributes:
+    rank: of the adapters; 0 for none.
+    alpha: their output is scaled by alpha / rank.
+    init: of A, "gaussian" or "kaiming" as in peft; B begins with 0.
     targets: module names as in diffusers; a module matches when its name ends with one of them.
     path: adapters to start from, a .safetensors file or its folder; rank, alpha and targets must be
       the file's own. Empty for fresh ones.

@@ -2,8 +2,12 @@
 
 BUILT_IN_VARIANTS = ("tiny", "tiny_shapes")
 MODEL_VARIANTS = (*BUILT_IN_VARIANTS, "sd3", "flux", "flux2", "z_image")
-SCHEDULES = ("linear", "sd3", "shifted", "flux", "flux2")
-OWN_SCHEDULES = ("flux", "flux2")  # of the model variant of that name alone
+SCHEDULES = ("linear", "sd3", "sd3_dynamic", "shifted", "flux", "flux2")
+OWN_SCHEDULES = {
+  "flux": ("flux", "z_image"),
+  "flux2": ("flux2",),
+  "sd3_dynamic": ("sd3",),
+}  # variants
 USUAL_SCHEDULES = {"sd3": "sd3", "flux": "flux", "flux2": "flux2", "z_image": "shifted"}
 DYNAMICS = ("sde", "cps", "dance")
 SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")

@@ -241,7 +241,7 @@ READINGS = {
 
 
 def recipe(task: str, method: str) -> Config:
-  """The config of a task trained by a method; its run folder is runs/<task>_<method>.
+  """The config of a task trained by a method; its run folder is runs/<task>_<method>, with the seed.
 
   Args:
     task: a name of TASKS.
@@ -253,7 +253,7 @@ def recipe(task: str, method: str) -> Config:
   base = registry.lookup(TASKS, task, field="task")()
   known = METHODS | OF_LATENTS
   registry.check(method, known, field="method")
-  changes = {"run.dir": f"runs/{task}_{method}", "run.label": method, **known[method]}
+  changes = {"run.dir": f"runs/{task}_{method}{{seed}}", "run.label": method, **known[method]}
   return apply(base, changes)
 
 

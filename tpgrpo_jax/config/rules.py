@@ -82,7 +82,7 @@ def _pipeline(config) -> Iterator[str]:
     yield "text.t5=False: FLUX.1 reads nothing but T5's tokens. Set it to True."
   if variant in ("flux2", "z_image") and not text.t5:
     yield f"text.t5=False: model.variant={variant!r} has no T5 to leave out. Set it to True."
-  if s.schedule in names.OWN_SCHEDULES and variant != s.schedule:
+  if variant not in names.OWN_SCHEDULES.get(s.schedule, (variant,)):
     yield (
       f"sampler.schedule={s.schedule!r}: its shift grows with the tokens of the model of that name, and "
       f"model.variant={variant!r} was made for another. Use {names.USUAL_SCHEDULES.get(variant, 'sd3')!r}."
@@ -195,7 +195,7 @@ def _sampler(config) -> Iterator[str]:
     yield f"sampler.shift={s.shift}: must be finite and > 0; SD3 uses 3."
   if not 0 <= s.guidance_scale < math.inf:
     yield (
-      f"sampler.guidance_scale={s.guidance_scale}: must be finite and >= 0. 1 is no guidance; the "
+      f"sampler.guidance_scale={s.guidance_scale}: must be finite and >= 0. 0 ... 1 is no guidance; the "
       "papers use 4.5 (SD3.5) and 3.5 (FLUX.1)."
     )
 

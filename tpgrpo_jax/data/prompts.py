@@ -14,13 +14,14 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import NamedTuple
 
 import numpy as np
 
-from tpgrpo_jax import registry
+from tpgrpo_jax import caches, registry
 from tpgrpo_jax.data import geneval, shapes, words
 from tpgrpo_jax.types import Prompt
 
@@ -53,7 +54,7 @@ def load_prompts(
       skipped; a line of a .jsonl file is an object whose "prompt" is the prompt and whose other members
       are its metadata.
     split: "train" or "test".
-    data_dir: where prepared datasets are kept; None is $TFDS_DATA_DIR, else tpgrpo_jax in the
+    data_dir: where prepared datasets are kept; by default $TFDS_DATA_DIR, else tpgrpo_jax in the
       user's cache folder. Any number of processes may share it.
 
   Returns:
@@ -71,10 +72,11 @@ def load_prompts(
     raise ValueError(
       f"prompts.path={path!r}: holds no {split} prompts. Add one of {', '.join(wanted)}."
     )
-  root = pathlib.Path(data_dir) if data_dir is not None else _default_data_dir()
+  root = pathlib.Path(data_dir) if data_dir else _default_data_dir()
   folder = root / f"prompts-{name}-{_digest(sources)}"
   if not folder.exists():
-    _prepare(sources, folder)
+    with caches.writing("prompts", root, "prompts.cache"):
+      _prepare(sources, folder)
   return _Prompts(folder, split)
 
 
@@ -173,8 +175,26 @@ PROMPT_SOURCES: dict[str, Callable[[str], dict[str, _Source]]] = {
 }
 
 
+_COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
+
+
 def _parse_txt(content: bytes, where: str) -> list[Prompt]:
-  return [Prompt(line, {}) for _, line in _lines(content, where)]
+  lines = _lines(content, where, ends=r"\r\n|[\r\n\x85\u2028\u2029]")  # those of every system
+  first = lines[0][1]
+  fix = 'Write one prompt a line, or one object such as {"prompt": "a red bird"} a line in a .jsonl file'
+  try:
+    is_json = isinstance(json.loads(first), dict) or first in "[{"
+  except ValueError:
+    is_json = first in ("[", "{")
+  if is_json:
+    raise ValueError(f"{where}: holds JSON, and its lines would be the prompts. {fix}.")
+  cells = [cell.strip().strip('"').lower() for cell in re.split(r"[,;\t]", first)]
+  is_header = any(c in _COLUMNS for c in cells) and all(re.fullmatch(r"[\w ]+", c) for c in cells)
+  if is_header and (len(cells) > 1 or first.lower() != "text"):
+    raise ValueError(
+      f"{where}: is a table (its first line is {first[:60]!r}), and its lines would be the prompts. {fix}."
+    )
+  return [Prompt(line, {}) for _, line in lines]
 
 
 def _parse_words(content: bytes, where: str) -> list[Prompt]:
@@ -214,14 +234,14 @@ def _parse_geneval(content: bytes, where: str) -> list[Prompt]:
   return prompts
 
 
-def _lines(content: bytes, where: str) -> list[tuple[int, str]]:
-  """(line number, stripped line) of every line that is not blank."""
+def _lines(content: bytes, where: str, ends: str = r"\r\n|[\r\n]") -> list[tuple[int, str]]:
+  """(line number, stripped line) of every line that is not blank; `ends` is the pattern of a line's end."""
   try:
     text = content.decode("utf-8-sig")
   except UnicodeDecodeError as error:
     raise ValueError(f"{where}: is not UTF-8 ({error}). Save it as UTF-8.") from error
   # Not str.splitlines: it also breaks at characters that may stand inside a JSON string.
-  numbered = [(n, line.strip()) for n, line in enumerate(text.split("\n"), start=1)]
+  numbered = [(n, line.strip()) for n, line in enumerate(re.split(ends, text), start=1)]
   numbered = [(n, line) for n, line in numbered if line]
   if not numbered:
     raise ValueError(f"{where}: holds no prompts. Write one a line, or remove the file.")
@@ -229,9 +249,7 @@ def _lines(content: bytes, where: str) -> list[tuple[int, str]]:
 
 
 def _default_data_dir() -> pathlib.Path:
-  if os.environ.get("TFDS_DATA_DIR"):
-    return pathlib.Path(os.environ["TFDS_DATA_DIR"]).expanduser()
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tpgrpo_jax"
+  return caches.place("", variable="TFDS_DATA_DIR")
 
 
 def _digest(sources: Mapping[str, _Source]) -> str:
@@ -250,7 +268,7 @@ def _prepare(sources: Mapping[str, _Source], folder: pathlib.Path) -> None:
   says what is in it, so whoever comes second throws the own copy away.
   """
   examples = {split: s.parse(s.content, s.where) for split, s in sources.items()}
-  folder.parent.mkdir(parents=True, exist_ok=True)
+  caches.check_writable("prompts", folder.parent, "prompts.cache")
   staging = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
   try:
     written = _write_tfds(examples, staging)

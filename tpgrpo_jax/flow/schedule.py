@@ -1,5 +1,7 @@
 """Noise-level grids and stochastic windows; plain NumPy, computed before anything is traced."""
 
+from typing import Any
+
 import numpy as np
 
 
@@ -65,9 +67,53 @@ def flux_sigmas(
   Returns:
     [T + 1] float64, from 1 to 0.
   """
-  slope = (max_shift - base_shift) / (max_tokens - base_tokens)
-  mu = base_shift + slope * (image_tokens - base_tokens)
+  mu = dynamic_mu(
+    image_tokens,
+    base_shift=base_shift,
+    max_shift=max_shift,
+    base_tokens=base_tokens,
+    max_tokens=max_tokens,
+  )
   return shift_sigmas(linear_sigmas(num_steps), np.exp(mu))
+
+
+def dynamic_mu(
+  image_tokens: int,
+  *,
+  base_shift: float = 0.5,
+  max_shift: float = 1.15,
+  base_tokens: int = 256,
+  max_tokens: int = 4096,
+) -> float:
+  """log of a shift that grows with the image: on the line through two points, as `flux_sigmas` has them."""
+  slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+  return base_shift + slope * (image_tokens - base_tokens)
+
+
+def sd3_dynamic_sigmas(
+  num_steps: int, image_tokens: int, *, train_steps: int = 1000, **line: Any
+) -> np.ndarray:
+  """The grid of diffusers' SD3 pipeline with use_dynamic_shifting: 1 ... 1/train_steps, shifted once.
+
+  By exp(`dynamic_mu`); FLUX.1's pipeline begins with another even grid, which ends at 1/T.
+
+  Args:
+    num_steps: T.
+    image_tokens: of one image.
+    train_steps: the scheduler's num_train_timesteps.
+    line: as of `dynamic_mu`.
+
+  Returns:
+    [T + 1] float64, from 1 to 0.
+  """
+  even = np.linspace(1.0, 1.0 / train_steps, num_steps)
+  return np.append(shift_sigmas(even, np.exp(dynamic_mu(image_tokens, **line))), 0.0)
+
+
+def stretch_to_terminal(sigmas: np.ndarray, terminal: float) -> np.ndarray:
+  """The grid whose last level above 0 is `terminal`: 1 - sigma is stretched (diffusers' shift_terminal)."""
+  noise = 1.0 - sigmas[:-1]
+  return np.append(1.0 - noise * (1.0 - terminal) / noise[-1], 0.0)
 
 
 def flux2_mu(num_steps: int, image_tokens: int) -> float:
@@ -100,13 +146,16 @@ def flux2_sigmas(num_steps: int, image_tokens: int) -> np.ndarray:
   return shift_sigmas(linear_sigmas(num_steps), np.exp(flux2_mu(num_steps, image_tokens)))
 
 
-# name -> function of (num_steps, shift, image_tokens)
+# name -> function of (num_steps, shift, image_tokens, **line), the last as of `dynamic_mu`
 SCHEDULES = {
-  "linear": lambda num_steps, shift, image_tokens: linear_sigmas(num_steps),
-  "sd3": lambda num_steps, shift, image_tokens: sd3_sigmas(num_steps, shift=shift),
-  "shifted": lambda num_steps, shift, image_tokens: shift_sigmas(linear_sigmas(num_steps), shift),
-  "flux": lambda num_steps, shift, image_tokens: flux_sigmas(num_steps, image_tokens),
-  "flux2": lambda num_steps, shift, image_tokens: flux2_sigmas(num_steps, image_tokens),
+  "linear": lambda num_steps, shift, tokens, **line: linear_sigmas(num_steps),
+  "sd3": lambda num_steps, shift, tokens, **line: sd3_sigmas(num_steps, shift=shift),
+  "sd3_dynamic": lambda num_steps, shift, tokens, **line: sd3_dynamic_sigmas(
+    num_steps, tokens, **line
+  ),
+  "shifted": lambda num_steps, shift, tokens, **line: shift_sigmas(linear_sigmas(num_steps), shift),
+  "flux": lambda num_steps, shift, tokens, **line: flux_sigmas(num_steps, tokens, **line),
+  "flux2": lambda num_steps, shift, tokens, **line: flux2_sigmas(num_steps, tokens),
 }
 
 

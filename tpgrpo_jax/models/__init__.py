@@ -40,7 +40,7 @@ MODELS = {
     name: Variant(mmdit.MMDiTConfig, "classifier_free", "", str(model.folder))
     for name, model in tiny.BUILT_IN.items()
   },
-  "sd3": Variant(mmdit.MMDiTConfig, "classifier_free", "sd3"),
+  "sd3": Variant(mmdit.MMDiTConfig, "classifier_free", "sd3", schedules=("sd3", "sd3_dynamic")),
   "flux": Variant(flux.FluxConfig, "embedded", "flux"),
   "flux2": Variant(
     flux2.Flux2Config,

@@ -20,11 +20,12 @@ import safetensors
 import safetensors.numpy
 import tqdm
 
-from tpgrpo_jax import types
+from tpgrpo_jax import caches, types
 from tpgrpo_jax.models import prompt_embedding, text_source
 from tpgrpo_jax.models.hf import encoder as hf_encoder
 from tpgrpo_jax.models.hf import files as hf_files
 
+WHAT, FIELD = "prompt embeddings", "text.cache"
 FORMAT = 1  # raise it when embeddings of the same files change
 
 
@@ -69,6 +70,7 @@ def embed_prompts(
   cut = {prompt: _load_cut(_path(folder, prompt)) for prompt in dict.fromkeys(prompts)}
   missing = [prompt for prompt, mark in cut.items() if mark is None]
   if missing:
+    caches.check_writable(WHAT, folder, FIELD)  # before the encoders are loaded
     with prompt_embedding.load_text_encoders(source, shardings=shardings) as encoders:
       steps = range(0, len(missing), batch_size)
       for start in tqdm.tqdm(steps, desc="embed prompts", mininterval=2, disable=None):
@@ -76,7 +78,8 @@ def embed_prompts(
         tokens = encoders.tokenize(batch)
         condition = encoders.encode(tokens, batch_size=batch_size)
         cut |= zip(batch, tokens.cut)
-        _save(folder, batch, tokens.cut, condition)
+        with caches.writing(WHAT, folder, FIELD):
+          _save(folder, batch, tokens.cut, condition)
   # Of the prompts that a user gave: "" is the empty negative one.
   counts = prompt_embedding.count_truncated([mark or {} for prompt, mark in cut.items() if prompt])
   return EmbeddedPrompts(functools.partial(_load, folder), len(missing), counts)

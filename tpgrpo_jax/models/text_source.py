@@ -85,6 +85,27 @@ FAMILIES = {
   ),
 }
 
+# Pipelines of a family's classes that need more than text: what model_index.json calls them, what they do.
+NOT_FROM_TEXT = {
+  "FluxFillPipeline": "FLUX.1-Fill, which paints inside a mask of a picture",
+  "FluxControlPipeline": "FLUX.1-Depth or FLUX.1-Canny, which follows a control picture",
+  "FluxKontextPipeline": "FLUX.1-Kontext, which edits a picture",
+  "FluxPriorReduxPipeline": "FLUX.1-Redux, which varies a picture",
+  "FluxControlNetPipeline": "a ControlNet, which follows a control picture",
+  "StableDiffusion3ControlNetPipeline": "a ControlNet, which follows a control picture",
+}
+
+
+def check_from_text(folder: str | os.PathLike[str]) -> None:
+  """Raises ValueError for a pipeline that paints from more than text."""
+  found = hf_encoder.load_json(folder, INDEX_FILE).get("_class_name", "")
+  kind = re.sub(r"(Img2Img|Inpaint)(ing)?(?=Pipeline$)", "", found)
+  if kind in NOT_FROM_TEXT:
+    raise ValueError(
+      f"model.path={str(folder)!r}: holds a {found}: {NOT_FROM_TEXT[kind]}. It must be a model that paints "
+      "from text alone, such as black-forest-labs/FLUX.1-dev."
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class TextSource:

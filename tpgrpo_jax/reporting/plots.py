@@ -6,6 +6,7 @@ global state.
 
 from collections.abc import Mapping, Sequence
 import contextlib
+import os
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,14 @@ Groups = Mapping[str, Sequence[history.Run]]
 @contextlib.contextmanager
 def style():
   """The report's matplotlib settings; drawing and saving both happen inside."""
-  import matplotlib
-
+  # A terminal in a notebook sets a backend for its own kernel, which may not be importable here. No backend
+  # is used at all.
+  backend = os.environ.pop("MPLBACKEND", None)
+  try:
+    import matplotlib
+  finally:
+    if backend is not None:
+      os.environ["MPLBACKEND"] = backend
   with matplotlib.rc_context(STYLE):
     yield
 

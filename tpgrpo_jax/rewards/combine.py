@@ -8,6 +8,7 @@ the host run, and everything is waited for, when the result is asked for, in wha
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import contextlib
+import copy
 import functools
 import http.client
 import inspect
@@ -17,6 +18,7 @@ import math
 import threading
 import time
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +91,8 @@ def make_weighted_sum(
     `looked` is what `begin.look(samples, condition)` gave for the same N: label -> scores [N] of the
     rewards of latents, dispatched. Where all are of latents, images may be None.
     `begin.check(prompts)` raises ValueError for a prompt that a reward cannot score: it asks those
-    rewards that have such an attribute, a function of one prompt and its metadata.
+    rewards that have such an attribute, a function of one prompt and its metadata. It warns of what their
+    attribute `survey`, of all prompts, says.
     `begin.canaries` is label -> the canary.Canary that a reward brings, or None.
     `begin.check_model(latent_shape, condition)` raises ValueError for a model that a reward of latents cannot
     judge.
@@ -148,9 +151,12 @@ def make_weighted_sum(
     return finish
 
   def check(prompts: Sequence[types.Prompt]) -> None:
-    for function in (f for kind in functions.values() for f in kind.values()):
+    for label, function in (each for kind in functions.values() for each in kind.items()):
       for prompt in prompts:
-        getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
+        with _noting(label, [prompt.text]):
+          getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
+      for line in getattr(function, "survey", lambda _: [])(prompts):
+        warnings.warn(f"rewards.{label}: {line}", stacklevel=2)
 
   bind = functools.partial
   begin.look = bind(latents.look, functions["latent"])  # pyright: ignore[reportFunctionMemberAccess]
@@ -197,7 +203,6 @@ def _run_host(functions, images, prompts, metadata, rows, patience):
     return {label: (np.zeros(len(rows), np.float32), {}) for label in functions}
   images = processes.fetch_rows(images, rows)
   prompts, metadata = ([x for x, own in zip(xs, rows) if own] for xs in (prompts, metadata))
-  images.flags.writeable = False  # a reward that paints on them would spoil the others' scores
   with futures.ThreadPoolExecutor(len(functions), thread_name_prefix="reward") as pool:
     pending = {
       label: pool.submit(_insist, label, fn, images, prompts, metadata, patience)
@@ -287,6 +292,9 @@ def _make(label, make, options, given):
     function = make(**options, **given)
   except (ValueError, TypeError) as error:
     raise ValueError(f"rewards.{label}: {error}") from error
+  except BaseException as error:  # such as a package or a file that is missing
+    error.add_note(f"This happened when the reward {label!r} was made.")
+    raise
   if not callable(function):
     raise ValueError(
       f"rewards.{label}: its maker returned {function!r}, which must be a function "
@@ -300,16 +308,22 @@ def _noting(label, prompts):
   """Notes on any exception which reward raised it, and on which prompts."""
   try:
     yield
-  except Exception as error:
+  except BaseException as error:  # extensions in Rust panic with one that is no Exception
     error.add_note(f"This happened in the reward {label!r}, on {_batch_name(prompts)}.")
     raise
 
 
 def _score(label, function, images, prompts, metadata):
-  """(scores float32 [N], info) of one reward of the host, checked."""
+  """(scores float32 [N], info) of one reward of the host, checked.
+
+  It has images and metadata of its own: what it paints or writes on them, which torch.from_numpy can do to
+  a read-only array too, is not another's, nor that of a second try.
+  """
+  images, metadata = images.copy(), copy.deepcopy(metadata)
+  images.flags.writeable = False
   with _noting(label, prompts):
     try:
-      result = function(images, prompts, metadata)
+      result = function(images, list(prompts), metadata)
     except SystemExit as error:  # else the run would end as if it were finished
       raise RewardError(
         f"reward {label!r} called sys.exit({error.code!r}). The run stops."
@@ -318,7 +332,25 @@ def _score(label, function, images, prompts, metadata):
     raise _error(label, prompts, f"{type(result).__name__}", "a pair (scores, info)")
   if not isinstance(result[1], dict):
     raise _error(label, prompts, f"info {result[1]!r}", "a pair (scores, info) with a dict as info")
-  return _checked(label, np.asarray(result[0]), prompts), result[1]
+  try:
+    given = _to_numpy(result[0])
+  except Exception as error:  # of NumPy, of torch
+    raise _error(label, prompts, f"scores that cannot be read ({error})", "N numbers") from error
+  return _checked(label, given, prompts), result[1]
+
+
+def _to_numpy(given):
+  """Numbers of NumPy, JAX or torch (of any dtype, on any device, with a gradient), or a list of such."""
+  if isinstance(given, (list, tuple)):
+    given = [_to_numpy(each) for each in given]
+  elif hasattr(given, "detach"):
+    given = given.detach().cpu()
+    given = (given.double() if given.is_floating_point() else given).numpy()
+  array = np.asarray(given)
+  is_small = (
+    jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.kind != "f"
+  )  # such as bfloat16
+  return array.astype(np.float32) if is_small else array
 
 
 def _wait(label, dispatched, prompts, extra):

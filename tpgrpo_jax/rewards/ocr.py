@@ -1,7 +1,9 @@
 """The text-rendering reward: how much of the wanted text an OCR model reads off the image."""
 
-from collections.abc import Callable, Mapping, Sequence
+import collections
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent import futures
+import functools
 import os
 import re
 from typing import Any
@@ -15,7 +17,16 @@ from tpgrpo_jax import registry, types
 # Measured on one thread, 24x48 and 24x64 images: a batch of 8 costs 8 to 16 % less than single
 # images, and larger ones gain nothing more.
 _BATCH = 8
-_QUOTED = re.compile('["“„]([^"“”]*)["“”]')
+# What opens after a digit is an inch mark. CSV doubles its quotes.
+_DOUBLED = re.compile(r'(?<!")""(?=[^"\s])(.*?[^"\s])""(?!")')
+_QUOTED = re.compile(r"(?<!\d)[\"“„«]([^\"“”«»]*)[\"“”»]")
+# An apostrophe stands after a letter, and closes nothing before one; nor do decades and 'n' open.
+_SINGLE = re.compile(
+  r"(?<![^\s(\[{:,;-])['‘‚](?!\d0s\b|[nN]['’](?:\s|$))(?=\S)(.*?\S)['’‘](?=$|[\s.,;:!?)\]}-])"
+)
+_FOLDED = str.maketrans(
+  {**dict.fromkeys("‘’‚‛′`´", "'"), **dict.fromkeys("“”„‟«»″", '"')} | dict.fromkeys("‐‑‒–—―−", "-")
+)
 
 
 def make(
@@ -31,7 +42,8 @@ def make(
   was read; rule="flow_grpo" with detect=True and text_score=0.5 (PaddleOCR's) does as it does.
 
   Args:
-    workers: threads, each reading one image or small batch at a time; 0 is one per CPU core.
+    workers: threads, each reading one image or small batch at a time; 0 is one per CPU core that this process
+      may use.
     detect: find the lines of text first, then read each; without it the whole image is taken as one
       line, which is far cheaper and right for pictures of single words.
     rule: a name of RULES, the score of two strings.
@@ -55,7 +67,7 @@ def make(
   engine = _load_engine(detect)
   # Threads, not processes: onnxruntime releases the GIL and takes 98 % of the time, so that two
   # threads on two cores are twice as fast as one. They share one copy of the weights.
-  pool = futures.ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="ocr")
+  pool = futures.ThreadPoolExecutor(workers or _allowed_cores(), thread_name_prefix="ocr")
   read = _read_scenes if detect else _read_lines
 
   def check(prompt: str, metadata: Mapping[str, Any]) -> str:
@@ -80,15 +92,49 @@ def make(
     return scores, {"text": texts, "exact": exact}
 
   reward.check = check  # pyright: ignore[reportFunctionMemberAccess]
+  reward.survey = functools.partial(survey, lambda: _alphabet(engine))  # pyright: ignore[reportFunctionMemberAccess]
   return reward
+
+
+def survey(alphabet: Callable[[], Set[str]], prompts: Sequence[types.Prompt]) -> list[str]:
+  """What is probably not meant in a set of prompts, a line each: no quoted text, unreadable characters.
+
+  Args:
+    alphabet: gives the characters that the reader knows, as `normalize` leaves them.
+    prompts: all that will be scored.
+  """
+  lines, count = [], len(prompts)
+  whole = [p.text for p in prompts if "text" not in p.metadata and quoted_text(p.text) is None]
+  if whole:
+    lines.append(
+      f"{len(whole):,} of {count:,} prompts have no quoted text, so all of each is the text to render, such "
+      f'as {whole[0][:60]!r}. Quote the text in the prompt, or name it in its metadata as "text".'
+    )
+  asked = collections.Counter(c for p in prompts for c in {*normalize(target_text(*p))})
+  if unknown := asked.keys() - alphabet():
+    most = sorted(unknown, key=lambda c: (-asked[c], c))
+    named = ", ".join(f"{c!r} (in {asked[c]:,})" for c in most[:8])
+    more = f" and {len(most) - 8} more" if len(most) > 8 else ""
+    lines.append(
+      f"the reader does not know the characters {named}{more}: prompts that ask for them cannot reach 1."
+    )
+  return lines
+
+
+def quoted_text(prompt: str) -> str | None:
+  """What a prompt quotes: the first text in double quotes, else the first in single ones; None for none."""
+  if re.fullmatch(r'".*"".*"', prompt, re.DOTALL):  # a whole field of CSV
+    prompt = prompt[1:-1]
+  prompt = _DOUBLED.sub(r'"\1"', prompt)
+  found = _QUOTED.search(prompt) or _SINGLE.search(prompt)
+  return found.group(1) if found else None
 
 
 def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
   """The text to show: metadata["text"], else what the prompt quotes, else the whole prompt.
 
   Args:
-    prompt: what the generator was asked; of several texts in double quotes (straight or curly) the
-      first counts.
+    prompt: what the generator was asked; see `quoted_text`.
     metadata: of this prompt.
 
   Raises:
@@ -101,13 +147,18 @@ def target_text(prompt: str, metadata: Mapping[str, Any]) -> str:
         "Quote it in the data file."
       )
     return metadata["text"]
-  quoted = _QUOTED.search(prompt)
-  return quoted.group(1) if quoted else prompt
+  quoted = quoted_text(prompt)
+  return prompt if quoted is None else quoted
 
 
 def normalize(text: str) -> str:
-  """The text without whitespace, case and compatibility forms: "７" and "ﬁ" become "7" and "fi"."""
-  return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+  """The text without whitespace, case and compatibility forms: "７" and "ﬁ" become "7" and "fi".
+
+  Nor do typographic quotes and dashes differ from plain ones.
+  """
+  # Before NFKC, which makes a space and an accent of some.
+  plain = unicodedata.normalize("NFKC", text.translate(_FOLDED)).translate(_FOLDED)
+  return "".join(plain.casefold().split())
 
 
 def edit_similarity(read: str, target: str) -> float:
@@ -131,6 +182,14 @@ RULES: dict[str, Callable[[str, str], float]] = {
   "edit_distance": edit_similarity,
   "flow_grpo": edit_similarity_or_contained,
 }
+
+
+def _allowed_cores():
+  """Those that this process may use, which under a scheduler or in a container are not all."""
+  try:
+    return len(os.sched_getaffinity(0))
+  except AttributeError:  # not Linux
+    return os.cpu_count() or 1
 
 
 def _load_engine(detect):
@@ -159,6 +218,12 @@ def _load_engine(detect):
       "EngineConfig.onnxruntime.enable_cpu_mem_arena": not detect,
     }
   )
+
+
+def _alphabet(engine):
+  """The characters that the reader knows, as `normalize` leaves them."""
+  _recognize(engine, [np.zeros((8, 8, 3), np.uint8)] * _BATCH)  # opens the model
+  return set(normalize("".join(engine.text_rec.postprocess_op.character)))
 
 
 def _read_lines(engine, pool, images, text_score):

@@ -8,16 +8,22 @@ import socket
 import sys
 import time
 from typing import Any
+import warnings
 
 import jax
 import numpy as np
 
+from tpgrpo_jax import caches
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.config import bridge
 from tpgrpo_jax.runs import processes
 
-_OF_A_MACHINE = ("distributed.", "run.programs", "text.cache")  # may differ between processes
-PROGRAMS = "~/.cache/tpgrpo_jax/programs"
+_OF_A_MACHINE = (
+  "distributed.",
+  "run.programs",
+  "text.cache",
+  "prompts.cache",
+)  # may differ between processes
 
 
 def set_up(config: config_lib.Config) -> None:
@@ -27,6 +33,9 @@ def set_up(config: config_lib.Config) -> None:
     RuntimeError: as `initialize`.
     ValueError: the processes were started with different configs.
   """
+  jax.config.update(
+    "jax_enable_x64", False
+  )  # whatever the environment says: all is made for float32
   initialize(config.distributed)
   share_programs(config.run.programs)
   if jax.process_count() > 1:
@@ -122,9 +131,15 @@ def _wait_for(config):
 
 def share_programs(folder: str) -> None:
   """Keeps compiled programs on disk for later runs, as `config.Run.programs` says."""
-  if folder == "off" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+  if folder == "off" or (not folder and os.environ.get("JAX_COMPILATION_CACHE_DIR")):
     return
-  jax.config.update("jax_compilation_cache_dir", folder or os.path.expanduser(PROGRAMS))
+  chosen = caches.place("programs", folder)
+  try:
+    caches.check_writable("compiled programs", chosen, "run.programs")
+  except ValueError as error:  # a run does without, and compiles everything anew
+    warnings.warn(f"{error} Until then every start compiles everything.", stacklevel=2)
+    return
+  jax.config.update("jax_compilation_cache_dir", os.fspath(chosen))
 
 
 def _in_cluster():

@@ -48,6 +48,39 @@ def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, floa
   return {name: float(value) for name, value in row.items() if np.isfinite(value)}
 
 
+def variance_shares(
+  rewards: dict[str, np.ndarray], weights: dict[str, float], group_size: int, *, per_reward: bool
+) -> dict[str, float]:
+  """reward/<label>/share: each reward's own part of the advantage's variance within groups; they sum to 1.
+
+  cov(w c, total) / var(total), with c the reward less its group's mean (divided by its group's spread where
+  each is normalised for itself) and total the sum of all w c. One that goes against the others has a negative
+  share. {} for a single reward, or where nothing varies.
+
+  Args:
+    rewards: label -> [B] scores of the finished images, the members of a group side by side.
+    weights: label -> weight.
+    group_size: samples that are compared.
+    per_reward: as config.Advantage.per_reward.
+  """
+  parts = {}
+  for label, values in rewards.items():
+    groups = np.asarray(values, np.float64).reshape(-1, group_size)
+    groups = groups - groups.mean(axis=1, keepdims=True)
+    if per_reward:
+      spread = groups.std(axis=1, keepdims=True)
+      groups = np.divide(groups, spread, out=np.zeros_like(groups), where=spread > 0)
+    parts[label] = weights[label] * groups
+  total = sum(parts.values())
+  variance = np.mean(np.square(total))
+  if len(parts) < 2 or not variance:
+    return {}
+  return {
+    f"reward/{label}/share": float(np.mean(part * total) / variance)
+    for label, part in parts.items()
+  }
+
+
 IMAGE_STATISTICS = ("image/mean", "image/contrast", "image/edge_density")
 
 

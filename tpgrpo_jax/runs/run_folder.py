@@ -26,7 +26,7 @@ from tpgrpo_jax.runs import processes
 RESUMABLE_FIELDS = (
     "run.*", "train.epochs", "train.updates", "train.log_every", "output",
     "eval.every", "eval.patience", "eval.judge_prompts", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
-    "text.cache", "text.device", "vae.images_per_chunk", "scoring.*",
+    "text.cache", "prompts.cache", "text.device", "vae.images_per_chunk", "scoring.*",
 )  # fmt: skip
 """Config fields that may differ when a run is resumed: they do not change what is learned.
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import logging
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def _told_guidance(config, sizes):
     return None
   if sizes.guidance_embeds:
     return scale
-  if scale != 1.0:
+  if scale > 1.0:
     raise ValueError(
       f"sampler.guidance_scale={scale}: this model knows no guidance (FLUX.1-schnell was made to do "
       "without; config.json: guidance_embeds is false). Set it to 1."
@@ -196,10 +197,15 @@ def _told_guidance(config, sizes):
 def _check_adapter(lora_config, adapter, wanted):
   """Raises ValueError unless the file's adapters are those that the config describes."""
   found, asked = hf.flatten(adapter.trainable), hf.flatten(wanted)
-  rows = [
-    ("lora.rank", lora_config.rank, adapter.rank),
-    ("lora.alpha", lora_config.alpha, adapter.alpha),
-  ]
+  rows = [("lora.rank", lora_config.rank, adapter.rank)]
+  if adapter.states_alpha:
+    rows.append(("lora.alpha", lora_config.alpha, adapter.alpha))
+  elif lora_config.alpha != adapter.alpha:
+    warnings.warn(
+      f"lora.path={lora_config.path!r}: does not say its alpha. lora.alpha={lora_config.alpha} is taken; "
+      f"diffusers and ComfyUI would take the rank, {adapter.alpha}.",
+      stacklevel=2,
+    )
   if found.keys() != asked.keys():
     rows.append(("lora.targets", lora_config.targets, adapter.targets))
   differences = [

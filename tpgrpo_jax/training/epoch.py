@@ -162,6 +162,12 @@ def update_epoch(
   compared = {"prompt": config.train.group_size, "state": config.sampler.branches}
   group_size = compared[config.advantage.group]
   result = metrics.epoch_metrics(rolled, sampled.credit, sampled.advantage, group_size)
+  result |= metrics.variance_shares(
+    {label: each[0, rolled.compared] for label, each in rolled.rewards.items()},
+    combine.weights_of(config.rewards),
+    group_size,
+    per_reward=config.advantage.per_reward,
+  )
   result |= step.merge_metrics(rows) | {"evaluations_per_sample": float(sampled.evaluations)}
   result |= {f"noise_level/{k}": a for k, a in enumerate(session.method.noise_levels)}
   times = rolled.seconds | {"update": ended - began, "epoch": ended - sampled.began}

@@ -143,7 +143,8 @@ def _evaluate(sample, reward_fn, weights, prompts, params, on_chunk=preemption.g
   scores, infos = score(reward_fn, images, prompts, on_chunk, watched.scores(len(images)))
   # A reward that is only evaluated counts as it is.
   total = sum(weights.get(label, 1.0) * float(each.mean()) for label, each in scores.items())
-  row = {"reward/mean": total}
+  each = sum(weights.get(label, 1.0) * values for label, values in scores.items())
+  row = {"reward/mean": total, "reward/std": float(np.std(each))}
   for label, values in scores.items():
     row |= {
       f"reward/{label}/mean": float(values.mean()),

@@ -17,7 +17,7 @@ import tqdm
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.runs import best as best_lib
 from tpgrpo_jax.runs import checkpoint, metrics, preemption, processes, run_folder
-from tpgrpo_jax.training import calibration, evaluation, judging
+from tpgrpo_jax.training import calibration, evaluation, judging, notices
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -35,9 +35,14 @@ def train(config: config_lib.Config) -> dict[str, float]:
     RewardError: a reward gave up or returned what cannot be trained on; the run can be resumed.
     Preempted: the process was asked to end; the finished epochs are saved.
   """
+  config = config_lib.name_run(config)
   metrics.check_sinks(config.log)
   run_dir = config.run.dir
-  with run_folder.named_errors(run_dir), contextlib.ExitStack() as held:
+  with (
+    run_folder.named_errors(run_dir),
+    jax.enable_x64(False),  # whatever the environment or a notebook says
+    contextlib.ExitStack() as held,
+  ):
 
     def open_folder():
       with run_folder.named_errors(run_dir):
@@ -45,7 +50,9 @@ def train(config: config_lib.Config) -> dict[str, float]:
         run_folder.check_config(run_dir, config)
 
     processes.on_first(open_folder)
+    notices.say(notices.start(config))
     session = session_lib.open_session(config)
+    notices.say(notices.opened(config, session.model, session.method))
     with preemption.watch() as notice:
       return _train_in_folder(session, notice)
 
@@ -112,18 +119,22 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
 
   def evaluate():
     with saved_on_failure(state, totals):
-      return _evaluate(session, state, totals, best, sink, run_dir, on_chunk)
+      row = _evaluate(session, state, totals, best, sink, run_dir, on_chunk)
+      noticed.evaluation(row)
+      return row
 
   has_stalled = functools.partial(
     best.has_stalled, every=config.eval.every, patience=config.eval.patience
   )
+  noticed = notices.Notices(config)
   first, row = totals["epoch"], _last_row(run_dir, "eval")
   clock = time.perf_counter() - totals["seconds"]
   # The row is missing at the start, and where a run was cut between a checkpoint and its evaluation.
   if _is_due(config, first) and row.get("epoch") != first:
     row = evaluate()
   quiet = not processes.is_first()
-  with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs", disable=quiet) as bar:
+  hidden = True if quiet else None  # None: where stderr is no terminal
+  with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs", disable=hidden) as bar:
     for epoch in range(first, config.train.epochs):
       if _is_due(config, epoch) and has_stalled(epoch):
         checkpoints.save(epoch, state, totals, force=True)
@@ -144,6 +155,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
       totals["flops"] = totals.get("flops", 0.0) + session.meter.total()
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
       sink.write({"epoch": epoch + 1, "kind": "train", **totals_row(totals), **train_row})
+      noticed.epoch(train_row)
       checkpoints.save(epoch + 1, state, totals, force=epoch + 1 == config.train.epochs)
       if checkpoints.preempted:
         checkpoints.wait()
@@ -151,8 +163,13 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
       if _is_due(config, epoch + 1):
         row = evaluate()
         totals["seconds"] = time.perf_counter() - clock
-      bar.set_postfix(reward=f"{train_row['reward/mean']:.3f}", held_out=_shown(row), refresh=False)
+      shown = f"reward {train_row['reward/mean']:.3f}, held_out {_shown(row)}"
+      bar.set_postfix_str(shown, refresh=False)
       bar.update()
+      if bar.disable:  # a log file has whole lines
+        notices.say(
+          f"epoch {epoch + 1}/{config.train.epochs}: {shown}, {train_row['time/epoch']:.1f} s"
+        )
   with saved_on_failure(state, totals):
     _judge(session, state, totals, best, sink, run_dir, on_chunk)
   return {name: value for name, value in row.items() if name.startswith(("reward/", "image/"))}
@@ -233,31 +250,31 @@ def _evaluate(session, state, totals, best, sink, run_dir, on_chunk):
   """Keeps the weights if they are the best, then writes the row and a sample grid."""
   result = session.evaluate(session.model.params(state.ema), on_chunk)
   number = totals["epoch"]
+  settings, updates = session.config, number * session.config.train.updates_per_epoch
+  row = {"epoch": number, "kind": "eval", "update": updates, **totals_row(totals), **result.row}
+  row |= {"ema/moves": updates // settings.ema.every}
+  rows = metrics.rows_of(run_dir) if processes.is_first() else []
+  earlier = [r for r in rows if r["kind"] == "eval" and r["epoch"] < number]
+  if settings.checkpoint.best:
+    count = len(result.prompts)
+    row |= notices.below_best(settings.checkpoint.best, result.row, count, earlier)
   # Before its row: where the row is missing, a resumed run evaluates again.
   best.offer(number, state.ema, result.row)
-  sink.write(
-    {
-      "epoch": number,
-      "kind": "eval",
-      "update": number * session.config.train.updates_per_epoch,
-      **totals_row(totals),
-      **result.row,
-    }
-  )
+  sink.write(row)
   if not processes.is_first():
-    return result.row
+    return row
   captions = [p.text for p in result.prompts[:GRID_IMAGES]]
   sheet = evaluation.grid(result.images[:GRID_IMAGES], captions)
   content = io.BytesIO()
   Image.fromarray(sheet).save(content, "PNG")
   run_folder.write(run_dir / "images" / f"eval_{number:05d}.png", content.getvalue())
   sink.image("eval/samples", sheet, number)
-  return result.row
+  return row
 
 
 def _shown(row):
-  return ", ".join(
-    f"{v:.3f}"
+  return " ".join(
+    f"{k.split('/')[1]}={v:.3f}".replace("=0.", "=.")
     for k, v in row.items()
     if k.startswith("reward/") and k.endswith("/mean") and k != "reward/mean"
   )

@@ -236,13 +236,18 @@ def make_sigmas(sampler: config_lib.Sampler, model: build.Model, num_steps: int)
   """The grid of noise levels, [num_steps + 1]."""
   height, width, _ = model.pipeline.latent_shape
   image_tokens = height * width // model.config.latents.patch**2
-  return schedule.SCHEDULES[sampler.schedule](num_steps, sampler.shift, image_tokens)
+  line, terminal = dict(model.pipeline.grid), None
+  if sampler.schedule != "linear":
+    terminal = line.pop("terminal", None)
+  line.pop("terminal", None)
+  sigmas = schedule.SCHEDULES[sampler.schedule](num_steps, sampler.shift, image_tokens, **line)
+  return schedule.stretch_to_terminal(sigmas, terminal) if terminal and num_steps > 1 else sigmas
 
 
 def is_guided(config: config_lib.Config) -> bool:
-  """Whether a step evaluates the model twice, with the prompt and without."""
+  """Whether a step evaluates the model twice, with the prompt and without: above 1, as in diffusers."""
   variant = models.MODELS[config.model.variant]
-  return variant.guidance == "classifier_free" and config.sampler.guidance_scale != 1.0
+  return variant.guidance == "classifier_free" and config.sampler.guidance_scale > 1.0
 
 
 def guide(config: config_lib.Config, velocity_fn: types.VelocityFn) -> types.VelocityFn:

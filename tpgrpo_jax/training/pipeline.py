@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from tpgrpo_jax import caches, models, types
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, types
 from tpgrpo_jax.models import hf, prompt_cache, prompt_embedding, text_source, tiny, vae
 from tpgrpo_jax.models.hf import encoder, files
 from tpgrpo_jax.training import mesh as mesh_lib
-
-CACHE = pathlib.Path("~/.cache/tpgrpo_jax/prompts")
 
 
 class Pipeline(NamedTuple):
@@ -28,6 +26,8 @@ class Pipeline(NamedTuple):
     decode: (decoder, latents [N, h, w, c]) -> images [N, H, W, 3] float in [0, 1].
     decoder: the weights of `decode`, on the mesh.
     identity: part -> a name of its files' content.
+    grid: what the noise levels take from the pipeline's scheduler: those of the keywords of
+      flow.schedule.dynamic_mu that it sets, and "terminal", the last level above 0.
   """
 
   latent_shape: tuple[int, int, int]
@@ -35,6 +35,7 @@ class Pipeline(NamedTuple):
   decode: Callable[[Any, jax.Array], jax.Array]
   decoder: Any
   identity: Mapping[str, str] = {}
+  grid: Mapping[str, float] = {}
 
 
 def open_pipeline(
@@ -89,6 +90,7 @@ def tiny_pipeline(variant: str, sizes: models.mmdit.MMDiTConfig) -> Pipeline:
 def _open_diffusers(config, mesh, sizes, prompts):
   """A pipeline as the hub stores it."""
   root = _fetch(config)
+  text_source.check_from_text(root)
   folder = root / "vae"
   variant = models.MODELS[config.model.variant]
   vae_config = hf.load_config(folder)
@@ -98,12 +100,12 @@ def _open_diffusers(config, mesh, sizes, prompts):
     )
   check_distilled(config.sampler, root)
   shape = latent_shape(config.sampler, sizes, vae_config)
-  check_scheduler(config.sampler, variant, root)
+  grid = read_scheduler(config.sampler, variant, root)
   source = _text_source(config, root)
   embedded = prompt_cache.embed_prompts(
     source,
     ["", *prompts],
-    cache=config.text.cache or CACHE.expanduser(),
+    cache=caches.place("prompts", config.text.cache),
     shardings=prompt_embedding.on_cpu if config.text.device == "cpu" else _local_shardings,
   )
   decode, abstract = decoder_outline(config.vae, vae_config)
@@ -111,7 +113,7 @@ def _open_diffusers(config, mesh, sizes, prompts):
   dtype = jnp.dtype(config.vae.dtype)
   decoder = hf.load_params(folder, abstract, shardings=shardings, dtype=dtype)
   identity = {"vae": hf.fingerprint(folder), "text": prompt_cache.identity(source)}
-  return Pipeline(shape, embedded.embed, decode, decoder, identity)
+  return Pipeline(shape, embedded.embed, decode, decoder, identity, grid)
 
 
 def decoder_outline(config: config_lib.Vae, sizes: vae.VAEConfig) -> tuple[Callable[..., Any], Any]:
@@ -189,7 +191,7 @@ def latent_shape(
 def check_distilled(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
   """Raises ValueError for a guidance scale where the pipeline was distilled to do without."""
   index = encoder.load_json(root, text_source.INDEX_FILE)
-  if index.get("is_distilled") and sampler.guidance_scale != 1.0:
+  if index.get("is_distilled") and sampler.guidance_scale > 1.0:
     raise ValueError(
       f"sampler.guidance_scale={sampler.guidance_scale}: this pipeline was distilled to do without guidance "
       f"({text_source.INDEX_FILE}: is_distilled is true, as in FLUX.2-klein-4B). Set it to 1, or take the "
@@ -197,17 +199,45 @@ def check_distilled(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
     )
 
 
-def check_scheduler(
+# Fields of diffusers' FlowMatchEulerDiscreteScheduler: under what name the grid takes them, and of the others
+# the only value that is followed.
+_OF_GRID = {
+  "base_shift": "base_shift", "max_shift": "max_shift", "base_image_seq_len": "base_tokens",
+  "max_image_seq_len": "max_tokens", "shift_terminal": "terminal",
+}  # fmt: skip
+_FOLLOWED = {
+  "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "invert_sigmas": False,
+  "time_shift_type": "exponential", "use_karras_sigmas": False, "use_exponential_sigmas": False,
+  "use_beta_sigmas": False, "stochastic_sampling": False,
+}  # fmt: skip
+
+
+def read_scheduler(
   sampler: config_lib.Sampler, variant: models.Variant, root: pathlib.Path
-) -> None:
-  """Warns when a pipeline's scheduler has other noise levels than the config asks for."""
+) -> dict[str, float]:
+  """What the noise levels take from the pipeline's own scheduler (`Pipeline.grid`).
+
+  Warns where the config asks for another schedule or shift than the pipeline was made for, and of each
+  field that is not followed.
+
+  Raises:
+    ValueError: a field that must be a number and is none.
+  """
   path = root / "scheduler" / "scheduler_config.json"
   if not path.is_file():
-    return
+    return {}
   stored = files.read_json(path)
   shift = stored.get("shift", 1.0)
-  if type(shift) not in (int, float):
-    raise ValueError(f"{path}: shift={shift!r}: must be a number. Fetch the file again.")
+  numbers = {"shift": shift} | {k: stored[k] for k in _OF_GRID if stored.get(k) is not None}
+  for name, value in numbers.items():
+    if type(value) not in (int, float):
+      raise ValueError(f"{path}: {name}={value!r}: must be a number. Fetch the file again.")
+  ignored = [f"{k}={stored[k]!r}" for k, v in _FOLLOWED.items() if stored.get(k, v) != v]
+  if ignored:
+    warnings.warn(
+      f"{path}: {', '.join(ignored)}: not followed here. Pictures differ from the pipeline's own.",
+      stacklevel=2,
+    )
   fixed, dynamic = variant.schedules
   found = (fixed, shift) if shift != 1.0 else ("linear", shift)
   if stored.get("use_dynamic_shifting"):
@@ -219,3 +249,5 @@ def check_scheduler(
       f"{found[0]!r}" + (f", shift={shift}" if found[0] == fixed else "") + f" ({path}).",
       stacklevel=2,
     )
+  kind = lambda name: int if name.endswith("seq_len") else float
+  return {_OF_GRID[k]: kind(k)(v) for k, v in numbers.items() if k in _OF_GRID}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import fnmatch
 import logging
 import os
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import warnings
 import jax
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import bridge
 from tpgrpo_jax.models import lora
 from tpgrpo_jax.reporting import history
 from tpgrpo_jax.runs import best, checkpoint
@@ -48,6 +50,17 @@ def choose_config(run_dir: str | None, recipe: Any) -> config_lib.Config:
   Raises:
     ValueError: both or neither are given, or the config cannot be read.
   """
+  if run_dir and recipe is not None:
+    asked = config_lib.from_config_dict(config_lib.Config, recipe)
+    try:
+      own = history.load_run_config(run_dir)
+    except ValueError:
+      own = None
+    if (
+      own and asked.run.dir == own.run.dir
+    ):  # its own config with --config.x=y (reporting.run_recipe)
+      _check_weights(own, asked)
+      return dataclasses.replace(asked, distributed=config_lib.Distributed())
   if bool(run_dir) == (recipe is not None):
     given = "both are" if run_dir else "neither is"
     raise ValueError(
@@ -62,6 +75,20 @@ def choose_config(run_dir: str | None, recipe: Any) -> config_lib.Config:
   return config_lib.from_config_dict(config_lib.Config, recipe)
 
 
+_OF_WEIGHTS = ("model.variant", "model.path", "lora.*")  # fields that say which weights a run has
+
+
+def _check_weights(own, asked):
+  """Raises ValueError where --config.x=y changes what a run's weights are."""
+  old, new = (bridge.flatten(dataclasses.asdict(config)) for config in (own, asked))
+  for name, value in new.items():
+    if old.get(name) != value and any(fnmatch.fnmatchcase(name, p) for p in _OF_WEIGHTS):
+      raise ValueError(
+        f"--config.{name}={value!r}: the run has {old.get(name)!r}, and its weights belong to that. Leave "
+        "it out; fields that do not change the weights may be set."
+      )
+
+
 def open_model(
   config: config_lib.Config,
   run_dir: str | os.PathLike[str] | None = None,
@@ -69,6 +96,7 @@ def open_model(
   prompts: Sequence[str] | None = None,
   weights: str = "ema",
   strength: float = 1.0,
+  epoch: int | None = None,
 ) -> Opened:
   """Opens the base model of a config, or the weights of a run's newest checkpoint.
 
@@ -78,20 +106,24 @@ def open_model(
     prompts: as of `build.build_model`.
     weights: of a run, a name of WEIGHTS.
     strength: base + strength (learned - base): 1 is what was learned, 0 the model without it.
+    epoch: of a run, the checkpoint after so many; None is the newest.
 
   Raises:
     ValueError: a run without a finished checkpoint, or weights that cannot be opened.
   """
   if not run_dir:
-    if weights != "ema" or strength != 1.0:
+    if weights != "ema" or strength != 1.0 or epoch is not None:
+      shown = "" if epoch is None else f", --epoch={epoch}"
       raise ValueError(
-        f"--weights={weights}, --strength={strength}: are of what a run has learned. Give --run RUN_DIR."
+        f"--weights={weights}, --strength={strength}{shown}: are of a run. Give --run RUN_DIR."
       )
     mesh = mesh_lib.make_mesh(config.mesh)
     model = build.build_model(config, mesh, prompts)
     name = f"base model of {config.model.path or config.model.variant}"
     name += f" with {config.lora.path}" if config.lora.path else ""
     return Opened(config, mesh, model, model.params(model.trainable), name)
+  if weights == "best" and epoch is not None:
+    raise ValueError(f"--epoch={epoch}: the best weights have an epoch of their own. Leave it out.")
   try:
     checkpoints = checkpoint.RunCheckpoints(run_dir, read_only=True)
   except ValueError as error:
@@ -108,7 +140,15 @@ def open_model(
     abstract = state_lib.abstract_state(
       model.trainable, optimizer, mesh, keeps_old=objective.keeps_old
     )
-    state, extra = checkpoints.restore(abstract)
+    try:
+      state, extra = checkpoints.restore(abstract, epoch)
+    except ValueError as error:
+      if epoch is None or epoch in checkpoints.steps():
+        raise
+      raise ValueError(
+        f"--epoch={epoch}: the run has checkpoints after {checkpoints.steps()}. checkpoint.keep and "
+        "checkpoint.keep_every say which are kept."
+      ) from error
   for part, identity in model.identity.items():
     if extra.get(part, identity) != identity:
       raise ValueError(

@@ -76,7 +76,10 @@ def open_session(config: config_lib.Config) -> Session:
   method_lib.bind_credit(config)  # a user's own functions are tried before weights are read
   losses.check_own(config)
   reward_fn = make_rewards(config, mesh, config.rewards)
-  load = functools.partial(prompts_lib.load_prompts, config.prompts.name, config.prompts.path)
+  source = config.prompts
+  load = functools.partial(
+    prompts_lib.load_prompts, source.name, source.path, data_dir=source.cache or None
+  )
   all_held_out = load("test")
   held_out = [all_held_out[i] for i in range(min(config.eval.prompts, len(all_held_out)))]
   unseen = judging.choose_prompts(all_held_out, config.eval)

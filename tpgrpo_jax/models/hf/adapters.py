@@ -6,26 +6,28 @@ import os
 import pathlib
 import re
 from typing import Any, NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax.models.hf import architectures, files, save
-from tpgrpo_jax.models.hf.table import Entry, flatten, unflatten
+from tpgrpo_jax.models.hf import architectures, authors, files, save
+from tpgrpo_jax.models.hf.table import Entry, flatten, shorten, unflatten
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers keeps rank and alpha in the file's header
+OWN_KEY = "tpgrpo_jax"  # and we the alpha of the training that made it
 PREFIX = "transformer."  # the part of a pipeline that the adapter sits on
 
-# What other programs put before a module's name, and how they end a tensor's.
-_PREFIXES = r"^(base_model\.model\.)?(lora_transformer_|transformer\.|diffusion_model\.)?"
+# How other programs end a tensor's name, and begin those of a text encoder's adapters.
 _ENDINGS = (
   (r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight$", "a"),
   (r"\.(lora_B|lora_up|lora\.up)(\.default)?\.weight$", "b"),
   (r"\.alpha$", "alpha"),
 )
+_TEXT_ENCODER = r"^(base_model\.model\.)?(text_encoder(_\d)?\.|text_encoders\.|lora_te\d?_|te\d\.)"
 # Settings of PEFT that change what an adapter computes, and the only value that is read here.
 _PLAIN = {
   "peft_type": "LORA", "use_dora": False, "use_rslora": False, "lora_bias": False, "bias": "none",
@@ -41,12 +43,14 @@ class Adapter(NamedTuple):
     rank: of all of them.
     alpha: the output is scaled by alpha / rank.
     targets: ends of module names that select exactly these modules, for lora.targets.
+    states_alpha: the file says so; else `alpha` is the rank, as diffusers takes it.
   """
 
   trainable: dict[str, Any]
   rank: int
   alpha: float
   targets: tuple[str, ...]
+  states_alpha: bool = True
 
 
 def save_lora(
@@ -60,8 +64,10 @@ def save_lora(
 ) -> pathlib.Path:
   """Writes adapters so that `pipe.load_lora_weights(path)` of diffusers gives our output.
 
-  The tensors are written as they are; rank, alpha and targets go into the file's metadata, where
-  diffusers (>= 0.34) and `load_lora` find them, so that alpha / rank is applied once, by the reader.
+  alpha / rank is part of the B that is written, and the file's metadata says alpha = rank. So a reader
+  scales by 1, whether it knows the metadata (diffusers >= 0.34), takes the rank where nobody says more
+  (older ones, kohya), or looks for alpha tensors alone (ComfyUI). Alpha tensors would not do: diffusers
+  0.39 refuses them for SD3. For `load_lora` the metadata keeps the alpha of the training.
 
   Args:
     path: a folder, made when it does not exist, or a file that ends in ".safetensors".
@@ -83,13 +89,16 @@ def save_lora(
     shapes = _foreign_shapes(entry, rank)
     for side in "ab":
       leaf = tree[f"{base}lora_{side}"]
-      make = lambda e=entry, x=leaf, s=side: _to_foreign(e, s, save.to_host(x, e.block))
       dtype = np.dtype(leaf.dtype)
+      scale = dtype.type(alpha / rank if side == "b" else 1)
+      make = lambda e=entry, x=leaf, s=side, c=scale: (
+        c * _to_foreign(e, s, save.to_host(x, e.block))
+      )
       foreign = f"{name}.lora_{side.upper()}.weight"
       pending.append(save.Pending(foreign, shapes[side], dtype, make))
   settings = {
     "r": rank,
-    "lora_alpha": int(alpha) if float(alpha).is_integer() else float(alpha),
+    "lora_alpha": rank,
     "target_modules": list(targets),
     "peft_type": "LORA",
     "bias": "none",
@@ -97,7 +106,8 @@ def save_lora(
   text = json.dumps({PREFIX + k: v for k, v in settings.items()}, indent=2, sort_keys=True)
   if jax.process_index() == 0:
     path.parent.mkdir(parents=True, exist_ok=True)
-  save.write_safetensors(path, pending, metadata={METADATA_KEY: text})
+  own = json.dumps({"alpha": float(alpha)})
+  save.write_safetensors(path, pending, metadata={METADATA_KEY: text, OWN_KEY: own})
   return path
 
 
@@ -138,7 +148,8 @@ def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapt
   """Reads adapters that `save_lora`, diffusers or PEFT wrote; ai-toolkit's and kohya's where names fit.
 
   Rank and alpha are those of the file's metadata, of adapter_config.json beside it, or of its alpha
-  tensors; without any of them alpha = rank, as diffusers takes it.
+  tensors; without any of them alpha = rank, as diffusers takes it. Of a file of ours alpha is that of the
+  training, and B without it, to one rounding (none where alpha / rank is a power of two).
 
   Args:
     path: the file, or the folder that holds pytorch_lora_weights.safetensors or
@@ -154,6 +165,14 @@ def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapt
   kernels = {k: tuple(v.shape) for k, v in flatten(abstract).items() if k.endswith(".kernel")}
   entries = architectures.names(config, kernels)
   found, settings = _read(path)
+  of_text = [name for name in found if re.match(_TEXT_ENCODER, name)]
+  if of_text:
+    warnings.warn(
+      f"{path}: its adapters of text encoders ({len(of_text)} tensors, such as {of_text[0]}) are left out: "
+      "text encoders are not trained here.",
+      stacklevel=2,
+    )
+    found = {name: tensor for name, tensor in found.items() if name not in of_text}
   found = architectures.ARCHITECTURES[architectures.class_name(config)].adapters(found)
   adapted, problems = _match(entries, found)
   if not adapted:
@@ -176,11 +195,15 @@ def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapt
   problems += _incomplete(entries, adapted)
   if problems:
     raise ValueError(
-      f"{path}: not an adapter for this {architectures.class_name(config)}:\n" + "\n".join(problems)
+      f"{path}: not an adapter for this {architectures.class_name(config)}:\n" + shorten(problems)
     )
   names = {entry.name.removesuffix(".weight") for entry, _ in adapted}
   every = {entry.name.removesuffix(".weight") for entry in entries}
-  return Adapter(_assemble(adapted), ranks[0], float(alphas[0]), _targets(names, every))
+  trainable, alpha = _assemble(adapted), float(alphas[0])
+  if own := settings.get(OWN_KEY):
+    trainable, alpha = _divide(trainable, own / alpha), own
+  states = "lora_alpha" in settings or any("alpha" in parts for _, parts in adapted)
+  return Adapter(trainable, ranks[0], alpha, _targets(names, every), states)
 
 
 def _find(path):
@@ -203,18 +226,25 @@ def _read(path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """(tensors by name, PEFT's settings) of a file and of adapter_config.json beside it."""
   with files.open_safetensors(path) as handle:
     tensors = {name: handle.get_tensor(name) for name in handle.keys()}
-    text = (handle.metadata() or {}).get(METADATA_KEY)
+    for name, tensor in tensors.items():
+      files.check_finite(tensor, name, path)
+    metadata = handle.metadata() or {}
   settings = {}
   if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
     settings = files.read_json(path.parent / PEFT_CONFIG)
-  if text:
-    try:
-      settings = {k.removeprefix(PREFIX): v for k, v in json.loads(text).items()}
-    except (ValueError, AttributeError) as error:
-      raise ValueError(
-        f"{path}: metadata {METADATA_KEY} is not a JSON object ({error})."
-      ) from error
+  if METADATA_KEY in metadata:
+    stated = _json_object(path, metadata, METADATA_KEY)
+    settings = {k.removeprefix(PREFIX): v for k, v in stated.items()}
+    if OWN_KEY in metadata:
+      settings[OWN_KEY] = float(_json_object(path, metadata, OWN_KEY)["alpha"])
   return tensors, settings
+
+
+def _json_object(path, metadata, key):
+  try:
+    return dict(json.loads(metadata[key]).items())
+  except (ValueError, AttributeError) as error:
+    raise ValueError(f"{path}: metadata {key} is not a JSON object ({error}).") from error
 
 
 def _match(entries, found):
@@ -232,7 +262,7 @@ def _match(entries, found):
       continue
     ((side, match),) = endings
     module = name[: match.start()]
-    entry = known.get(module) or known.get(re.sub(_PREFIXES, "", module))
+    entry = known.get(module) or known.get(authors.plain(module))
     if entry is None:
       problems.append(f"  the model has no such module: {name} {tensor.shape}")
     else:
@@ -283,6 +313,14 @@ def _assemble(adapted):
       else:
         leaves.setdefault(path, []).append(value)
   return unflatten({k: np.stack(v) if isinstance(v, list) else v for k, v in leaves.items()})
+
+
+def _divide(tree, scale):
+  """The adapters with B divided by `scale`."""
+  if not isinstance(tree, dict):
+    return tree
+  side = lambda name, x: x / np.float32(scale) if name == "lora_b" else _divide(x, scale)
+  return {name: side(name, x) for name, x in tree.items()}
 
 
 def _targets(adapted, every):

@@ -30,7 +30,10 @@ ARCHITECTURES = {
     dina.BackboneConfig, dina.BackboneConfig.from_diffusers, hf_dina.names
   ),
   "FluxTransformer2DModel": Architecture(
-    flux.FluxConfig, flux.FluxConfig.from_diffusers, hf_flux.names
+    flux.FluxConfig,
+    flux.FluxConfig.from_diffusers,
+    hf_flux.names,
+    adapters=hf_flux.rename_adapters,
   ),
   "Flux2Transformer2DModel": Architecture(
     flux2.Flux2Config,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax.models.hf import files
-from tpgrpo_jax.models.hf.table import Entry, flatten, same_names
+from tpgrpo_jax.models.hf.table import Entry, flatten, same_names, shorten
 
 
 def read_params(
@@ -107,7 +107,9 @@ def _read(reader, entry, name, dtype, index):
     for axis, part in zip(entry.axes, index):
       foreign[axis] = part
     value = reader.read(name, tuple(foreign)).transpose(entry.axes)
-  return np.asarray(value, dtype, order="C")
+  value = np.asarray(value, dtype, order="C")
+  files.check_finite(value, name, reader.path)
+  return value
 
 
 @functools.lru_cache
@@ -140,5 +142,5 @@ def _match(
   if problems:
     where = sorted({tensor.file.name for tensor in tensors.values()})
     shown = ", ".join(where) if len(where) < 4 else f"{where[0]} and {len(where) - 1} more"
-    raise ValueError(f"{folder} ({shown}) does not fit {rule}:\n" + "\n".join(problems))
+    raise ValueError(f"{folder} ({shown}) does not fit {rule}:\n" + shorten(problems))
   return sources

@@ -211,6 +211,26 @@ def open_safetensors(path: pathlib.Path) -> Any:
     ) from error
 
 
+# Bits of a float's exponent: all of them are set in infinities and NaN, and in nothing else.
+_EXPONENTS = {
+  "float64": (np.uint64, 0x7FF << 52), "float32": (np.uint32, 0xFF << 23),
+  "float16": (np.uint16, 0x1F << 10), "bfloat16": (np.uint16, 0xFF << 7),
+}  # fmt: skip
+
+
+def check_finite(value: np.ndarray, name: str, path: os.PathLike[str]) -> None:
+  """Raises ValueError with the tensor's name where it holds NaN or infinity; bits alone are looked at."""
+  if str(value.dtype) not in _EXPONENTS or not value.size:
+    return
+  kind, exponent = _EXPONENTS[str(value.dtype)]
+  mask = kind(exponent)
+  if ((np.ascontiguousarray(value).view(kind) & mask) == mask).any():
+    raise ValueError(
+      f"{path}: the tensor {name} holds NaN or infinity: weights must be finite. Fetch the file again, or "
+      "take a checkpoint from before the training that made it fell apart."
+    )
+
+
 class Reader:
   """Reads tensors of one file.
 
@@ -219,7 +239,7 @@ class Reader:
   """
 
   def __init__(self, path: pathlib.Path):
-    self._path, self._read = path, 0
+    self.path, self._read = path, 0
     self._handle = open_safetensors(path)
 
   def __enter__(self) -> "Reader":
@@ -232,7 +252,7 @@ class Reader:
     """A tensor, or a part of it, as a NumPy array."""
     if self._read > _REMAP_BYTES:
       self.__exit__()
-      self._read, self._handle = 0, open_safetensors(self._path)
+      self._read, self._handle = 0, open_safetensors(self.path)
     value = self._handle.get_slice(name)[index] if index else self._handle.get_tensor(name)
     self._read += value.nbytes
     return value

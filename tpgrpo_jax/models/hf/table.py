@@ -44,6 +44,25 @@ def same_names(found: Iterable[str]) -> dict[str, str]:
   return {name: name for name in found}
 
 
+def shorten(problems: Sequence[str], most: int = 12) -> str:
+  """At most so many lines of a list of what does not fit; each kind of line (`  kind: ...`) has some of them.
+
+  A file of another model misfits in all its thousand names.
+  """
+  problems = list(problems)
+  if len(problems) <= most:
+    return "\n".join(problems)
+  kinds: dict[str, list[str]] = {}
+  for line in problems:
+    kinds.setdefault(line.partition(":")[0] if ":" in line else "", []).append(line)
+  room, lines = max(1, (most - len(kinds)) // len(kinds)), []
+  for kind, those in kinds.items():
+    lines += those[:room]
+    if len(those) > room:
+      lines.append(f"  ... and {len(those) - room} more lines of the kind {kind.strip()!r}")
+  return "\n".join(lines[:most])
+
+
 class Architecture(NamedTuple):
   """A foreign model class that can be read.
 

@@ -1,0 +1,56 @@
+"""Where caches lie, and what is said when they cannot be written to: one rule for all of them.
+
+A cache is in the folder that its field names, else in that of its environment variable, else in
+$XDG_CACHE_HOME/tpgrpo_jax, else in ~/.cache/tpgrpo_jax.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import tempfile
+
+
+def place(name: str, given: str | os.PathLike[str] = "", variable: str = "") -> pathlib.Path:
+  """The folder of a cache.
+
+  Args:
+    name: below the user's cache folder; "" is that folder itself.
+    given: what the field says; "" where it says nothing.
+    variable: of the environment, "" for none.
+  """
+  if chosen := given or (variable and os.environ.get(variable)):
+    return pathlib.Path(os.path.expanduser(chosen))
+  root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+  return pathlib.Path(root) / "tpgrpo_jax" / name
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: os.PathLike[str], field: str) -> Iterator[None]:
+  """Names the cache and its field where the block meets a full, read-only or absent file system.
+
+  Args:
+    what: is in it.
+    folder: of the cache.
+    field: of the config that moves it.
+
+  Raises:
+    ValueError: in place of the block's OSError.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise ValueError(
+      f"{field}={os.fspath(folder)!r}: the cache of {what} cannot be written to ({error.strerror or error}). "
+      f"Name a folder with room, such as --config.{field}=/tmp/tpgrpo_jax."
+    ) from error
+
+
+def check_writable(what: str, folder: os.PathLike[str], field: str) -> None:
+  """Makes the folder and writes to it; raises as `writing`."""
+  with writing(what, folder, field):
+    if os.fspath(folder).startswith("~"):
+      raise OSError("there is no home folder")
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+      file.write(bytes(4096))

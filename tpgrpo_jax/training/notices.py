@@ -1,0 +1,167 @@
+"""What a run knows of itself and says once, in one line each, beside the metrics that show it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+import math
+import sys
+from typing import Any
+
+import jax
+import tqdm
+
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import version
+from tpgrpo_jax.runs import processes
+from tpgrpo_jax.training import method as method_lib
+
+DROWNS = 0.95  # share of the advantage's variance
+CLIPPED = 0.9  # share of terms without gradient
+BELOW = 2.0  # standard errors
+
+
+class Notices:
+  """Says each thing once in a run; of several processes the first one speaks."""
+
+  def __init__(self, config: config_lib.Config):
+    self._config, self._said, self._epochs = config, set(), 0
+
+  def epoch(self, row: Mapping[str, Any]) -> None:
+    """Says what is new in the metrics of an epoch."""
+    self._epochs += 1
+    self._say(of_epoch(self._config, row))
+    if self._epochs > 1:  # the first one compiles
+      self._say(of_time(row))
+
+  def evaluation(self, row: Mapping[str, Any]) -> None:
+    """Says what is new in the row of an evaluation."""
+    self._say(of_evaluation(self._config, row))
+
+  def _say(self, found):
+    for name, line in found:
+      if name not in self._said:
+        say(f"note: {line}")
+      self._said.add(name)
+
+
+def say(line: str) -> None:
+  """Writes a line beside the progress bars; process 0 only."""
+  if processes.is_first():
+    tqdm.tqdm.write(line, file=sys.stderr)
+
+
+def start(config: config_lib.Config) -> str:
+  """What is known of a run before anything is opened: versions and devices, then the folder and its size."""
+  devices, mesh, train = jax.devices(), config.mesh, config.train
+  data = mesh.data if mesh.data > 0 else len(devices) // (mesh.fsdp * mesh.tensor)
+  return (
+    f"tpgrpo_jax {version.installed()}, jax {jax.__version__}: {len(devices)} x {devices[0].device_kind}, "
+    f"mesh data {data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}\n{config.run.dir}: {train.epochs} epochs of "
+    f"{train.prompts_per_epoch} prompts x {train.group_size} samples"
+  )
+
+
+def opened(config: config_lib.Config, model: Any, method: method_lib.Method) -> str:
+  """What is known when the model is open: parameters that are trained, what an epoch costs."""
+  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  place = method_lib.draw_place(config, 0, 0)
+  plan = method_lib.build_plan(config, method, place)
+  each = method_lib.evaluations_per_sample(config, method, plan, place)
+  samples = config.train.prompts_per_epoch * config.train.group_size
+  completed = len(place) * max(1, len(config.completion.strides)) * (plan is not None)
+  images = samples * (completed + 1 / config.sampler.branches)
+  return (
+    f"trains {count(model.trainable):,} parameters ({count(model.frozen):,} stay as they are); an epoch is "
+    f"{samples:,} samples, {samples * each:,.0f} evaluations of the model, {images:,.0f} scored images and "
+    f"{config.train.updates_per_epoch} updates"
+  )
+
+
+def of_time(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """(name, line) of the utilisation, where the devices' peak is known."""
+  shares = {p: row.get(f"time/{p}_utilisation") for p in ("rollout", "update")}
+  known = {phase: share for phase, share in shares.items() if share is not None}
+  if known:
+    each = ", ".join(f"{phase} {share:.0%}" for phase, share in known.items())
+    yield "utilisation", f"utilisation of the devices' bfloat16 peak: {each}."
+
+
+def of_evaluation(config: config_lib.Config, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """(name, line) of each thing that an evaluation's row tells: as `of_epoch`."""
+  if row.get("epoch", 0) > 0 and row.get("ema/moves", 1) == 0:
+    yield (
+      "ema",
+      f"ema.every={config.ema.every}: the average has not moved after {row['update']} updates, so this "
+      "evaluation is that of the first weights. Lower ema.every, or train longer.",
+    )
+  if row.get("best/below", 0.0) > BELOW:
+    yield (
+      "below",
+      f"held out, {config.checkpoint.best} is {row['best/below']:.1f} standard errors below its best, after "
+      f"epoch {row['best/epoch']}. Those weights are kept (--weights best); eval.patience would end "
+      "such a run.",
+    )
+
+
+def below_best(
+  metric: str, row: Mapping[str, Any], count: int, earlier: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+  """best/epoch and best/below: how many standard errors of its own an evaluation lies below the best before.
+
+  Args:
+    metric: checkpoint.best.
+    row: of the evaluation.
+    count: its prompts.
+    earlier: rows of the evaluations before it.
+  """
+  known = [r for r in earlier if isinstance(r.get(metric), (int, float))]
+  if not known:
+    return {}
+  best = max(known, key=lambda r: r[metric])
+  error = row[metric.replace("/mean", "/std")] / math.sqrt(count)
+  below = max(0.0, best[metric] - row[metric])
+  return {"best/epoch": best["epoch"], "best/below": below / error if error else 0.0}
+
+
+def of_epoch(config: config_lib.Config, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """(name, line) of each thing that an epoch's metrics tell.
+
+  Args:
+    config: of the run.
+    row: metric name -> number.
+  """
+  shares = {
+    key.split("/")[1]: value
+    for key, value in row.items()
+    if key.startswith("reward/") and key.endswith("/share")
+  }
+  for label, share in shares.items():
+    if len(shares) > 1 and share > DROWNS:
+      others = ", ".join(repr(other) for other in shares if other != label)
+      remedy = (
+        f"Lower rewards.{label} or raise the others' weights"
+        if config.advantage.per_reward
+        else "Set advantage.per_reward=True, which normalises each for itself, or change the weights"
+      )
+      yield (
+        f"share/{label}",
+        f"reward {label!r} makes {share:.0%} of the advantage's variance, so {others} hardly counts. "
+        f"{remedy}.",
+      )
+  if row.get("group/zero_spread") == 1.0:
+    yield (
+      "spread",
+      "no group of this epoch has any spread in its rewards, so nothing is learned from it: prompts too easy "
+      "or too hard, a group too small, or a reward too coarse (group/zero_spread).",
+    )
+  first, clip = row.get("ratio/first_update_max_abs_log"), config.loss.clip_range
+  if first is not None and clip and first > clip / 10:
+    yield (
+      "ratio",
+      f"the log-ratio before the first update is {first:.2g}, more than a tenth of loss.clip_range={clip:g}: "
+      "rollout and update disagree, and clipping acts on rounding. Use float32, or a wider clip range.",
+    )
+  if row.get("clip/inactive", 0.0) > CLIPPED:
+    yield (
+      "clipped",
+      f"{row['clip/inactive']:.0%} of the terms have no gradient (clip/inactive): the updates are too large "
+      f"for loss.clip_range={clip:g}. Lower optimizer.learning_rate, or widen it.",
+    )
