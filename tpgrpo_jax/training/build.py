@@ -111,6 +111,19 @@ def build_model(
   )
 
 
+def compiler_options(config: config_lib.Config) -> dict[str, Any] | None:
+  """XLA's options for rollout and update alike; None for its own choice.
+
+  On a CPU the pass named here hands matrix products to YNNPACK, which sums in another order than XLA's own
+  loops. Whether a product goes there depends on what XLA fuses it with, and that differs between the
+  rollout and the update. In bfloat16 the difference moves some results by a whole rounding step, and
+  guidance and blocks amplify it: the first log-ratio was 9e-4 where it must be 0. Float32 keeps the pass.
+  """
+  if config.model.dtype == "float32" or models.layers.platform() != "cpu":
+    return None
+  return {"xla_disable_hlo_passes": "dot-library-rewriter"}
+
+
 def without_remat(config: config_lib.Config, model: Model) -> Model:
   """The same model, whose backward pass computes nothing twice: what it does is the model's own work."""
   if config.model.remat == "none":

@@ -13,7 +13,7 @@ from tpgrpo_jax import types
 from tpgrpo_jax.credit import advantages
 from tpgrpo_jax.flow import schedule, steps
 from tpgrpo_jax.objective import surrogate
-from tpgrpo_jax.training import losses
+from tpgrpo_jax.training import build, losses
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -114,17 +114,17 @@ def make_train_step(config: config_lib.Config, method: method_lib.Method):
       after = jax.tree.map(lambda a, b: jnp.where(is_off, a, b), state, after)
     return after, metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  return _compiled(config, train_step)
 
 
 def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
   """As `make_train_step`, with old scores from this very program: (..., Batch) -> (state, metrics, scores).
 
-  With batch.phase = SCORE it does the forward passes alone and gives the scores ({"log_prob": [C, W, S, M]},
-  {"velocity": [C, W, S, ...]}) for `with_scores`; the state stays. FIRST is the update whose weights are
-  still the rollout's: it scores for itself, at no price. LATER compares with the scores of the batch. All
-  phases share the instructions of the forward pass, so unchanged weights give a log-ratio of exactly 0 on
-  any device, in any dtype. ratio/rollout_max_abs_log is how far the rollout's scores are from these.
+  In the phase SCORE it does the forward passes alone and gives the scores (log_prob [C, W, S, M], velocity
+  [C, W, S, ...]) for `with_scores`; the state stays. FIRST is the update whose weights are still those of the
+  rollout: it scores for itself. LATER compares with the scores of the batch. All phases share one forward
+  pass, so unchanged weights give a log-ratio of exactly 0 anywhere. ratio/rollout_max_abs_log is how far
+  the rollout's scores are from these.
   """
   pair_loss = losses.OBJECTIVES[config.loss.objective].make_rescored_loss(config, method)
   scorer = losses.make_scorer(config, method)
@@ -136,8 +136,8 @@ def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
     pairs["is_first"] = jnp.broadcast_to(batch.phase == FIRST, pairs["chunk"].shape)
     chunk_scores = None
     if config.loss.chunks:
-      args = (config, method, params, pairs, conditions, losses.old_score)
-      pairs["chunk_log_ratio"], chunk_scores = _chunk_log_ratios(*args)
+      found = _chunk_log_ratios(config, method, params, pairs, conditions, losses.old_score)
+      pairs["chunk_log_ratio"], chunk_scores = found
 
     def share_of_mean(trainable, pair):
       condition = jax.tree.map(lambda a: a[pair["chunk"]], conditions)
@@ -162,19 +162,19 @@ def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
     start = _no_metrics(lambda pair: share_of_mean(state.trainable, pair)[1][0], pairs)
     (grads, metrics), scores = jax.lax.scan(accumulate, (zeros, start), pairs)
     after = _learn(config, method, state, grads, metrics, weight_sum)
-    stays = batch.phase == SCORE
-    after = jax.tree.map(lambda a, b: jnp.where(stays, a, b), state, after)
-    scores = chunk_scores or scores
-    chunks = len(batch.transitions)
-    return after, metrics, {k: a.reshape(chunks, -1, *a.shape[1:]) for k, a in scores.items()}
+    after = jax.tree.map(lambda a, b: jnp.where(batch.phase == SCORE, a, b), state, after)
+    by_chunk = lambda a: a.reshape(len(batch.transitions), -1, *a.shape[1:])
+    return after, metrics, jax.tree.map(by_chunk, chunk_scores or scores)
 
-  return jax.jit(rescoring_step, donate_argnums=0)
+  return _compiled(config, rescoring_step)
 
 
 def with_scores(batch: Batch, scores: dict[str, jax.Array]) -> Batch:
   """The batch with the scores of `make_rescoring_step` in place of the rollout's."""
+  # Laid out as they were, so that the next call is one of the same program.
+  like = lambda t, name, a: jax.device_put(a, getattr(t, name).sharding)
   replaced = [
-    dataclasses.replace(t, **{name: a[c] for name, a in scores.items()})
+    dataclasses.replace(t, **{name: like(t, name, a[c]) for name, a in scores.items()})
     for c, t in enumerate(batch.transitions)
   ]
   return dataclasses.replace(batch, transitions=replaced)
@@ -198,8 +198,12 @@ def make_scores(config: config_lib.Config, method: method_lib.Method):
   return scores
 
 
+def _compiled(config, train_step):
+  return jax.jit(train_step, donate_argnums=0, compiler_options=build.compiler_options(config))
+
+
 def _share(pair, loss, metrics, weight_sum):
-  """What a pair adds to the mean loss, and to the metrics."""
+  """A pair's part of the mean loss, and of the metrics."""
   mean = lambda values: jnp.sum(pair["weight"] * values) / jnp.maximum(weight_sum, 1.0)
   total = mean(loss)
   return total, {"loss": total} | {k: _REDUCE.get(k, mean)(v) for k, v in metrics.items()}
