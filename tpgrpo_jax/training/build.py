@@ -12,7 +12,7 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, registry, types
-from tpgrpo_jax.models import hf, lora, quantize
+from tpgrpo_jax.models import hf, layers, lora, quantize
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import pipeline
 
@@ -111,17 +111,17 @@ def build_model(
   )
 
 
-def compiler_options(config: config_lib.Config) -> dict[str, Any] | None:
-  """XLA's options for rollout and update alike; None for its own choice.
+def jit(config: config_lib.Config, program: Callable[..., Any], **options: Any) -> Any:
+  """jax.jit for rollout and update, compiled so that both round alike where XLA can be told to.
 
   On a CPU the pass named here hands matrix products to YNNPACK, which sums in another order than XLA's own
   loops. Whether a product goes there depends on what XLA fuses it with, and that differs between the
   rollout and the update. In bfloat16 the difference moves some results by a whole rounding step, and
   guidance and blocks amplify it: the first log-ratio was 9e-4 where it must be 0. Float32 keeps the pass.
   """
-  if config.model.dtype == "float32" or models.layers.platform() != "cpu":
-    return None
-  return {"xla_disable_hlo_passes": "dot-library-rewriter"}
+  if config.model.dtype != "float32" and layers.platform() == "cpu":
+    options["compiler_options"] = {"xla_disable_hlo_passes": "dot-library-rewriter"}
+  return jax.jit(program, **options)
 
 
 def without_remat(config: config_lib.Config, model: Model) -> Model:

@@ -163,8 +163,7 @@ def make_rollout_fn(
   config: config_lib.Config, model: build.Model, method: method_lib.Method
 ) -> RolloutFn:
   """Returns `sample_microbatch` of these three, jitted."""
-  program = functools.partial(sample_microbatch, config, model, method)
-  sample = jax.jit(program, compiler_options=build.compiler_options(config))
+  sample = build.jit(config, functools.partial(sample_microbatch, config, model, method))
   # An argument and not a constant: XLA would fold log(std) at compile time, with another rounding
   # than the update's.
   return functools.partial(sample, sigmas=np.asarray(method.sigmas, np.float32))

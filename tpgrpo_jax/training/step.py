@@ -114,7 +114,7 @@ def make_train_step(config: config_lib.Config, method: method_lib.Method):
       after = jax.tree.map(lambda a, b: jnp.where(is_off, a, b), state, after)
     return after, metrics
 
-  return _compiled(config, train_step)
+  return build.jit(config, train_step, donate_argnums=0)
 
 
 def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
@@ -166,7 +166,7 @@ def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
     by_chunk = lambda a: a.reshape(len(batch.transitions), -1, *a.shape[1:])
     return after, metrics, jax.tree.map(by_chunk, chunk_scores or scores)
 
-  return _compiled(config, rescoring_step)
+  return build.jit(config, rescoring_step, donate_argnums=0)
 
 
 def with_scores(batch: Batch, scores: dict[str, jax.Array]) -> Batch:
@@ -196,10 +196,6 @@ def make_scores(config: config_lib.Config, method: method_lib.Method):
     return jax.lax.map(score, pairs)
 
   return scores
-
-
-def _compiled(config, train_step):
-  return jax.jit(train_step, donate_argnums=0, compiler_options=build.compiler_options(config))
 
 
 def _share(pair, loss, metrics, weight_sum):
