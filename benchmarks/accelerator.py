@@ -214,7 +214,7 @@ def measure_update(subject: Subject, trajectory: types.Transitions) -> Callable[
 
 def count(function, *inputs) -> flops.Flops:
   """The operations, counted as for a CPU, where attention is its plain formula and no kernel."""
-  shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+  shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "shape") else a
   device = AbstractDevice("cpu", None, "cpu")
   kinds = (AxisType.Auto,) * len(mesh_lib.AXES)
   mesh = AbstractMesh((1,) * len(kinds), mesh_lib.AXES, axis_types=kinds, abstract_device=device)

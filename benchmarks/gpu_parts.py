@@ -36,6 +36,13 @@ KERNELS = 20  # of a trace
 report = accelerator.report
 
 
+def with_fields(config: config_lib.Config, fields: dict[str, Any]) -> config_lib.Config:
+  """The config with fields changed, dotted ones and whole groups."""
+  whole = {name: value for name, value in fields.items() if "." not in name}
+  dotted = {name: value for name, value in fields.items() if "." in name}
+  return presets.apply(dataclasses.replace(config, **whole), dotted)
+
+
 def left(args: argparse.Namespace) -> float:
   """Seconds that remain for everything."""
   return args.until - time.time()
@@ -51,9 +58,8 @@ def correctness(args: argparse.Namespace) -> None:
 
 def report_on_policy(args: argparse.Namespace, dtype: str) -> None:
   """First log-ratios of an epoch of the tiny model."""
-  config = presets.recipe("tiny_text", "tp_grpo")
-  config = presets.apply(
-    config,
+  config = with_fields(
+    presets.recipe("tiny_text", "tp_grpo"),
     {
       "run.dir": str(args.output / "on_policy"),
       "model.dtype": dtype,
@@ -68,7 +74,7 @@ def report_on_policy(args: argparse.Namespace, dtype: str) -> None:
   session = session_lib.open_session(config)
   with jax.set_mesh(session.mesh):
     for source in ("rollout", "update"):
-      asked = presets.apply(config, {"loss.old_log_prob": source})
+      asked = with_fields(config, {"loss.old_log_prob": source})
       chosen = dataclasses.replace(session, config=asked, old_scores=old_scores.OldScores(asked))
       state = session_lib.init_state(chosen)
       sampled = epoch_lib.sample_epoch(chosen, state, 0)
@@ -268,7 +274,7 @@ _SMALL_CLIP = clip.CLIPConfig(
 
 def recipe(task: str, batch: int, quantize: str, small: bool) -> config_lib.Config:
   """The shipped recipe with one microbatch an epoch."""
-  config = presets.apply(
+  config = with_fields(
     presets.recipe(task, "tp_grpo"),
     {
       "train.prompts_per_epoch": 1,
@@ -284,7 +290,7 @@ def recipe(task: str, batch: int, quantize: str, small: bool) -> config_lib.Conf
   fields |= {"sampler.num_steps": 3, "sampler.window": (0, 2)}
   fields |= {"sampler.height": 16, "sampler.width": 16}
   score = config.rewards["pickscore"] | {"path": "small/clip"}
-  return presets.apply(config, fields | {"rewards": {"pickscore": score}})
+  return with_fields(config, fields | {"rewards": {"pickscore": score}})
 
 
 def measure_plan(args, task: str, figure: str, *, batch: int, quantize: str = "") -> None:
@@ -406,9 +412,7 @@ def tiny_text(args: argparse.Namespace) -> None:
       "eval": dataclasses.replace(config.eval, prompts=8, batch=8, judge_prompts=0),
     }
     fields["train"] = dataclasses.replace(fields["train"], updates_per_epoch=1)
-  for name in [name for name in fields if "." not in name]:
-    config = dataclasses.replace(config, **{name: fields.pop(name)})
-  config = presets.apply(config, fields)
+  config = with_fields(config, fields)
   began = time.time()
   # It saves what it has and ends, a little before the time is over.
   ask = threading.Timer(max(1.0, left(args) - 15), signal.raise_signal, [signal.SIGTERM])
