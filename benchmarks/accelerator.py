@@ -19,6 +19,7 @@ devices. peak_gib is the most device memory in use since the start, where the de
 """
 
 import argparse
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -94,8 +95,7 @@ class Subject:
 
 def open_subject(model: true_models.TrueModel, args: argparse.Namespace) -> Subject:
   """Measures the device, then draws the model's weights and inputs."""
-  peak = matmul_peak(512 if args.small else 8192, args.repeats)
-  report("matmul_peak", tflops=round(peak / 1e12, 3))
+  peak = report_peak(args)
   run = true_models.open_run(model, batch=args.batch, remat=args.remat)
   mesh = mesh_lib.make_mesh(run.config.mesh)
   shapes = {"frozen": run.frozen, "trainable": run.trainable}
@@ -104,6 +104,13 @@ def open_subject(model: true_models.TrueModel, args: argparse.Namespace) -> Subj
   x = spread(jax.ShapeDtypeStruct((args.batch, *model.latent), jnp.float32))
   condition = jax.tree.map(spread, true_models.conditions(model, args.batch))
   return Subject(args, model, run, mesh, peak, params, x, condition)
+
+
+def report_peak(args: argparse.Namespace) -> float:
+  """Measures and reports what one device can do."""
+  peak = matmul_peak(512 if args.small else 8192, args.repeats)
+  report("matmul_peak", tflops=round(peak / 1e12, 3))
+  return peak
 
 
 def draw(leaf: jax.ShapeDtypeStruct, place: Any = None, scale: float = 1.0) -> jax.Array:
@@ -186,8 +193,8 @@ def measure_rollout(subject: Subject) -> types.Transitions:
   return call()[0]
 
 
-def measure_update(subject: Subject, trajectory: types.Transitions) -> None:
-  """Reports the train step on the trajectory, with random advantages."""
+def measure_update(subject: Subject, trajectory: types.Transitions) -> Callable[[], Any]:
+  """Reports the train step on the trajectory, with random advantages, and returns one of them as a call."""
   args, run = subject.args, subject.run
   train_step, shapes = true_models.update(subject.model, run, batch=args.batch)
   advantage = draw(shapes[-1].advantage)
@@ -202,11 +209,12 @@ def measure_update(subject: Subject, trajectory: types.Transitions) -> None:
   seconds = timing.interleave({"update": call}, repeats=args.repeats, warmup=1)["update"]
   details = dict(steps=run.method.window, remat=args.remat)
   report_time("update", subject, seconds, count(train_step, *shapes), **details)
+  return call
 
 
 def count(function, *inputs) -> flops.Flops:
   """The operations, counted as for a CPU, where attention is its plain formula and no kernel."""
-  shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+  shape = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "shape") else a
   device = AbstractDevice("cpu", None, "cpu")
   kinds = (AxisType.Auto,) * len(mesh_lib.AXES)
   mesh = AbstractMesh((1,) * len(kinds), mesh_lib.AXES, axis_types=kinds, abstract_device=device)
@@ -218,7 +226,6 @@ def report_time(figure, subject, seconds, work, **details) -> None:
   """One JSON line of seconds, and of the work that was done in them."""
   median = float(np.median(seconds))
   devices = math.prod(subject.mesh.shape.values())
-  memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
   report(
     figure,
     seconds=round(median, 4),
@@ -228,13 +235,19 @@ def report_time(figure, subject, seconds, work, **details) -> None:
     tflop=round(work.total / 1e12, 4),
     of_peak=round(work.total / median / (subject.peak * devices), 4),
     uncounted=work.uncounted,
-    peak_gib=memory and round(memory / GIB, 2),
+    peak_gib=peak_gib(),
     model=subject.args.model,
     small=subject.args.small,
     batch=subject.args.batch,
     devices=devices,
     **details,
   )
+
+
+def peak_gib() -> float | None:
+  """The most memory of the first device in use so far, where it tells."""
+  memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+  return memory and round(memory / GIB, 2)
 
 
 def report(figure, **values) -> None:

@@ -61,6 +61,105 @@ def test_accelerator_measures_a_small_model_on_a_cpu():
   assert 0 < work[0] < min(work[1:])
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+  """benchmarks/gpu.py as a module."""
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  return importlib.import_module("gpu")
+
+
+OF_A_PART = {
+  "correctness": {"on_policy": 4, "attention": 1, "blocks": 2},
+  "sd35": {"matmul_peak": 1, "evaluation_jax": 1, "rollout": 1, "update": 2, "trace": 1},
+  "torch": {"torch_evaluation": 2, "torch_update": 4},
+  "epoch": {
+    "matmul_peak": 1, "vae_decode": 1, "pickscore": 1, "epoch_rollout": 1, "epoch_update": 1,
+    "epoch": 1,
+  },
+  "flux": {
+    "matmul_peak": 1, "vae_decode": 1, "pickscore": 1, "flux_rollout": 1, "flux_update": 1,
+    "flux": 1,
+  },
+  "tiny_text": {"tiny_text": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "part",
+  [
+    pytest.param(
+      part,
+      marks=[pytest.mark.slow] if part in ("sd35", "epoch") else [pytest.mark.exhaustive],
+    )
+    for part in OF_A_PART
+  ],
+)
+def test_every_part_of_the_gpu_script_gives_its_figures(gpu, tmp_path, monkeypatch, capsys, part):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  arguments = ["--small", f"--parts={part}", "--repeats=1", f"--output={tmp_path}"]
+  gpu.main([*arguments, "--minutes=10", "--until=9e9"])
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+  names = [line["figure"] for line in lines]
+  assert {name: names.count(name) for name in names} == OF_A_PART[part], lines
+  assert all(line.get("seconds", 1) > 0 and line.get("of_peak", 1) > 0 for line in lines)
+  if part == "correctness":
+    assert all(line["first_log_ratio"] == 0.0 for line in lines if line["figure"] == "on_policy")
+    errors = [line["relative_error"] for line in lines if "relative_error" in line]
+    assert max(error for found in errors for error in found.values()) < 0.03  # of bfloat16
+  if part == "sd35":
+    assert (tmp_path / "kernels.txt").read_text().count("ms") > 5
+
+
+# What a part's process does is told to this one, which prints and hangs as it is asked to.
+PART = """
+import json, sys, time
+print("no figure"); print(json.dumps({"figure": "first", "batch": 2, "seconds": 3.0}), flush=True)
+if "--parts=torch" in sys.argv: time.sleep(60)
+if "--parts=sd35" in sys.argv: raise ValueError("no memory left")
+"""
+
+
+def test_gpu_script_keeps_what_is_known_when_a_part_fails_or_hangs(gpu, tmp_path, monkeypatch):
+  (tmp_path / "part.py").write_text(PART)
+  monkeypatch.setattr(gpu, "__file__", str(tmp_path / "part.py"))
+  monkeypatch.setattr(gpu, "SHORTEST", 1.0)
+  arguments = ["--parts=sd35,torch,epoch", "--minutes=0.05", f"--output={tmp_path}"]
+  gpu.main(arguments)
+  lines = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
+  assert [line["figure"] for line in lines] == ["first", "cut", "first", "cut", "left_out"]
+  assert "ValueError: no memory left" in lines[1]["why"] and "time was over" in lines[3]["why"]
+
+
+def test_our_seconds_are_compared_with_torchs_of_the_same_batch_and_remat(gpu):
+  lines = [
+    {"figure": "evaluation_jax", "batch": 4, "remat": "full", "seconds": 1.0},
+    {"figure": "update", "batch": 4, "remat": "full", "seconds": 6.0},
+    {"figure": "update", "batch": 4, "remat": "none", "seconds": 5.0},
+    {"figure": "update", "batch": 8, "remat": "none", "seconds": 50.0},
+    {"figure": "torch_evaluation", "batch": 4, "mode": "eager", "seconds": 2.0},
+    {"figure": "torch_update", "batch": 4, "remat": "none", "mode": "compiled", "seconds": 4.0},
+    {"figure": "torch_update", "batch": 16, "remat": "none", "mode": "compiled", "seconds": 4.0},
+  ]
+  found = [(line["figure"], line["mode"], line["ratio"]) for line in gpu.compare(lines)]
+  assert found == [
+    ("evaluation_over_torch", "eager", 0.5),
+    ("update_over_torch", "compiled", 1.25),
+  ]
+
+
+def test_missing_packages_are_named_with_a_line_to_fetch_them(gpu, monkeypatch, capsys):
+  wheels = importlib.import_module("wheels")
+  monkeypatch.setitem(wheels.NEEDED, "no_such_module.part", ("no-such-wheel", "torch"))
+  monkeypatch.setattr(sys, "argv", ["wheels.py"])
+  wheels.main()
+  text = capsys.readouterr().out
+  assert "missing: no-such-wheel, for torch" in text
+  assert "pip download --no-deps" in text and text.count("no-such-wheel") == 2
+  monkeypatch.setitem(wheels.NEEDED, "no_such_module", ("another-wheel", ""))
+  with pytest.raises(SystemExit, match="no figure at all"):
+    wheels.main()
+
+
 @pytest.mark.slow
 def test_forecast_of_the_memory_of_an_update_is_what_it_takes():
   figures = {line["figure"]: line for line in run("forecast_memory", "--microbatch=256")}

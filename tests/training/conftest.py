@@ -120,7 +120,7 @@ def shared_programs():
     session = opened(config)
     kind = repr(replace_fields(config, _AROUND)), session.mesh
     kept = first.setdefault(kind, session)
-    names = ("method", "rollout_fn", "credit_fn", "train_step", "meter")
+    names = ("method", "rollout_fn", "credit_fn", "train_step", "rescoring_step", "meter")
     return dataclasses.replace(session, **{name: getattr(kept, name) for name in names})
 
   with pytest.MonkeyPatch.context() as patch:

@@ -188,6 +188,8 @@ class Loss:
     ratio: "log_prob", "normalized" (RatioNorm), or "package.module:function".
     trust_region: "clip" (PPO), "dppo", or "package.module:function".
     clip_range: c of clip; the divergence that dppo allows; 0 for objectives without a ratio.
+    old_log_prob: of the "rollout", of the "update" (its own program, before an epoch's first optimizer step),
+      or "auto": the rollout's until an epoch's first log-ratio is above a tenth of clip_range.
     step_weight: factor of a step's policy loss: none, std (mean 1 over the trained steps), inverse_dt,
       inverse_sensitivity.
     negative_weight: factor where the advantage is negative.
@@ -206,6 +208,7 @@ class Loss:
   ratio: str = "log_prob"
   trust_region: str = "clip"
   clip_range: float = 1e-5
+  old_log_prob: str = "auto"
   step_weight: str = "none"
   negative_weight: float = 1.0
   chunks: tuple[int, ...] = ()

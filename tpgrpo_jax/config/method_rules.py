@@ -349,6 +349,7 @@ def _forward(config) -> Iterator[str]:
   for name in (
     "ratio",
     "trust_region",
+    "old_log_prob",
     "step_weight",
     "negative_weight",
     "chunks",

@@ -132,6 +132,7 @@ def _names(config) -> Iterator[str]:
       ("loss.objective", config.loss.objective, names.OBJECTIVES, False),
       ("loss.ratio", config.loss.ratio, names.RATIOS, True),
       ("loss.trust_region", config.loss.trust_region, names.TRUST_REGIONS, True),
+      ("loss.old_log_prob", config.loss.old_log_prob, names.OLD_LOG_PROBS, False),
       ("loss.step_weight", config.loss.step_weight, names.STEP_WEIGHTS, False),
       ("loss.level_draw", config.loss.level_draw, names.LEVEL_DRAWS, False),
       ("train.updates_by", config.train.updates_by, names.UPDATES_BY, False),

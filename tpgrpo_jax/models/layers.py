@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
@@ -232,6 +233,15 @@ scaled = island(lambda x, scale: x * (1 + scale[:, None]), _scaled_backward)
 tanh = island(jnp.tanh, lambda inputs, dy: (dy * (1 - jnp.tanh(inputs[0]) ** 2),))
 
 
+PRODUCT = "product"
+"""Name of what matrix products give, for rematerialisation that keeps them."""
+
+
+def kept(x: jax.Array) -> jax.Array:
+  """x under the name PRODUCT. jax.checkpoint sees no product in an island, but names outside it."""
+  return ad_checkpoint.checkpoint_name(x, PRODUCT)
+
+
 def attention(
   q: jax.Array, k: jax.Array, v: jax.Array, *, length: jax.Array | None = None
 ) -> jax.Array:
@@ -247,6 +257,10 @@ def attention(
   The same in rollout and update, as it depends on platform and dtype alone. q, k, v and the result are
   [B, N, heads, head_dim].
   """
+  return kept(_attend(q, k, v, length))
+
+
+def _attend(q, k, v, length):
   device = platform()
   if device == "cpu":
     return _cpu_attention(q, k, v, length)
@@ -319,6 +333,9 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32)) if use_bias else None
 
   def __call__(self, x):
+    return kept(self._apply(x))
+
+  def _apply(self, x):
     cast = lambda a: a.astype(self.dtype)
     if self.bias is None:
       return product(cast(x), cast(self.kernel[...]))
@@ -340,8 +357,8 @@ class LoraLinear(Linear):
     cast = lambda a: a.astype(self.dtype)
     zeros = lambda a: jnp.zeros(a.shape[-1], self.dtype)
     a, b = cast(self.lora_a[...]), cast(self.lora_b[...])
-    low_rank = linear(cast(x), a, zeros(a))
-    return fence(super().__call__(x) + self.scale * linear(low_rank, b, zeros(b)))
+    low_rank = kept(linear(cast(x), a, zeros(a)))
+    return kept(fence(self._apply(x) + self.scale * linear(low_rank, b, zeros(b))))
 
 
 class RMSNorm(nnx.Module):

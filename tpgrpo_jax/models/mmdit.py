@@ -19,7 +19,7 @@ from tpgrpo_jax.models import layers
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_only_these_names(layers.PRODUCT),
 }
 
 

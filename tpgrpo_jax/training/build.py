@@ -13,7 +13,7 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, registry, types
-from tpgrpo_jax.models import hf, lora, quantize
+from tpgrpo_jax.models import hf, layers, lora, quantize
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import pipeline
 
@@ -110,6 +110,30 @@ def build_model(
       **(surroundings.identity if surroundings else {}),
     },
   )
+
+
+def jit(config: config_lib.Config, program: Callable[..., Any], **options: Any) -> Any:
+  """jax.jit for rollout and update, compiled so that both round alike where XLA can be told to.
+
+  On a CPU XLA hands matrix products to YNNPACK, which sums in another order than XLA's own loops. Whether
+  a product goes there depends on what XLA fuses it with, and that differs between rollout and update. In
+  bfloat16 the difference moves some results by a whole rounding step, and guidance and blocks amplify it:
+  the first log-ratio was 9e-4 where it must be 0. Float32 stays as it is.
+  """
+  if config.model.dtype != "float32" and layers.platform() == "cpu":
+    options["compiler_options"] = _without_ynnpack()
+  return jax.jit(program, **options)
+
+
+@functools.cache
+def _without_ynnpack():
+  """XLA's option for it; None where this version has no such option."""
+  options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+  try:
+    jax.jit(lambda: 0, compiler_options=options).lower().compile()
+  except jax.errors.JaxRuntimeError:
+    return None
+  return options
 
 
 def without_remat(config: config_lib.Config, model: Model) -> Model:

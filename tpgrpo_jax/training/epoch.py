@@ -149,14 +149,13 @@ def update_epoch(
     (state, metrics row).
   """
   config, rolled = session.config, sampled.rollout
-  began, rows = time.perf_counter(), []
-  for batch in step.split_updates(config, rolled, sampled.advantage, sampled.weight, epoch):
-    args = (state, session.model.frozen, session.reference, batch)
-    session.meter.count("update", config.train.updates_per_epoch, *args)
-    state, row = session.train_step(*args)
-    rows.append(row)
+  began = time.perf_counter()
+  batches = step.split_updates(config, rolled, sampled.advantage, sampled.weight, epoch)
+  args = (state, session.model.frozen, session.reference, batches[0])
+  session.meter.count("update", config.train.updates_per_epoch, *args)
+  state, rows, seconds = _update_by(session, state, epoch, batches)
   state = session.move_old(state)
-  rows = jax.device_get(rows)
+  rows, off = jax.device_get(rows)
   _check_update_is_finite(config, epoch, rows)
   ended, count = time.perf_counter(), len(rolled.prompts)
   compared = {"prompt": config.train.group_size, "state": config.sampler.branches}
@@ -170,11 +169,57 @@ def update_epoch(
   )
   result |= step.merge_metrics(rows) | {"evaluations_per_sample": float(sampled.evaluations)}
   result |= {f"noise_level/{k}": a for k, a in enumerate(session.method.noise_levels)}
-  times = rolled.seconds | {"update": ended - began, "epoch": ended - sampled.began}
+  if off:
+    result["ratio/rollout_max_abs_log"] = float(max(off))
+  times = rolled.seconds | seconds | {"epoch": ended - sampled.began}
+  times["update"] = ended - began - seconds.get("old_log_prob", 0.0)
   result |= {f"time/{k}": v for k, v in times.items()}
   result |= session.meter.row(times)
   result["time/samples_per_second"] = count / (ended - sampled.began)
   return state, result
+
+
+def _update_by(session, state, epoch, batches):
+  """(state, (metrics of each update, how far the rollout's log-probs were off), seconds of scoring)."""
+  source, limit = session.old_scores, session.old_scores.limit
+  if source.are_own(epoch):
+    return _update_by_own_scores(session, state, batches)
+  rows = []
+  for batch in batches:
+    batch = dataclasses.replace(batch, limit=limit)
+    state, row = session.train_step(state, session.model.frozen, session.reference, batch)
+    if limit is not None and not rows:
+      if (found := float(row["ratio/max_abs_log"])) > limit:  # the state is as it was
+        source.change(epoch, found)
+        return _update_by_own_scores(session, state, batches)
+      limit = np.float32(np.inf)
+    rows.append(row)
+  return state, (rows, []), {}
+
+
+def _update_by_own_scores(session, state, batches):
+  """As `_update_by`: old log-probs of all but the first batch come before the first optimizer step."""
+  began, off, rows = time.perf_counter(), [], []
+
+  def run(state, batch, phase):
+    batch = dataclasses.replace(batch, phase=np.int32(phase))
+    args = (state, session.model.frozen, session.reference, batch)
+    state, row, scores = session.rescoring_step(*args)
+    off.append(row.pop("ratio/rollout_max_abs_log"))
+    return state, row, scores
+
+  scored = batches[:1]
+  for batch in batches[1:]:
+    args = (state, session.model.frozen, session.reference, batch)
+    session.meter.count("old_log_prob", len(batches) - 1, *args)
+    state, _, scores = run(state, batch, step.SCORE)
+    scored.append(step.with_scores(batch, scores))
+  jax.block_until_ready(state)
+  seconds = {"old_log_prob": time.perf_counter() - began} if batches[1:] else {}
+  for number, batch in enumerate(scored):
+    state, row, _ = run(state, batch, step.LATER if number else step.FIRST)
+    rows.append(row)
+  return state, (rows, off), seconds
 
 
 def _check_credit_is_finite(config, credit, prompts):

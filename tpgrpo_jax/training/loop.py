@@ -67,6 +67,7 @@ def _train_in_folder(session, notice):
   ):
     on_chunk = functools.partial(preemption.agree, notice)
     session = calibration.calibrated(session, on_chunk)
+    session.old_scores.load(run_dir)
     state, totals = _restore_or_start(session, checkpoints)
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
     done = int(totals["epoch"])
@@ -155,6 +156,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
       totals["flops"] = totals.get("flops", 0.0) + session.meter.total()
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
       sink.write({"epoch": epoch + 1, "kind": "train", **totals_row(totals), **train_row})
+      session.old_scores.save(run_dir)
       noticed.epoch(train_row)
       checkpoints.save(epoch + 1, state, totals, force=epoch + 1 == config.train.epochs)
       if checkpoints.preempted:

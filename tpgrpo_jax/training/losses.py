@@ -25,11 +25,14 @@ class Objective(NamedTuple):
 
   Attributes:
     make_loss: (config, method) -> PairLoss.
+    make_rescored_loss: the same, where old log-probs may be the update's own (`make_rescored_loss`); None
+      for objectives that compare with none.
     keeps_old: whether the state holds an old policy.
     samples_with_old: whether that one samples.
   """
 
   make_loss: Callable[[config_lib.Config, method_lib.Method], PairLoss]
+  make_rescored_loss: Callable[[config_lib.Config, method_lib.Method], Any] | None
   keeps_old: bool
   samples_with_old: bool
 
@@ -107,34 +110,45 @@ def check_own(config: config_lib.Config) -> None:
       _ratio(config)
 
 
-def _stored(method: method_lib.Method, config: config_lib.Config):
-  """Log-ratios from the log-probs that the rollout stored."""
+class Scorer(NamedTuple):
+  """How a pair is scored under some weights, and how two scores of it compare.
+
+  Attributes:
+    score: (pair, velocity) -> dict of what the comparison reads of these weights.
+    compare: (pair, score, score of the old weights) -> log-ratio [S, M], exactly 0 where they are equal.
+  """
+
+  score: Callable[..., dict[str, jax.Array]]
+  compare: Callable[..., jax.Array]
+
+
+def _of_log_probs(method: method_lib.Method, config: config_lib.Config) -> Scorer:
+  """Log-ratios of log-probs."""
   del config
 
-  def log_ratio(pair, velocity):
+  def score(pair, velocity):
     at = (pair["x"], pair["x_next"], velocity, pair["sigma"], pair["sigma_next"])
-    log_prob = sampler.score(method.step_fn, method.log_prob_fn, *at)
-    return ratio.log_prob(log_prob, pair["log_prob"])
+    return {"log_prob": sampler.score(method.step_fn, method.log_prob_fn, *at)}
 
-  return log_ratio
-
-
-_STORED = {"log_prob": _stored}
+  return Scorer(score, lambda pair, new, old: ratio.log_prob(new["log_prob"], old["log_prob"]))
 
 
-def _from_means(method: method_lib.Method, config: config_lib.Config):
-  """Log-ratios from the Gaussians of now and of the rollout."""
+_STORED = {"log_prob": _of_log_probs}
+
+
+def _of_means(method: method_lib.Method, config: config_lib.Config) -> Scorer:
+  """Log-ratios of the Gaussians that two velocities give."""
   compare = _ratio(config)
 
   def compared(x, x_next, velocity, old_velocity, sigma, sigma_next):
     gaussians = [method.step_fn(x, v, sigma, sigma_next) for v in (velocity, old_velocity)]
     return sampler.each_member(compare)(x_next, *jax.lax.optimization_barrier(gaussians))
 
-  def log_ratio(pair, velocity):
-    at = (pair["x"], pair["x_next"], velocity, pair["velocity"], pair["sigma"], pair["sigma_next"])
-    return sampler.isolated(compared)(*at)
+  def log_ratio(pair, new, old):
+    at = (pair["x"], pair["x_next"], new["velocity"], old["velocity"])
+    return sampler.isolated(compared)(*at, pair["sigma"], pair["sigma_next"])
 
-  return log_ratio
+  return Scorer(lambda pair, velocity: {"velocity": velocity}, log_ratio)
 
 
 def _kl(method: method_lib.Method, pair: dict[str, jax.Array], velocity, other) -> jax.Array:
@@ -143,28 +157,65 @@ def _kl(method: method_lib.Method, pair: dict[str, jax.Array], velocity, other) 
   return surrogate.gaussian_kl(gaussian(velocity), gaussian(other))
 
 
-def make_log_ratio(config: config_lib.Config, method: method_lib.Method):
-  """Returns (pair, velocity) -> log-ratio [S, M], exactly 0 on policy."""
-  return _STORED.get(config.loss.ratio, _from_means)(method, config)
+def make_scorer(config: config_lib.Config, method: method_lib.Method) -> Scorer:
+  """The scorer of the config's ratio; where the trust region reads velocities, the score holds them too."""
+  scorer = _STORED.get(config.loss.ratio, _of_means)(method, config)
+  if not reads_old_velocity(config):
+    return scorer
+  return scorer._replace(score=lambda pair, v: scorer.score(pair, v) | {"velocity": v})
 
 
 def make_policy_loss(config: config_lib.Config, method: method_lib.Method) -> PairLoss:
-  """The surrogate of the ratios and the KL to the reference."""
-  asked, region = config.loss, _trust_region(config)
-  log_ratio_fn = make_log_ratio(config, method)
+  """The surrogate of the ratios and the KL to the reference; the rollout's scores are the old ones."""
+  loss_fn = _policy_loss(config, method)
 
   def pair_loss(params, reference, old, pair, condition):
     del old
+    return loss_fn(params, reference, pair, condition, lambda new: pair)[:2]
+
+  return pair_loss
+
+
+def make_rescored_loss(config: config_lib.Config, method: method_lib.Method):
+  """`make_policy_loss` on the update's own scores.
+
+  Returns (params, reference, pair, condition) -> (loss, metrics, score).
+
+  Where pair["is_first"] is set, the weights are still those of the rollout, so each score is its own old
+  one, and log-ratios are 0 whatever the compiler does. Else the pair's old scores are compared with.
+  """
+  loss_fn = _policy_loss(config, method)
+
+  def rescored_loss(params, reference, pair, condition):
+    return loss_fn(params, reference, pair, condition, functools.partial(old_score, pair))
+
+  return rescored_loss
+
+
+def old_score(pair: dict[str, jax.Array], new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """What an update with scores of its own compares `new` with: see `make_rescored_loss`."""
+  own = jax.lax.stop_gradient(new)
+  return {name: jnp.where(pair["is_first"], own[name], pair[name]) for name in new}
+
+
+def _policy_loss(config, method):
+  """(params, reference, pair, condition, new score -> old score) -> (loss, metrics, new score)."""
+  asked, region = config.loss, _trust_region(config)
+  scorer = make_scorer(config, method)
+
+  def pair_loss(params, reference, pair, condition, find_old):
     x, advantage = pair["x"], pair["advantage"]
     level = jnp.full(x.shape[:1], pair["sigma"])
     velocity = method.velocity_fn(params, x, level, condition)
-    own = log_ratio_fn(pair, velocity)
+    new = scorer.score(pair, velocity)
+    old = find_old(new)
+    own = scorer.compare(pair, new, old)
     log_ratio = own
     if asked.chunks:  # the value is the chunk's mean, the gradient is the step's own
       log_ratio = pair["chunk_log_ratio"] + (own - jax.lax.stop_gradient(own))
     divergence = jnp.zeros(())
     if region.needs_divergence:
-      divergence = jax.lax.stop_gradient(_kl(method, pair, velocity, pair["velocity"]))[:, None]
+      divergence = jax.lax.stop_gradient(_kl(method, pair, velocity, old["velocity"]))[:, None]
     terms = region.function(log_ratio, advantage, divergence, limit=asked.clip_range)
     sign = surrogate.signed_weight(advantage, asked.negative_weight)
     loss = pair["step_weight"] * sign * terms.loss
@@ -172,11 +223,12 @@ def make_policy_loss(config: config_lib.Config, method: method_lib.Method) -> Pa
     if asked.kl_coef:
       reference_velocity = method.reference_velocity_fn(reference, x, level, condition)
       kl += _kl(method, pair, velocity, reference_velocity)[:, None]
-    return loss + asked.kl_coef * kl, {
+    metrics = {
       "kl": kl,
       **_ratio_metrics(jax.lax.stop_gradient(log_ratio), asked.clip_range),
       "clip/inactive": ~jnp.broadcast_to(terms.active, loss.shape),
     }
+    return loss + asked.kl_coef * kl, metrics, jax.lax.stop_gradient(new)
 
   return pair_loss
 
@@ -265,7 +317,9 @@ def make_awm_loss(config: config_lib.Config, method: method_lib.Method) -> PairL
 
 
 OBJECTIVES = {
-  "policy": Objective(make_policy_loss, keeps_old=False, samples_with_old=False),
-  "nft": Objective(make_nft_loss, keeps_old=True, samples_with_old=True),
-  "awm": Objective(make_awm_loss, keeps_old=True, samples_with_old=False),
+  "policy": Objective(
+    make_policy_loss, make_rescored_loss, keeps_old=False, samples_with_old=False
+  ),
+  "nft": Objective(make_nft_loss, None, keeps_old=True, samples_with_old=True),
+  "awm": Objective(make_awm_loss, None, keeps_old=True, samples_with_old=False),
 }

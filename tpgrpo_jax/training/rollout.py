@@ -166,7 +166,7 @@ def make_rollout_fn(
   config: config_lib.Config, model: build.Model, method: method_lib.Method
 ) -> RolloutFn:
   """Returns `sample_microbatch` of these three, jitted."""
-  sample = jax.jit(functools.partial(sample_microbatch, config, model, method))
+  sample = build.jit(config, functools.partial(sample_microbatch, config, model, method))
   # An argument and not a constant: XLA would fold log(std) at compile time, with another rounding
   # than the update's.
   return functools.partial(sample, sigmas=np.asarray(method.sigmas, np.float32))

@@ -12,7 +12,7 @@ from tpgrpo_jax import rewards
 from tpgrpo_jax.cost import utilisation
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.data import prompts as prompts_lib
-from tpgrpo_jax.training import build, evaluation, judging, losses, rollout, step
+from tpgrpo_jax.training import build, evaluation, judging, losses, old_scores, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
@@ -32,6 +32,8 @@ class Session:
     rollout_fn: jitted, of one microbatch.
     credit_fn: jitted.
     train_step: jitted.
+    rescoring_step: likewise, with old log-probs of its own; compiled where they are asked for.
+    old_scores: which of the two an epoch takes.
     reward_fn: weighted sum.
     evaluate: params -> Evaluation, while the run goes on.
     evaluate_unseen: the same on the prompts that judge it at its end; None where there are none.
@@ -48,6 +50,8 @@ class Session:
   rollout_fn: Any
   credit_fn: Any
   train_step: Any
+  rescoring_step: Any
+  old_scores: old_scores.OldScores
   reward_fn: Any
   evaluate: Any
   evaluate_unseen: Any
@@ -101,6 +105,7 @@ def open_session(config: config_lib.Config) -> Session:
     evaluate=evaluate(held_out),
     evaluate_unseen=evaluate(unseen) if unseen else None,
     objective=losses.OBJECTIVES[config.loss.objective],
+    old_scores=old_scores.OldScores(config),
     **_bind(config, model, mesh),
   )
 
@@ -113,6 +118,10 @@ def _bind(config, model, mesh, noise_levels=()) -> dict[str, Any]:
   method = build_method(model)
   rollout_fn = rollout.make_rollout_fn(config, model, method)
   train_step = counted = step.make_train_step(config, method)
+  rescoring_step, programs = None, {}
+  if losses.OBJECTIVES[config.loss.objective].make_rescored_loss is not None:
+    rescoring_step = step.make_rescoring_step(config, method)
+    programs["old_log_prob"] = step.make_scores(config, method)
   if (plain := build.without_remat(config, model)) is not model:
     counted = step.make_train_step(config, build_method(plain))
   return dict(
@@ -120,7 +129,8 @@ def _bind(config, model, mesh, noise_levels=()) -> dict[str, Any]:
     rollout_fn=rollout_fn,
     credit_fn=step.make_credit_fn(config, method),
     train_step=train_step,
-    meter=utilisation.Meter({"rollout": rollout_fn, "update": counted}),
+    rescoring_step=rescoring_step,
+    meter=utilisation.Meter(programs | {"rollout": rollout_fn, "update": counted}),
   )
 
 

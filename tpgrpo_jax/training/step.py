@@ -13,7 +13,7 @@ from tpgrpo_jax import types
 from tpgrpo_jax.credit import advantages
 from tpgrpo_jax.flow import schedule, steps
 from tpgrpo_jax.objective import surrogate
-from tpgrpo_jax.training import losses
+from tpgrpo_jax.training import build, losses
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -30,6 +30,8 @@ class Batch:
     weight: [C, W, B], 0 where a sample is left out.
     levels: [C, W, S] noise levels, where the objective is one of the forward process; else None.
     key: of the update.
+    limit: scalar; the state stays as it was where a log-ratio is above it. None does without.
+    phase: scalar, of `make_rescoring_step`: SCORE, FIRST or LATER; else None.
   """
 
   transitions: list[types.Transitions]
@@ -38,6 +40,11 @@ class Batch:
   weight: Any
   levels: Any = None
   key: Any = None
+  limit: Any = None
+  phase: Any = None
+
+
+SCORE, FIRST, LATER = range(3)  # what a rescoring step does with a batch
 
 
 def make_credit_fn(config: config_lib.Config, method: method_lib.Method):
@@ -80,16 +87,15 @@ def make_train_step(config: config_lib.Config, method: method_lib.Method):
     weight_sum = jnp.sum(batch.weight)
     params = {"frozen": frozen, "trainable": state.trainable}
     if config.loss.chunks:
-      pairs["chunk_log_ratio"] = _chunk_log_ratios(config, method, params, pairs, conditions)
+      chunked = _chunk_log_ratios(config, method, params, pairs, conditions, lambda pair, new: pair)
+      pairs["chunk_log_ratio"] = chunked[0]
 
     def share_of_mean(trainable, pair):
       condition, data = jax.tree.map(lambda a: a[pair["chunk"]], (conditions, finals))
       pair = pair | {"data": data}
       at = params | {"trainable": trainable}
       loss, metrics = pair_loss(at, reference, state.old, pair, condition)
-      mean = lambda values: jnp.sum(pair["weight"] * values) / jnp.maximum(weight_sum, 1.0)
-      total = mean(loss)
-      return total, {"loss": total} | {k: _REDUCE.get(k, mean)(v) for k, v in metrics.items()}
+      return _share(pair, loss, metrics, weight_sum)
 
     gradient = jax.grad(share_of_mean, has_aux=True)
 
@@ -100,36 +106,139 @@ def make_train_step(config: config_lib.Config, method: method_lib.Method):
       return (grads, _combine(sums, metrics)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
-    start = _no_metrics(gradient, state.trainable, pairs)
+    start = _no_metrics(lambda pair: gradient(state.trainable, pair)[1], pairs)
     (grads, metrics), _ = jax.lax.scan(accumulate, (zeros, start), pairs)
-    squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
-    metrics["grad_norm"] = jnp.sqrt(sum(squares))
-    after = state_lib.apply_gradients(state, grads, method.optimizer, config.ema)
-    learned = weight_sum > 0
-    keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(learned, a, b))
-    return dataclasses.replace(
-      after,
-      trainable=keep(after.trainable, state.trainable),
-      opt_state=keep(after.opt_state, state.opt_state),
-      ema=keep(after.ema, state.ema),  # of the weights that are not kept
-    ), metrics
+    after = _learn(config, method, state, grads, metrics, weight_sum)
+    if batch.limit is not None:
+      is_off = metrics["ratio/max_abs_log"] > batch.limit
+      after = jax.tree.map(lambda a, b: jnp.where(is_off, a, b), state, after)
+    return after, metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  return build.jit(config, train_step, donate_argnums=0)
 
 
-_REDUCE = {"ratio/min": jnp.min, "ratio/max": jnp.max, "ratio/max_abs_log": jnp.max}
+def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
+  """As `make_train_step`, with old scores from this very program: (..., Batch) -> (state, metrics, scores).
+
+  In the phase SCORE it does the forward passes alone and gives the scores (log_prob [C, W, S, M], velocity
+  [C, W, S, ...]) for `with_scores`; the state stays. FIRST is the update whose weights are still those of the
+  rollout: it scores for itself. LATER compares with the scores of the batch. All phases share one forward
+  pass, so unchanged weights give a log-ratio of exactly 0 anywhere. ratio/rollout_max_abs_log is how far
+  the rollout's scores are from these.
+  """
+  pair_loss = losses.OBJECTIVES[config.loss.objective].make_rescored_loss(config, method)
+  scorer = losses.make_scorer(config, method)
+
+  def rescoring_step(state, frozen, reference, batch: Batch):
+    pairs, conditions, _ = _pairs(config, method, batch)
+    weight_sum = jnp.sum(batch.weight)
+    params = {"frozen": frozen, "trainable": state.trainable}
+    pairs["is_first"] = jnp.broadcast_to(batch.phase == FIRST, pairs["chunk"].shape)
+    chunk_scores = None
+    if config.loss.chunks:
+      found = _chunk_log_ratios(config, method, params, pairs, conditions, losses.old_score)
+      pairs["chunk_log_ratio"], chunk_scores = found
+
+    def share_of_mean(trainable, pair):
+      condition = jax.tree.map(lambda a: a[pair["chunk"]], conditions)
+      at = params | {"trainable": trainable}
+      loss, metrics, score = pair_loss(at, reference, pair, condition)
+      off = jnp.abs(scorer.compare(pair, score, pair))
+      metrics["ratio/rollout_max_abs_log"] = jnp.where(batch.phase == LATER, 0.0, off)
+      total, metrics = _share(pair, loss, metrics, weight_sum)
+      return total, (metrics, score)
+
+    def accumulate(carry, pair):
+      grads, sums = carry
+      share = functools.partial(share_of_mean, pair=pair)
+      total, backward, (metrics, score) = jax.vjp(share, state.trainable, has_aux=True)
+      add = lambda: jax.tree.map(
+        lambda a, b: a + b.astype(jnp.float32), grads, backward(jnp.ones_like(total))[0]
+      )
+      grads = jax.lax.cond(batch.phase == SCORE, lambda: grads, add)
+      return (grads, _combine(sums, metrics)), score
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
+    start = _no_metrics(lambda pair: share_of_mean(state.trainable, pair)[1][0], pairs)
+    (grads, metrics), scores = jax.lax.scan(accumulate, (zeros, start), pairs)
+    after = _learn(config, method, state, grads, metrics, weight_sum)
+    after = jax.tree.map(lambda a, b: jnp.where(batch.phase == SCORE, a, b), state, after)
+    by_chunk = lambda a: a.reshape(len(batch.transitions), -1, *a.shape[1:])
+    return after, metrics, jax.tree.map(by_chunk, chunk_scores or scores)
+
+  return build.jit(config, rescoring_step, donate_argnums=0)
+
+
+def with_scores(batch: Batch, scores: dict[str, jax.Array]) -> Batch:
+  """The batch with the scores of `make_rescoring_step` in place of the rollout's."""
+  # Laid out as they were, so that the next call is one of the same program.
+  like = lambda t, name, a: jax.device_put(a, getattr(t, name).sharding)
+  replaced = [
+    dataclasses.replace(t, **{name: like(t, name, a[c]) for name, a in scores.items()})
+    for c, t in enumerate(batch.transitions)
+  ]
+  return dataclasses.replace(batch, transitions=replaced)
+
+
+def make_scores(config: config_lib.Config, method: method_lib.Method):
+  """Returns (state, frozen, reference, Batch) -> what the SCORE phase computes, to count its operations."""
+  scorer = losses.make_scorer(config, method)
+
+  def scores(state, frozen, reference, batch: Batch):
+    pairs, conditions, _ = _pairs(config, method, batch)
+    params = {"frozen": frozen, "trainable": state.trainable}
+
+    def score(pair):
+      condition = jax.tree.map(lambda c: c[pair["chunk"]], conditions)
+      level = jnp.full(pair["x"].shape[:1], pair["sigma"])
+      return scorer.score(pair, method.velocity_fn(params, pair["x"], level, condition))
+
+    return jax.lax.map(score, pairs)
+
+  return scores
+
+
+def _share(pair, loss, metrics, weight_sum):
+  """A pair's part of the mean loss, and of the metrics."""
+  mean = lambda values: jnp.sum(pair["weight"] * values) / jnp.maximum(weight_sum, 1.0)
+  total = mean(loss)
+  return total, {"loss": total} | {k: _REDUCE.get(k, mean)(v) for k, v in metrics.items()}
+
+
+def _learn(config, method, state, grads, metrics, weight_sum):
+  """The state after the gradients, unless every weight is 0; adds the metric of their norm."""
+  squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
+  metrics["grad_norm"] = jnp.sqrt(sum(squares))
+  after = state_lib.apply_gradients(state, grads, method.optimizer, config.ema)
+  learned = weight_sum > 0
+  keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(learned, a, b))
+  return dataclasses.replace(
+    after,
+    trainable=keep(after.trainable, state.trainable),
+    opt_state=keep(after.opt_state, state.opt_state),
+    ema=keep(after.ema, state.ema),  # of the weights that are not kept
+  )
+
+
+_REDUCE = {
+  "ratio/min": jnp.min,
+  "ratio/max": jnp.max,
+  "ratio/max_abs_log": jnp.max,
+  "ratio/rollout_max_abs_log": jnp.max,
+}
 # Extremes: how two are combined on the devices, what they start from, how on the host. Others are sums.
 _EXTREMES = {
   "ratio/min": (jnp.minimum, jnp.inf, min),
   "ratio/max": (jnp.maximum, -jnp.inf, max),
   "ratio/max_abs_log": (jnp.maximum, 0.0, max),
+  "ratio/rollout_max_abs_log": (jnp.maximum, 0.0, max),
 }
 
 
-def _no_metrics(gradient, trainable, pairs):
+def _no_metrics(metrics_of, pairs):
   """What the metrics of a scan start from."""
   first = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in pairs.items()}
-  _, metrics = jax.eval_shape(gradient, trainable, first)
+  metrics = jax.eval_shape(metrics_of, first)
   start = lambda name: _EXTREMES.get(name, (None, 0.0))[1]
   return {name: jnp.asarray(start(name), jnp.float32) for name in metrics}
 
@@ -138,19 +247,20 @@ def _combine(a, b):
   return {name: _EXTREMES.get(name, (jnp.add,))[0](a[name], b[name]) for name in a}
 
 
-def _chunk_log_ratios(config, method, params, pairs, conditions):
-  """[C W, S, M] the log-ratio of each step's chunk, by a first pass without gradients."""
-  log_ratio_fn = losses.make_log_ratio(config, method)
+def _chunk_log_ratios(config, method, params, pairs, conditions, find_old):
+  """([C W, S, M] the log-ratio of each step's chunk, scores of all pairs), by a pass without gradients."""
+  scorer = losses.make_scorer(config, method)
 
   def log_ratio(pair):
     condition = jax.tree.map(lambda c: c[pair["chunk"]], conditions)
     level = jnp.full(pair["x"].shape[:1], pair["sigma"])
-    return log_ratio_fn(pair, method.velocity_fn(params, pair["x"], level, condition))
+    new = scorer.score(pair, method.velocity_fn(params, pair["x"], level, condition))
+    return scorer.compare(pair, new, find_old(pair, new)), new
 
-  found = jax.lax.map(log_ratio, pairs)
+  found, scores = jax.lax.map(log_ratio, pairs)
   per_step = found.reshape(-1, method.window, *found.shape[1:]).swapaxes(0, 1)
   chunked = surrogate.chunk_log_ratio(per_step, config.loss.chunks)
-  return chunked.swapaxes(0, 1).reshape(found.shape)
+  return chunked.swapaxes(0, 1).reshape(found.shape), scores
 
 
 def _pairs(config, method, batch):
