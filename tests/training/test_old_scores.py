@@ -6,9 +6,9 @@ import shutil
 
 from conftest import replace_fields
 import jax
+import left_behind
 import numpy as np
 import pytest
-from test_loop import rows_without_times
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.cost import utilisation
@@ -146,7 +146,7 @@ def test_a_resumed_run_makes_the_same_choice(session, tmp_path, monkeypatch):
     opened = asked(dataclasses.replace(opened, config=config), "auto")
     monkeypatch.setattr(session_lib, "open_session", lambda config: opened)
     loop.train(opened.config)
-    return [row for row in rows_without_times(config) if row["kind"] == "train"]
+    return [row for row in left_behind.rows(config) if row["kind"] == "train"]
 
   off = off_session(session)
   rows = train(tmp_path / "whole", off)
