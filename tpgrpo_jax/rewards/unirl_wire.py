@@ -67,7 +67,7 @@ def decode_answer(
   if not isinstance(results, list) or len(results) != count:
     found = f"{len(results)} results" if isinstance(results, list) else "no list of results"
     raise wire.Bad(f"{found} for {count} pictures")
-  rows = [each.get(reward) if isinstance(each, dict) else None for each in results]
+  rows: list[Any] = [each.get(reward) if isinstance(each, dict) else None for each in results]
   parts = rows[0] if rows and isinstance(rows[0], dict) else {}
   part = part or (next(iter(parts)) if len(parts) == 1 else reward)
   if not all(isinstance(row, dict) and row.keys() == parts.keys() and part in row for row in rows):
