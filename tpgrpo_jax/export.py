@@ -1,7 +1,8 @@
 """Writes what a run learned for diffusers: python -m tpgrpo_jax.export --run RUN_DIR --output FOLDER
 
 Adapters become pytorch_lora_weights.safetensors, for pipe.load_lora_weights(FOLDER). With --merge, and
-for a run that trained every weight, the whole transformer is written, for from_pretrained(FOLDER).
+for a run that trained every weight, the whole transformer is written, for from_pretrained(FOLDER). Beside
+them lies README.md, a page for the hub; --push owner/name uploads all of it.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from tpgrpo_jax import command
 _RUN = flags.DEFINE_string("run", None, "Run folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the files.", required=True)
 _MERGE = flags.DEFINE_boolean("merge", False, "Add the adapters to the weights and write them all.")
+_PUSH = flags.DEFINE_string("push", None, "Also upload the folder to the hub, as owner/name.")
 _WEIGHTS, _STRENGTH = command.define_weights()
 
 
@@ -37,7 +39,9 @@ def main(argv: list[str]) -> None:
       alpha=adapters.alpha,
       targets=adapters.targets,
     )
+    how = f"pipe.load_lora_weights({(_PUSH.value or _OUTPUT.value)!r})"
     print(f"adapters of {opened.name} in {path}\npipe.load_lora_weights({_OUTPUT.value!r})")
+    _finish(how)
     return
   if adapters.rank:
     weights = hf.merge_lora(params, rank=adapters.rank, alpha=adapters.alpha)
@@ -46,6 +50,20 @@ def main(argv: list[str]) -> None:
   hf.save_transformer(_OUTPUT.value, sizes, weights)
   name = hf.class_name(sizes)
   print(f"{opened.name} in {_OUTPUT.value}\n{name}.from_pretrained({_OUTPUT.value!r})")
+  _finish(f"{name}.from_pretrained({(_PUSH.value or _OUTPUT.value)!r})")
+
+
+def _finish(how):
+  """Writes the page of the model, and uploads the folder where that is asked for."""
+  from tpgrpo_jax.reporting import model_card
+  from tpgrpo_jax.runs import metrics, processes
+
+  if not processes.is_first():
+    return
+  if metrics.rows_of(_RUN.value):
+    model_card.write_card(_RUN.value, _OUTPUT.value, weights=_WEIGHTS.value, how=how)
+  if _PUSH.value:
+    print(f"uploaded to {model_card.push(_OUTPUT.value, _PUSH.value)}")
 
 
 if __name__ == "__main__":
