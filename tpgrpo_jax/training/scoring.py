@@ -34,8 +34,8 @@ def load_split(
   Raises:
     ValueError: there are none.
   """
-  source = "test" if split == "judge" else split
-  prompts = prompts_lib.load_prompts(config.prompts.name, config.prompts.path, source)
+  asked, source = config.prompts, "test" if split == "judge" else split
+  prompts = prompts_lib.load_prompts(asked.name, asked.path, source, data_dir=asked.cache or None)
   if split != "judge":
     return [prompts[i] for i in range(min(count or config.eval.prompts, len(prompts)))]
   settings = dataclasses.replace(config.eval, judge_prompts=count or config.eval.judge_prompts)
