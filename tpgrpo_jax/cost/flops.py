@@ -7,6 +7,7 @@ one block.
 import collections
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -52,13 +53,20 @@ def count(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Flops:
     *args: arrays, or anything with shape and dtype.
     **kwargs: likewise.
   """
-  closed = jax.make_jaxpr(function)(*args, **kwargs)
+  closed = jax.make_jaxpr(_within_jit(function))(*args, **kwargs)
   jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
   tally = collections.Counter()
   _walk(jaxpr, 1, tally)
   named = lambda kind: {name: n for (k, name), n in sorted(tally.items()) if k == kind}
   work = named("work")
   return Flops(work.get("matmul", 0), work.get("conv", 0), named("kernel"), named("uncounted"))
+
+
+def _within_jit(function):
+  """What a jitted function was made of: one with compiler options cannot be traced within another trace."""
+  if isinstance(function, functools.partial):
+    return functools.partial(_within_jit(function.func), *function.args, **function.keywords)
+  return function.__wrapped__ if hasattr(function, "lower") else function
 
 
 def _walk(jaxpr, times, tally):
