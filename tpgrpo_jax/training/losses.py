@@ -25,14 +25,13 @@ class Objective(NamedTuple):
 
   Attributes:
     make_loss: (config, method) -> PairLoss.
-    make_rescored_loss: the same, where old log-probs may be the update's own (`make_rescored_loss`); None
-      for objectives that compare with none.
+    has_ratio: whether it compares with old log-probs, which may be the update's own (`make_rescored_loss`).
     keeps_old: whether the state holds an old policy.
     samples_with_old: whether that one samples.
   """
 
   make_loss: Callable[[config_lib.Config, method_lib.Method], PairLoss]
-  make_rescored_loss: Callable[[config_lib.Config, method_lib.Method], Any] | None
+  has_ratio: bool
   keeps_old: bool
   samples_with_old: bool
 
@@ -317,9 +316,7 @@ def make_awm_loss(config: config_lib.Config, method: method_lib.Method) -> PairL
 
 
 OBJECTIVES = {
-  "policy": Objective(
-    make_policy_loss, make_rescored_loss, keeps_old=False, samples_with_old=False
-  ),
-  "nft": Objective(make_nft_loss, None, keeps_old=True, samples_with_old=True),
-  "awm": Objective(make_awm_loss, None, keeps_old=True, samples_with_old=False),
+  "policy": Objective(make_policy_loss, has_ratio=True, keeps_old=False, samples_with_old=False),
+  "nft": Objective(make_nft_loss, has_ratio=False, keeps_old=True, samples_with_old=True),
+  "awm": Objective(make_awm_loss, has_ratio=False, keeps_old=True, samples_with_old=False),
 }

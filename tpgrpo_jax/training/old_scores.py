@@ -34,7 +34,7 @@ class OldScores:
 
   def __init__(self, config: config_lib.Config):
     self.config = config
-    has_ratio = losses.OBJECTIVES[config.loss.objective].make_rescored_loss is not None
+    has_ratio = losses.OBJECTIVES[config.loss.objective].has_ratio
     self._asked = config.loss.old_log_prob if has_ratio else "rollout"
     self.since = 0 if self._asked == "update" else None
     self.measured: float | None = None

@@ -119,7 +119,7 @@ def _bind(config, model, mesh, noise_levels=()) -> dict[str, Any]:
   rollout_fn = rollout.make_rollout_fn(config, model, method)
   train_step = counted = step.make_train_step(config, method)
   rescoring_step, programs = None, {}
-  if losses.OBJECTIVES[config.loss.objective].make_rescored_loss is not None:
+  if losses.OBJECTIVES[config.loss.objective].has_ratio:
     rescoring_step = step.make_rescoring_step(config, method)
     programs["old_log_prob"] = step.make_scores(config, method)
   if (plain := build.without_remat(config, model)) is not model:

@@ -126,7 +126,7 @@ def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
   pass, so unchanged weights give a log-ratio of exactly 0 anywhere. ratio/rollout_max_abs_log is how far
   the rollout's scores are from these.
   """
-  pair_loss = losses.OBJECTIVES[config.loss.objective].make_rescored_loss(config, method)
+  pair_loss = losses.make_rescored_loss(config, method)
   scorer = losses.make_scorer(config, method)
 
   def rescoring_step(state, frozen, reference, batch: Batch):
