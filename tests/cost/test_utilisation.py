@@ -40,7 +40,7 @@ def test_unknown_devices_have_no_share():
 def test_what_rematerialisation_repeats_is_no_work_of_the_model():
   mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
   base, found = tasks.tiny_text(), {}
-  for remat in ("none", "full"):
+  for remat in ("none", "full", "dots"):
     config = dataclasses.replace(base, model=dataclasses.replace(base.model, remat=remat))
     plan = lowering.open_plan(config, mesh)
     method = method_lib.build_method(config, build.without_remat(config, plan.model))
@@ -49,3 +49,4 @@ def test_what_rematerialisation_repeats_is_no_work_of_the_model():
       ran = flops.count(function, *args).total
       found[remat] = (ran, flops.count(step.make_train_step(config, method), *args).total)
   assert found["none"][0] == found["none"][1] == found["full"][1] < 0.9 * found["full"][0]
+  assert found["dots"][0] < 1.1 * found["none"][0]  # which keeps the products
