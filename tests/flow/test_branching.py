@@ -159,7 +159,9 @@ def test_some_of_the_steps_have_the_same_members_as_all(branches, some):
   rows = np.array([(1, 2, 4).index(k) for k in some])
   found = sample(some)
   for name in ("x", "x_next", "velocity", "log_prob", "sigma", "sigma_next"):
-    np.testing.assert_array_equal(getattr(found, name), getattr(branches, name)[rows], name)
+    wanted = getattr(branches, name)[rows]
+    # Of other shapes XLA makes another program, which may round otherwise.
+    np.testing.assert_allclose(getattr(found, name), wanted, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_a_step_for_each_state_leaves_by_each_states_own_std():
