@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, programs kept between runs, shapes checked at run time, repeatable examples."""
 
+import gc
 import os
 import pathlib
 
@@ -16,6 +17,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # and not by XLA_FLAGS: other processes have one
 
@@ -28,3 +30,11 @@ jaxtyping.install_import_hook(
   [f"tpgrpo_jax.{name}" for name in ("flow", "credit", "objective", "rewards", "data")],
   "beartype.beartype",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+  """Programs of a module are of no use to the next one, and take gigabytes together."""
+  yield
+  jax.clear_caches()
+  gc.collect()
