@@ -444,13 +444,13 @@ def first_update_metrics(config, mesh):
   [
     ("cps", 1.0, 0, 0.0),
     ("cps", 3.0, 4, 0.1),
+    pytest.param("sde", 3.0, 0, 0.0, marks=pytest.mark.slow),
+    pytest.param("dance", 1.0, 0, 0.1, marks=pytest.mark.slow),
     *(
-      pytest.param(*case, marks=pytest.mark.slow)
+      pytest.param(*case, marks=pytest.mark.exhaustive)
       for case in [
         ("cps", 3.0, 0, 0.0),
         ("cps", 1.0, 0, 0.1),
-        ("sde", 3.0, 0, 0.0),
-        ("dance", 1.0, 0, 0.1),
         ("cps", 1.0, 4, 0.0),
         ("sde", 1.0, 0, 0.0),
         ("sde", 1.0, 4, 0.1),
@@ -477,10 +477,10 @@ NORMALIZED, DPPO = {"ratio": "normalized"}, {"trust_region": "dppo"}
   "dynamics, branches, loss",
   [
     ("cps", 4, {}),
+    pytest.param("sde", 1, NORMALIZED | DPPO, marks=pytest.mark.slow),
     *(
-      pytest.param(*case, marks=pytest.mark.slow)
+      pytest.param(*case, marks=pytest.mark.exhaustive)
       for case in [
-        ("sde", 1, NORMALIZED | DPPO),
         ("cps", 1, NORMALIZED),
         ("cps", 1, DPPO),
         ("dance", 1, NORMALIZED | DPPO),
