@@ -99,7 +99,7 @@ def test_a_template_about_two_pictures_is_shown_the_edited_one_first(serve, tmp_
   file = tmp_path / "edit.txt"
   file.write_text("{image} was to be changed: {prompt}. {metadata} Is the second? Score: ")
   server = serve(lambda brightness, _: f"Score: {brightness}")
-  options = {"url": server.url, "model": "sees", "template": str(file), "low": 0, "high": 255}
+  options = {"url": server.url, "model": "sees", "template": str(file), "low": 0.0, "high": 255.0}
   reward = judge.make(**options, pattern=r"Score: (\d+)")
   told = [{"n": i, "image": np.full((6, 4, 3), 7 + i, np.uint8)} for i in range(2)]
   scores, _ = reward(IMAGES[:2], PROMPTS[:2], told)
