@@ -13,9 +13,10 @@ import pytest
 import stored_diffusers as stored
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.config import presets, rules
+from tpgrpo_jax.config import presets, rules, tasks
 from tpgrpo_jax.data import pictures
 from tpgrpo_jax.flow import sampler
+from tpgrpo_jax.forecasting import lowering
 from tpgrpo_jax.models import prompt_embedding
 from tpgrpo_jax.runs import metrics
 from tpgrpo_jax.training import build, editing, evaluation, loop, scoring
@@ -114,6 +115,13 @@ def make_nearness():
     return np.asarray(scores, np.float32), {}
 
   return reward
+
+
+def test_the_forecast_reads_pictures_of_the_painted_size(single_mesh):
+  model = lowering.abstract_model(tasks.flux_kontext_pickscore(), single_mesh)
+  condition = model.pipeline.condition(["A"] * 3)
+  assert condition.image.shape == (3, 64, 64, 16) and condition.text.shape == (3, 512, 4096)
+  assert model.pipeline.show([Prompt("A", {})]) == [Prompt("A", {})]
 
 
 NEARNESS = {"nearness": {"weight": 1.0, "make": f"{__name__}:make_nearness"}}
