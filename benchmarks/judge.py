@@ -52,14 +52,14 @@ def measure(run, columns, args, *, is_base=False):
   reward_fn = session_lib.make_rewards(config, restore.mesh_here(config), config.rewards)
   for kind, times, strength in columns:
     opened = restore.open_model(
-      config, None if is_base else run.folder, prompts=[p.text for p in prompts],
+      config, None if is_base else run.folder, prompts=prompts,
       **({} if is_base else {"weights": args.weights, "strength": strength}),
     )  # fmt: skip
     num_steps = times * config.eval.num_steps
     images = scoring.sample_images(
       opened, prompts, num_steps=num_steps, seed=evaluation.NOISE_SEED, kind=kind
     )
-    result = scoring.evaluate_images(images, prompts, reward_fn)
+    result = scoring.evaluate_images(images, opened.model.pipeline.show(prompts), reward_fn)
     mean = next(iter(result["rewards"].values()))["mean"]
     found.append((mean, result["image"]["image/edge_density"]))
     print(f"{opened.name}: {kind}, {num_steps} steps: {mean:.3f}", file=sys.stderr, flush=True)

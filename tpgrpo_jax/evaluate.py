@@ -76,23 +76,23 @@ def main(argv: list[str]) -> None:
   prompts = scoring.load_split(config, _SPLIT.value, count=_PROMPTS.value)
   reward_fn.check(prompts)  # pyright: ignore[reportFunctionMemberAccess]
   seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value
-  texts = [p.text for p in prompts]
   num_steps, kind = config.eval.num_steps, _SAMPLER.value
 
   def score(opened):
-    evaluation.check_model(reward_fn, opened.model, texts[0])
+    evaluation.check_model(reward_fn, opened.model, prompts[0])
     watched = evaluation.Watched(reward_fn)
     images = scoring.sample_images(
       opened, prompts, num_steps=num_steps, seed=seed, kind=kind, look=watched.look
     )
     looked = watched.scores(len(images))
-    return opened.name, images, scoring.evaluate_images(images, prompts, reward_fn, looked)
+    shown = opened.model.pipeline.show(prompts)
+    return opened.name, images, scoring.evaluate_images(images, shown, reward_fn, looked)
 
   name, images, found = score(
     restore.open_model(
       config,
       _RUN.value,
-      prompts=texts,
+      prompts=prompts,
       weights=_WEIGHTS.value,
       strength=_STRENGTH.value,
       epoch=_EPOCH.value,
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
   result, lines = setting | found, []
   if _COMPARE.value:
     other_name, _, other = score(
-      comparing.open_other(config, _COMPARE.value, texts, _WEIGHTS.value)
+      comparing.open_other(config, _COMPARE.value, prompts, _WEIGHTS.value)
     )
     gains = comparing.gains(found, other)
     result["compared"] = {

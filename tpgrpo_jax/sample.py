@@ -18,6 +18,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WEIGHTS, _STRENGTH = command.define_weights()
 _EPOCH = command.define_epoch()
 _FILE = flags.DEFINE_string("prompts_file", None, "Text file, one prompt a line, beside arguments.")
+_IMAGE = flags.DEFINE_string(
+  "image", None, "Picture that all prompts edit, for a model that edits (FLUX.1-Kontext)."
+)
 _SAMPLES = flags.DEFINE_integer("samples", 1, "Images of each prompt.", lower_bound=1)
 _NUM_STEPS = flags.DEFINE_integer("num_steps", None, "Solver steps; by default eval.num_steps.")
 _GUIDANCE = flags.DEFINE_float(
@@ -39,7 +42,6 @@ def main(argv: list[str]) -> None:
     settings = dataclasses.replace(config.sampler, guidance_scale=_GUIDANCE.value)
     config = dataclasses.replace(config, sampler=settings)
   rules.validate(config)
-  from tpgrpo_jax import types
   from tpgrpo_jax.runs import distributed, processes
   from tpgrpo_jax.training import scoring
 
@@ -48,16 +50,16 @@ def main(argv: list[str]) -> None:
   if not texts:
     raise ValueError("no prompts: give them as arguments, or one a line in --prompts_file.")
   texts = [text for text in texts for _ in range(_SAMPLES.value)]
+  prompts = scoring.make_prompts(config, texts, _IMAGE.value)
   distributed.set_up(config)
   opened = restore.open_model(
     config,
     _RUN.value,
-    prompts=texts,
+    prompts=prompts,
     weights=_WEIGHTS.value,
     strength=_STRENGTH.value,
     epoch=_EPOCH.value,
   )
-  prompts = [types.Prompt(text, {}) for text in texts]
   images = scoring.sample_images(opened, prompts, num_steps=config.eval.num_steps, seed=_SEED.value)
   if not processes.is_first():
     return

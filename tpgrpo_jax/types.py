@@ -27,11 +27,13 @@ class Condition:
     text: [B, L, E] sequence embedding.
     pooled: [B, F] pooled embedding; None for models that read none.
     length: [B] int32, how many of the L tokens are the prompt's; None for models that read all of them.
+    image: [B, h', w', c] latents of the picture that is edited; None for models that paint from text alone.
   """
 
   text: jax.Array
   pooled: jax.Array | None = None
   length: jax.Array | None = None
+  image: jax.Array | None = None
 
 
 @_pytree
@@ -199,3 +201,8 @@ class Prompt(NamedTuple):
 
   text: str
   metadata: Mapping[str, Any]
+
+
+def texts_of(prompts: Sequence[Prompt | str]) -> list[str]:
+  """The texts of prompts, of which those without metadata may be bare texts."""
+  return [prompt.text if isinstance(prompt, Prompt) else prompt for prompt in prompts]

@@ -140,7 +140,7 @@ BAD = {
       "model.variant='tinny':",
       "unknown name",
       "Did you mean 'tiny'?",
-      "Choices: flux, flux2, sd3, tiny, tiny_shapes, z_image",
+      "Choices: flux, flux2, flux_kontext, sd3, tiny, tiny_shapes, z_image",
     ),
   ),
   "pipeline_without_a_path": (
@@ -150,6 +150,14 @@ BAD = {
   "flux_without_t5": (
     {"model.variant": "flux", "model.path": "x", "text.t5": False},
     ("text.t5=False:", "nothing but T5's tokens", "Set it to True"),
+  ),
+  "kontext_without_t5": (
+    {"model.variant": "flux_kontext", "model.path": "x", "text.t5": False},
+    ("text.t5=False:", "nothing but T5's tokens", "Set it to True"),
+  ),
+  "editing_without_pictures": (
+    {"model.variant": "flux_kontext", "model.path": "x", "prompts.name": "words"},
+    ("prompts.name='words':", "edits pictures, so each prompt needs one", 'have an "image"'),
   ),
   "schedule_of_another_model": (
     {"sampler.schedule": "flux"},

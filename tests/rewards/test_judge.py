@@ -47,7 +47,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def do_POST(self):
     asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-    picture, question = asked["messages"][0]["content"]
+    *_, picture, question = asked["messages"][0]["content"]
     data = base64.b64decode(picture["image_url"]["url"].partition("base64,")[2])
     brightness = int(np.asarray(Image.open(io.BytesIO(data))).mean())
     self.server.asked.append((question["text"], brightness, asked))
@@ -93,6 +93,25 @@ def test_unified_reward_is_asked_its_own_question_and_read(serve):
   questions = {brightness: text for text, brightness, _ in server.asked}
   assert questions[50].endswith("Text Caption: [a {red} cat]")
   assert "assign a score from 1 to 5 after 'Final Score:'" in questions[50]
+
+
+def test_a_template_about_two_pictures_is_shown_the_edited_one_first(serve, tmp_path):
+  file = tmp_path / "edit.txt"
+  file.write_text("{image} was to be changed: {prompt}. {metadata} Is the second? Score: ")
+  server = serve(lambda brightness, _: f"Score: {brightness}")
+  options = {"url": server.url, "model": "sees", "template": str(file), "low": 0.0, "high": 255.0}
+  reward = judge.make(**options, pattern=r"Score: (\d+)")
+  told = [{"n": i, "image": np.full((6, 4, 3), 7 + i, np.uint8)} for i in range(2)]
+  scores, _ = reward(IMAGES[:2], PROMPTS[:2], told)
+  text, _, asked = next(each for each in server.asked if each[1] == int(scores[1]))
+  content = asked["messages"][0]["content"]
+  shown = [base64.b64decode(c["image_url"]["url"].partition("base64,")[2]) for c in content[:-1]]
+  first, second = (np.asarray(Image.open(io.BytesIO(data))) for data in shown)
+  np.testing.assert_array_equal(first, told[1]["image"])
+  np.testing.assert_array_equal(second, IMAGES[1])
+  assert text.startswith(f'the first picture was to be changed: {PROMPTS[1]}. {{"n": 1}} Is')
+  with pytest.raises(rewards.RewardError, match="paints from text alone"):
+    reward(IMAGES[:1], PROMPTS[:1], [{"image": "a.png"}])
 
 
 def test_unified_reward_2_is_the_mean_of_three_axes_that_are_told_too(serve):

@@ -189,3 +189,14 @@ def test_flow_grpos_dialect_goes_both_ways():
     pickle.dumps({"images": [wire.encode_image(images[0], "JPEG")]}), wire.Limits()
   )
   assert batch.prompts == [""] and said is None
+
+
+def test_pictures_among_the_metadata_travel_as_base64_png():
+  picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+  images, told = np.zeros((1, 2, 2, 3), np.uint8), [{"image": picture, "n": np.float32(2)}]
+  for multipart in (False, True):
+    body, kind = wire.encode_request(images, ["p"], told, multipart=multipart)
+    (batch,) = wire.decode_request(body, kind, wire.Limits())
+    sent = Image.open(io.BytesIO(base64.b64decode(batch.metadata[0]["image"])))
+    np.testing.assert_array_equal(sent, picture)
+    assert batch.metadata[0]["n"] == 2

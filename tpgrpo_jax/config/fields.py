@@ -34,7 +34,8 @@ class Prompts:
 
   Attributes:
     name: "words" and "shapes" are the built-in tasks; "folder" reads path/train.* and path/test.* (.txt or
-      .jsonl), "geneval" GenEval's metadata at path.
+      .jsonl), "geneval" GenEval's metadata at path. Models that edit need .jsonl with an "image" in each
+      line.
     path: of "folder" and "geneval".
     cache: folder of prepared prompts that runs share; empty for $TFDS_DATA_DIR, else ~/.cache/tpgrpo_jax.
   """

@@ -21,7 +21,7 @@ def check(config: fields.Config) -> Iterator[str]:
 def advise(config: fields.Config) -> Iterator[str]:
   """One line for each choice that works and is probably not meant."""
   s, train = config.sampler, config.train
-  told = config.model.variant == "flux"  # an input of the model, and not a second evaluation
+  told = config.model.variant in names.TOLD_VARIANTS
   if config.loss.objective != "policy" and s.guidance_scale > 1.0 and not told:
     yield (
       f"sampler.guidance_scale={s.guidance_scale}: DiffusionNFT and AWM sample and train without guidance. "

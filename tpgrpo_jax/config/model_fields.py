@@ -14,7 +14,8 @@ class Model:
 
   Attributes:
     variant: a name of tpgrpo_jax.models.MODELS; "tiny" (words) and "tiny_shapes" ship with their weights.
-      "sd3" is Stable Diffusion 3 and 3.5, "flux" FLUX.1, "flux2" FLUX.2-klein, "z_image" Z-Image.
+      "sd3" is Stable Diffusion 3 and 3.5, "flux" FLUX.1, "flux_kontext" FLUX.1-Kontext, which edits pictures,
+      "flux2" FLUX.2-klein, "z_image" Z-Image.
     path: a pipeline in diffusers' layout: a folder or a hub id "owner/name". For the tiny ones a transformer
       alone will do (config.json + safetensors); empty for the one that ships.
     dtype: compute dtype; trainable weights are float32 always.
@@ -39,7 +40,8 @@ class Text:
     t5: False leaves T5 out, as SD3 allows.
     dtype: of the encoders and the embeddings.
     device: "mesh" divides them over each process's own devices, "cpu" keeps them on the host.
-    cache: folder of embeddings that runs share; empty for ~/.cache/tpgrpo_jax/prompts.
+    cache: folder of embeddings, and of encoded pictures to edit, that runs share; empty for
+      ~/.cache/tpgrpo_jax/prompts.
   """
 
   max_sequence_length: int = 0

@@ -1,14 +1,22 @@
 """Every name that a field can have; the tables of the other rooms hold what they stand for."""
 
 BUILT_IN_VARIANTS = ("tiny", "tiny_shapes")
-MODEL_VARIANTS = (*BUILT_IN_VARIANTS, "sd3", "flux", "flux2", "z_image")
+MODEL_VARIANTS = (*BUILT_IN_VARIANTS, "sd3", "flux", "flux_kontext", "flux2", "z_image")
+TOLD_VARIANTS = ("flux", "flux_kontext")  # are told a guidance scale: no second evaluation
+EDITING_VARIANTS = ("flux_kontext",)  # paint from a text and a picture
 SCHEDULES = ("linear", "sd3", "sd3_dynamic", "shifted", "flux", "flux2")
 OWN_SCHEDULES = {
-  "flux": ("flux", "z_image"),
+  "flux": ("flux", "flux_kontext", "z_image"),
   "flux2": ("flux2",),
   "sd3_dynamic": ("sd3",),
 }  # variants
-USUAL_SCHEDULES = {"sd3": "sd3", "flux": "flux", "flux2": "flux2", "z_image": "shifted"}
+USUAL_SCHEDULES = {
+  "sd3": "sd3",
+  "flux": "flux",
+  "flux_kontext": "flux",
+  "flux2": "flux2",
+  "z_image": "shifted",
+}
 DYNAMICS = ("sde", "cps", "dance")
 SOLVERS = ("euler", "dpmpp_2m", "dpmpp_2m_history")
 ROLLOUTS = ("trajectory", "branch", "ode")

@@ -74,7 +74,7 @@ def _half_of_the_chunks(task: Config) -> int:
 
 def _no_guidance(task: Config) -> float:
   """1, but for models that are told a scale and know no other way."""
-  return task.sampler.guidance_scale if task.model.variant == "flux" else 1.0
+  return task.sampler.guidance_scale if task.model.variant in names.TOLD_VARIANTS else 1.0
 
 
 _FORWARD = {

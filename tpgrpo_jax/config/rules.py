@@ -78,10 +78,15 @@ def _pipeline(config) -> Iterator[str]:
       f"model.path='': model.variant={variant!r} needs a pipeline in diffusers' layout, a folder or a "
       "hub id such as 'stabilityai/stable-diffusion-3.5-medium'. Set model.path."
     )
-  if variant == "flux" and not text.t5:
+  if variant in names.TOLD_VARIANTS and not text.t5:
     yield "text.t5=False: FLUX.1 reads nothing but T5's tokens. Set it to True."
   if variant in ("flux2", "z_image") and not text.t5:
     yield f"text.t5=False: model.variant={variant!r} has no T5 to leave out. Set it to True."
+  if variant in names.EDITING_VARIANTS and config.prompts.name != "folder":
+    yield (
+      f"prompts.name={config.prompts.name!r}: model.variant={variant!r} edits pictures, so each prompt needs "
+      'one. Use \'folder\' with train.jsonl and test.jsonl, whose lines have an "image" beside the "prompt".'
+    )
   if variant not in names.OWN_SCHEDULES.get(s.schedule, (variant,)):
     yield (
       f"sampler.schedule={s.schedule!r}: its shift grows with the tokens of the model of that name, and "

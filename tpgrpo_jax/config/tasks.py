@@ -136,6 +136,19 @@ def flux_pickscore() -> Config:
   )
 
 
+def flux_kontext_pickscore() -> Config:
+  """FLUX.1-Kontext-dev learns which edits people prefer, by PickScore: the settings of FLUX.1-dev."""
+  base = flux_pickscore()
+  return dataclasses.replace(
+    base,
+    model=dataclasses.replace(
+      base.model, variant="flux_kontext", path="black-forest-labs/FLUX.1-Kontext-dev"
+    ),
+    prompts=Prompts("folder", "datasets/edits"),
+    sampler=dataclasses.replace(base.sampler, guidance_scale=2.5),
+  )
+
+
 # What diffusers' own scripts train of FLUX.2: all that attention reads and writes; in the single blocks the
 # feed-forward is part of it.
 FLUX2_TARGETS = (*Lora().targets, "attn.to_qkv_mlp_proj", "attn.to_out")
@@ -206,6 +219,7 @@ TASKS: dict[str, Callable[[], Config]] = {
   "sd35m_geneval": sd35m_geneval,
   "sd35m_dina": sd35m_dina,
   "flux_pickscore": flux_pickscore,
+  "flux_kontext_pickscore": flux_kontext_pickscore,
   "flux2_klein_ocr": flux2_klein_ocr,
   "flux2_klein_pickscore": flux2_klein_pickscore,
   "z_image_pickscore": z_image_pickscore,

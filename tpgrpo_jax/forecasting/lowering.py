@@ -60,6 +60,7 @@ HUB_SIZES: dict[str, tuple[models.Sizes, vae.VAEConfig]] = {
     vae.VAEConfig(scaling_factor=1.5305, shift_factor=0.0609, **_VAE),
   ),
   "black-forest-labs/FLUX.1-dev": (flux.FluxConfig(guidance_embeds=True), _FLUX_VAE),
+  "black-forest-labs/FLUX.1-Kontext-dev": (flux.FluxConfig(guidance_embeds=True), _FLUX_VAE),
   "black-forest-labs/FLUX.2-klein-base-4B": (_KLEIN_4B, flux2_vae.Flux2VAEConfig()),
   "black-forest-labs/FLUX.2-klein-4B": (_KLEIN_4B, flux2_vae.Flux2VAEConfig()),
   "black-forest-labs/FLUX.2-klein-base-9B": (
@@ -216,25 +217,26 @@ def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
   """`encode` gives shapes, of one prompt's embedding."""
   if decoder_sizes is None:
     return pipeline.tiny_pipeline(config.model.variant, sizes)
-  name = models.MODELS[config.model.variant].pipeline
+  variant = models.MODELS[config.model.variant]
+  name = variant.pipeline
   family, dtype = text_source.FAMILIES[name], jnp.dtype(config.text.dtype)
   tokens = config.text.max_sequence_length or family.max_sequence_length
   tokens += 77 if name == "sd3" else 0  # CLIP's tokens stand before T5's, or zeros in their place
+  shape = pipeline.latent_shape(config.sampler, sizes, decoder_sizes)
+  gives = (*family.gives, *(["image"] if variant.task == "edit" else []))
   shapes = {
     "text": ((tokens, sizes.joint_attention_dim), dtype),
     "pooled": ((getattr(sizes, "pooled_projection_dim", 0),), dtype),
     "length": ((), jnp.dtype("int32")),
+    "image": (shape, jnp.dtype("float32")),
   }
 
   def encode(prompts):
-    made = {
-      n: jax.ShapeDtypeStruct((len(prompts), *shapes[n][0]), shapes[n][1]) for n in family.gives
-    }
+    made = {n: jax.ShapeDtypeStruct((len(prompts), *shapes[n][0]), shapes[n][1]) for n in gives}
     return types.Condition(**made)  # pyright: ignore[reportArgumentType]
 
   decode, abstract = pipeline.decoder_outline(config.vae, decoder_sizes)
   decoder = mesh_lib.abstract(mesh, _stored(abstract, config.vae.dtype))
-  shape = pipeline.latent_shape(config.sampler, sizes, decoder_sizes)
   return pipeline.Pipeline(shape, encode, decode, decoder)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from flax import nnx
 import jax
@@ -25,6 +25,7 @@ class Variant(NamedTuple):
     path: the weights that ship with the package; "" where none do.
     autoencoder: the class of its autoencoder's config.
     schedules: flow.schedule's names of what its pipeline calls a fixed and a dynamic shift.
+    task: "paint" is from text alone, "edit" from a text and a picture, whose latents the model reads.
   """
 
   sizes: type
@@ -33,6 +34,7 @@ class Variant(NamedTuple):
   path: str = ""
   autoencoder: type = vae.VAEConfig
   schedules: tuple[str, str] = ("sd3", "flux")
+  task: Literal["paint", "edit"] = "paint"
 
 
 MODELS = {
@@ -42,6 +44,7 @@ MODELS = {
   },
   "sd3": Variant(mmdit.MMDiTConfig, "classifier_free", "sd3", schedules=("sd3", "sd3_dynamic")),
   "flux": Variant(flux.FluxConfig, "embedded", "flux"),
+  "flux_kontext": Variant(flux.FluxConfig, "embedded", "flux_kontext", task="edit"),
   "flux2": Variant(
     flux2.Flux2Config,
     "classifier_free",

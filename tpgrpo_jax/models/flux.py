@@ -3,12 +3,14 @@
 Double blocks keep the text and the image apart but for a joint attention; single blocks run attention
 and feed-forward side by side over both. Attributes carry diffusers' names, so that models/hf/flux.py maps
 weights by one short table. The blocks of either kind are stacked along a leading axis and scanned.
-Latents come and go unpacked, as those of the SD3 family do.
+Latents come and go unpacked, as those of the SD3 family do. FLUX.1-Kontext is the same network: it reads
+the latents of a picture behind those that it denoises.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import nnx
@@ -104,20 +106,22 @@ def unpack_latents(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def rotary_tables(
-  axes: tuple[int, ...], tokens: int, height: int, width: int
+  axes: tuple[int, ...], tokens: int, height: int, width: int, edited: Sequence[int] = (0, 0)
 ) -> tuple[np.ndarray, np.ndarray]:
-  """`rotary.tables` of text tokens (0, 0, 0), then of image tokens (0, row, column).
+  """`rotary.tables` of text (0, 0, 0), then image (0, row, column), then edited tokens (1, row, column).
 
   Args:
     axes: channels of a head for each of the three ids.
     tokens: L of the text.
     height: rows of image tokens.
     width: columns of image tokens.
+    edited: rows and columns of the tokens of the picture that is edited.
 
   Returns:
-    Two [L + height width, head_dim] float32.
+    Two [L + height width + those of `edited`, head_dim] float32.
   """
-  ids = np.concatenate([np.zeros((tokens, 3)), rotary.grid(height, width)])
+  grids = rotary.grid(height, width), rotary.grid(*edited, first=1)
+  ids = np.concatenate([np.zeros((tokens, 3)), *grids])
   return rotary.tables(ids, axes, THETA)
 
 
@@ -258,33 +262,54 @@ class Flux(nnx.Module):
     zeros = nnx.initializers.zeros_init()
     self.proj_out = layers.Linear(width, config.out_channels, kernel_init=zeros, **kw)
 
-  def __call__(self, x, sigma, text, pooled, guidance: jax.Array | float | None = None):
+  def __call__(
+    self,
+    x,
+    sigma,
+    text,
+    pooled,
+    guidance: jax.Array | float | None = None,
+    image: jax.Array | None = None,
+  ):
     """Velocity of x; `guidance`, a scalar or [B], takes the place of the model's own.
+
+    `image` [B, h', w', c] are the latents of a picture that is edited (FLUX.1-Kontext): their tokens stand
+    behind those of x, and no velocity is taken of them.
 
     Raises:
       ValueError: sides that are odd, channels other than the config's, a guidance scale that is missing
         or that the model cannot be told.
     """
-    _, height, width, c = x.shape
+    _, height, width, _ = x.shape
+    for latent in (x,) if image is None else (x, image):
+      self._check(latent)
+    guidance = self.guidance if guidance is None else guidance
+    conditioning = self._conditioning(sigma, pooled, guidance)
+    tokens, sides = text.shape[1], (height // PACK, width // PACK)
+    edited = (0, 0) if image is None else (image.shape[1] // PACK, image.shape[2] // PACK)
+    rotation = rotary_tables(self.config.axes_dims_rope, tokens, *sides, edited)
+    terms = (conditioning, tuple(jnp.asarray(table) for table in rotation))
+    x = pack_latents(x.astype(self.dtype))
+    if image is not None:
+      x = jnp.concatenate([x, pack_latents(image.astype(self.dtype))], axis=1)
+    x = layers.fence(x)
+    x, context = layers.lay_out(self.x_embedder(x)), layers.lay_out(self.context_embedder(text))
+    x, context = mmdit.scan_blocks(self.transformer_blocks, (x, context), *terms, remat=self.remat)
+    x = layers.lay_out(layers.fence(jnp.concatenate([context, x], axis=1)))
+    (x,) = mmdit.scan_blocks(self.single_transformer_blocks, (x,), *terms, remat=self.remat)
+    x = layers.lay_out(layers.fence(x[:, tokens : tokens + math.prod(sides)]))
+    scale, shift = self.norm_out(conditioning)
+    x = self.proj_out(layers.modulate(x, shift, scale))
+    return layers.fence(unpack_latents(x, height, width).astype(jnp.float32))
+
+  def _check(self, latent):
+    """Raises ValueError for a latent [B, h, w, c] that cannot be packed."""
+    _, height, width, c = latent.shape
     if height % PACK or width % PACK or c * PACK**2 != self.config.in_channels:
       raise ValueError(
         f"latent {height} x {width} x {c}: sides must be even, and channels in_channels / 4 = "
         f"{self.config.in_channels // PACK**2}."
       )
-    guidance = self.guidance if guidance is None else guidance
-    conditioning = self._conditioning(sigma, pooled, guidance)
-    tokens = text.shape[1]
-    rotation = rotary_tables(self.config.axes_dims_rope, tokens, height // PACK, width // PACK)
-    terms = (conditioning, tuple(jnp.asarray(table) for table in rotation))
-    x = layers.fence(pack_latents(x.astype(self.dtype)))
-    x, context = layers.lay_out(self.x_embedder(x)), layers.lay_out(self.context_embedder(text))
-    x, context = mmdit.scan_blocks(self.transformer_blocks, (x, context), *terms, remat=self.remat)
-    x = layers.lay_out(layers.fence(jnp.concatenate([context, x], axis=1)))
-    (x,) = mmdit.scan_blocks(self.single_transformer_blocks, (x,), *terms, remat=self.remat)
-    x = layers.lay_out(layers.fence(x[:, tokens:]))
-    scale, shift = self.norm_out(conditioning)
-    x = self.proj_out(layers.modulate(x, shift, scale))
-    return layers.fence(unpack_latents(x, height, width).astype(jnp.float32))
 
   def _conditioning(self, sigma, pooled, guidance):
     """[B, D] from time, guidance and pooled text."""

@@ -2,7 +2,7 @@
 
 SD3 (StableDiffusion3Pipeline.encode_prompt): the penultimate states of CLIP-L and CLIP-G side by side,
 padded with zeros to T5's width, then T5's tokens after them; pooled: both projections side by side.
-FLUX.1 (FluxPipeline.encode_prompt): T5's tokens; pooled: CLIP-L's, without a projection.
+FLUX.1 and FLUX.1-Kontext (FluxPipeline.encode_prompt): T5's tokens; pooled: CLIP-L's, without a projection.
 FLUX.2 (Flux2KleinPipeline.encode_prompt): three states of Qwen3 side by side, those of padding too.
 Z-Image (ZImagePipeline.encode_prompt): one state of Qwen3, and how many tokens are the prompt's.
 """
@@ -171,6 +171,7 @@ def _combine_z_image(outputs, inputs):
 _COMBINE = {
   "sd3": _combine_sd3,
   "flux": _combine_flux,
+  "flux_kontext": _combine_flux,
   "flux2": _combine_flux2,
   "z_image": _combine_z_image,
 }

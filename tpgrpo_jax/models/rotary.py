@@ -9,9 +9,9 @@ import numpy as np
 from tpgrpo_jax.models import layers
 
 
-def grid(height: int, width: int) -> np.ndarray:
-  """The ids (0, row, column) of image tokens, row by row: [height width, 3]."""
-  ids = np.stack(np.broadcast_arrays(0, *np.ogrid[:height, :width]), axis=-1)
+def grid(height: int, width: int, first: int = 0) -> np.ndarray:
+  """The ids (first, row, column) of image tokens, row by row: [height width, 3]."""
+  ids = np.stack(np.broadcast_arrays(first, *np.ogrid[:height, :width]), axis=-1)
   return ids.reshape(-1, 3)
 
 

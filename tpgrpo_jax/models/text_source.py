@@ -85,11 +85,13 @@ FAMILIES = {
   ),
 }
 
+FAMILIES["flux_kontext"] = FAMILIES["flux"]._replace(pipeline="FluxKontext")
+
 # Pipelines of a family's classes that need more than text: what model_index.json calls them, what they do.
 NOT_FROM_TEXT = {
   "FluxFillPipeline": "FLUX.1-Fill, which paints inside a mask of a picture",
   "FluxControlPipeline": "FLUX.1-Depth or FLUX.1-Canny, which follows a control picture",
-  "FluxKontextPipeline": "FLUX.1-Kontext, which edits a picture",
+  "FluxKontextPipeline": "FLUX.1-Kontext, which edits a picture (model.variant='flux_kontext')",
   "FluxPriorReduxPipeline": "FLUX.1-Redux, which varies a picture",
   "FluxControlNetPipeline": "a ControlNet, which follows a control picture",
   "StableDiffusion3ControlNetPipeline": "a ControlNet, which follows a control picture",
@@ -104,6 +106,16 @@ def check_from_text(folder: str | os.PathLike[str]) -> None:
     raise ValueError(
       f"model.path={str(folder)!r}: holds a {found}: {NOT_FROM_TEXT[kind]}. It must be a model that paints "
       "from text alone, such as black-forest-labs/FLUX.1-dev."
+    )
+
+
+def check_edits(folder: str | os.PathLike[str]) -> None:
+  """Raises ValueError for a pipeline that edits no pictures."""
+  found = hf_encoder.load_json(folder, INDEX_FILE).get("_class_name", "")
+  if not found.startswith(FAMILIES["flux_kontext"].pipeline):
+    raise ValueError(
+      f"model.path={str(folder)!r}: holds a {found}, and model.variant='flux_kontext' edits pictures with a "
+      "FluxKontextPipeline. Point it at FLUX.1-Kontext, or set model.variant to what the folder holds."
     )
 
 
@@ -129,7 +141,7 @@ class TextSource:
   def __post_init__(self):
     registry.check(self.family, FAMILIES, field="family")
     registry.check(self.dtype, DTYPES, field="dtype")
-    if self.family == "flux" and not self.use_t5:
+    if self.family in ("flux", "flux_kontext") and not self.use_t5:
       raise ValueError("use_t5=False: FLUX reads nothing but T5's tokens. Set it to True.")
     if not 1 <= self.length <= MAX_LENGTH:
       raise ValueError(

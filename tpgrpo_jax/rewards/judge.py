@@ -92,11 +92,12 @@ def make(
 
   def judge(image: UInt8[np.ndarray, "H W 3"], prompt: str, metadata: Mapping[str, Any]) -> Verdict:
     question = judge_templates.fill(chosen, prompt, metadata)
-    picture = base64.b64encode(wire.encode_image(image)).decode()
+    pictures = [_edited(metadata), image] if judge_templates.sees_both(chosen) else [image]
+    encoded = [base64.b64encode(wire.encode_image(each)).decode() for each in pictures]
     answer = ""
     for attempt in range(tries):
       body = _request(
-        model, question, picture, attempt, {"max_tokens": max_tokens, **chosen.options}
+        model, question, encoded, attempt, {"max_tokens": max_tokens, **chosen.options}
       )
       reply = pool.send("POST", _PATH, body, wire.JSON)
       choice = _choice(reply)
@@ -134,11 +135,23 @@ def make(
   return reward
 
 
-def _request(model, question, picture, attempt, options):
-  content = [
-    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-    {"type": "text", "text": question},
+def _edited(metadata):
+  """The picture that was to be edited."""
+  picture = metadata.get("image")
+  if not isinstance(picture, np.ndarray):
+    raise RewardError(
+      "the judge's template asks about {image}, the picture that was to be edited, and the prompt has none: "
+      "the run's model paints from text alone. Use a template without it."
+    )
+  return picture
+
+
+def _request(model, question, pictures, attempt, options):
+  content: list[dict[str, Any]] = [
+    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{each}"}}
+    for each in pictures
   ]
+  content.append({"type": "text", "text": question})
   request = {
     "model": model,
     "messages": [{"role": "user", "content": content}],

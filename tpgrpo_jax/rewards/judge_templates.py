@@ -7,6 +7,8 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tpgrpo_jax import registry
 
 
@@ -18,7 +20,8 @@ class Template(NamedTuple):
   """A question and the reading of its answer.
 
   Attributes:
-    text: with {prompt}, and {metadata} where it is wanted, in place of which a picture's own are put.
+    text: with {prompt}, and {metadata} where it is wanted, in place of which a picture's own are put. With
+      {image}, which becomes "the first picture", the judge sees the one to edit before the painted one.
     read: a choice of the completion -> (score, what else it says); Unreadable where there is none.
     low: the lowest score that can be.
     high: the highest.
@@ -35,9 +38,16 @@ class Template(NamedTuple):
 def fill(template: Template, prompt: str, metadata: Mapping[str, Any]) -> str:
   """The question about one picture."""
   # Not str.format: braces in a prompt or in the template's own JSON are not placeholders.
-  pieces = re.split(r"(\{prompt\}|\{metadata\})", template.text)
-  known = {"{prompt}": prompt, "{metadata}": json.dumps(dict(metadata), ensure_ascii=False)}
+  pieces = re.split(r"(\{prompt\}|\{metadata\}|\{image\})", template.text)
+  plain = {name: value for name, value in metadata.items() if not isinstance(value, np.ndarray)}
+  known = {"{prompt}": prompt, "{metadata}": json.dumps(plain, ensure_ascii=False)}
+  known["{image}"] = "the first picture"
   return "".join(known.get(piece, piece) for piece in pieces)
+
+
+def sees_both(template: Template) -> bool:
+  """Whether the question is about two pictures: the one that was to be edited, and the painted one."""
+  return "{image}" in template.text
 
 
 def text_of(choice: Mapping[str, Any]) -> str:

@@ -140,7 +140,7 @@ def encode_request(
 def dumps(request: Any) -> bytes:
   """A request as JSON; ValueError where JSON cannot hold it."""
   try:
-    return json.dumps(request, allow_nan=False, default=_number).encode()
+    return json.dumps(request, allow_nan=False, default=_plain).encode()
   except (TypeError, ValueError) as error:
     raise ValueError(
       f"metadata of the prompts: cannot be sent as JSON ({error}). Keep to text, numbers, lists and "
@@ -148,7 +148,9 @@ def dumps(request: Any) -> bytes:
     ) from error
 
 
-def _number(value):
+def _plain(value):
+  if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.shape[2:] == (3,):
+    return base64.b64encode(encode_image(value)).decode()  # a picture, as those that are scored
   if isinstance(value, np.generic | np.ndarray):
     return value.tolist()
   raise TypeError(f"{type(value).__name__} is no type of JSON")

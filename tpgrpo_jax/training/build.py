@@ -49,14 +49,17 @@ class Model:
 
 
 def build_model(
-  config: config_lib.Config, mesh: jax.sharding.Mesh, prompts: Sequence[str] | None = None
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  prompts: Sequence[types.Prompt | str] | None = None,
 ) -> Model:
   """Loads the weights and lays them out on the mesh.
 
   Args:
     config: of the run.
     mesh: of the run.
-    prompts: all that the model will be asked for; None opens the transformer alone.
+    prompts: all that the model will be asked for, texts where no metadata is read; None opens the
+      transformer alone.
 
   Raises:
     ValueError: no such variant or folder, weights or adapters that do not fit, LoRA targets that

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import types
 from tpgrpo_jax.training import judging, restore
 
 BASE = "base"
 
 
 def open_other(
-  config: config_lib.Config, name: str, prompts: Sequence[str], weights: str
+  config: config_lib.Config, name: str, prompts: Sequence[types.Prompt], weights: str
 ) -> restore.Opened:
   """What --compare names: the base model of the config, or the run in another folder.
 

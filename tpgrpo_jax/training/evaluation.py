@@ -87,12 +87,12 @@ def make_sample_fn(
       on_chunk(None)
       index = np.arange(first, first + size, dtype=np.int32)
       # The last batch is filled up with its own last prompt, so that one program serves all.
-      texts = [prompts[min(int(i), len(prompts) - 1)].text for i in index]
+      asked = [prompts[min(int(i), len(prompts) - 1)] for i in index]
       group = np.stack([index, np.zeros_like(index)], axis=1)
-      placed = (group, method_lib.build_condition(config, model, texts))
+      placed = (group, method_lib.build_condition(config, model, asked))
       placed = processes.put_batch(mesh, placed)
       painted, latents, is_finite = sample(params, jax.random.key(seed), *placed)
-      _check_finite(processes.fetch(is_finite), texts)
+      _check_finite(processes.fetch(is_finite), types.texts_of(asked))
       look(latents, method_lib.positive(placed[1]))
       images.append(processes.fetch(painted))
     return np.concatenate(images)[: len(prompts)]
@@ -134,13 +134,15 @@ def make_evaluate(
   """Returns (params, on_chunk) -> Evaluation on these prompts, by the ODE from fixed noise."""
   sample = make_sample_fn(config, model, mesh, num_steps=config.eval.num_steps)
   weights = combine.weights_of(config.rewards)
-  return functools.partial(_evaluate, sample, reward_fn, weights, list(prompts))
+  return functools.partial(
+    _evaluate, sample, reward_fn, weights, list(prompts), model.pipeline.show
+  )
 
 
-def _evaluate(sample, reward_fn, weights, prompts, params, on_chunk=preemption.go_on):
+def _evaluate(sample, reward_fn, weights, prompts, show, params, on_chunk=preemption.go_on):
   watched = Watched(reward_fn)
   images = sample(params, prompts, on_chunk=on_chunk, look=watched.look)
-  scores, infos = score(reward_fn, images, prompts, on_chunk, watched.scores(len(images)))
+  scores, infos = score(reward_fn, images, show(prompts), on_chunk, watched.scores(len(images)))
   # A reward that is only evaluated counts as it is.
   total = sum(weights.get(label, 1.0) * float(each.mean()) for label, each in scores.items())
   each = sum(weights.get(label, 1.0) * values for label, values in scores.items())
@@ -177,7 +179,9 @@ class Watched:
     return {k: np.concatenate([each[k] for each in self._found])[:count] for k in labels}
 
 
-def check_model(reward_fn: rewards.CombinedRewardFn, model: build.Model, prompt: str) -> None:
+def check_model(
+  reward_fn: rewards.CombinedRewardFn, model: build.Model, prompt: types.Prompt
+) -> None:
   """Raises ValueError where a reward of latents cannot judge the model's.
 
   Args:
@@ -185,7 +189,7 @@ def check_model(reward_fn: rewards.CombinedRewardFn, model: build.Model, prompt:
     model: with its pipeline.
     prompt: any that the pipeline knows.
   """
-  shape, condition = model.pipeline.latent_shape, model.pipeline.encode([prompt])
+  shape, condition = model.pipeline.latent_shape, model.pipeline.condition([prompt])
   reward_fn.check_model(shape, condition)  # pyright: ignore[reportFunctionMemberAccess]
 
 

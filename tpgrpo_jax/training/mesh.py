@@ -82,6 +82,12 @@ def make_mesh(config: config_lib.Mesh, devices: Sequence[Any] | None = None) -> 
   return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
 
 
+def local_mesh() -> jax.sharding.Mesh:
+  """The devices of this process alone, as the fsdp axis: for what each process computes for itself."""
+  devices, kinds = jax.local_devices(), (AxisType.Auto,) * len(AXES)
+  return jax.make_mesh((1, len(devices), 1), AXES, axis_types=kinds, devices=devices)
+
+
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
   """Into how many parts the mesh divides a batch."""
   return math.prod(mesh.shape[axis] for axis in BATCH)

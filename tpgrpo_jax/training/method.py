@@ -1,6 +1,6 @@
 """From a config to the functions of its method: the five choices, bound."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import inspect
@@ -257,9 +257,11 @@ def guide(config: config_lib.Config, velocity_fn: types.VelocityFn) -> types.Vel
   return guidance.classifier_free(velocity_fn, config.sampler.guidance_scale)
 
 
-def build_condition(config: config_lib.Config, model: build.Model, prompts: list[str]) -> Any:
+def build_condition(
+  config: config_lib.Config, model: build.Model, prompts: Sequence[types.Prompt | str]
+) -> Any:
   """Embeds prompts on the host: a Condition, or a GuidedCondition when guidance is on."""
-  positive = model.pipeline.encode(prompts)
+  positive = model.pipeline.condition(prompts)
   if not is_guided(config):
     return positive
   return types.GuidedCondition(positive, model.pipeline.encode([""]))

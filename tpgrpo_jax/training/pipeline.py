@@ -8,12 +8,12 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from tpgrpo_jax import caches, models, types
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.models import hf, prompt_cache, prompt_embedding, text_source, tiny, vae
 from tpgrpo_jax.models.hf import encoder, files
+from tpgrpo_jax.training import editing
 from tpgrpo_jax.training import mesh as mesh_lib
 
 
@@ -22,12 +22,14 @@ class Pipeline(NamedTuple):
 
   Attributes:
     latent_shape: (h, w, c) of one sample.
-    encode: prompts -> Condition of NumPy arrays.
+    encode: texts -> Condition of NumPy arrays.
     decode: (decoder, latents [N, h, w, c]) -> images [N, H, W, 3] float in [0, 1].
     decoder: the weights of `decode`, on the mesh.
     identity: part -> a name of its files' content.
     grid: what the noise levels take from the pipeline's scheduler: those of the keywords of
       flow.schedule.dynamic_mu that it sets, and "terminal", the last level above 0.
+    add: (Condition of texts, their prompts) -> the same with what the model reads beside texts.
+    show: prompts -> the prompts as rewards are given them.
   """
 
   latent_shape: tuple[int, int, int]
@@ -36,10 +38,19 @@ class Pipeline(NamedTuple):
   decoder: Any
   identity: Mapping[str, str] = {}
   grid: Mapping[str, float] = {}
+  add: Callable[..., types.Condition] = lambda condition, prompts: condition
+  show: Callable[[Sequence[types.Prompt]], list[types.Prompt]] = list
+
+  def condition(self, prompts: Sequence[types.Prompt | str]) -> types.Condition:
+    """All that the model reads of prompts; bare texts are prompts without metadata."""
+    return self.add(self.encode(types.texts_of(prompts)), prompts)
 
 
 def open_pipeline(
-  config: config_lib.Config, mesh: jax.sharding.Mesh, sizes: models.Sizes, prompts: Sequence[str]
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  sizes: models.Sizes,
+  prompts: Sequence[types.Prompt | str],
 ) -> Pipeline:
   """Opens what the config's variant needs around its transformer.
 
@@ -49,10 +60,10 @@ def open_pipeline(
     config: of the run.
     mesh: for the decoder; the text encoders are divided over the devices of this process.
     sizes: of the transformer.
-    prompts: all that will be asked for.
+    prompts: all that will be asked for; with their metadata where the model edits pictures.
 
   Raises:
-    ValueError: a wrong or partial folder, sizes that do not fit, a prompt that cannot be read.
+    ValueError: a wrong or partial folder, sizes that do not fit, a prompt or picture that cannot be read.
   """
   if models.MODELS[config.model.variant].pipeline:
     return _open_diffusers(config, mesh, sizes, prompts)
@@ -68,7 +79,7 @@ def open_pipeline(
       f"reads bytes. Use model.variant={' or '.join(fitting)}."
     )
   around = tiny_pipeline(variant, sizes)
-  texts = list(dict.fromkeys(prompts))
+  texts = list(dict.fromkeys(types.texts_of(prompts)))
   for first in range(0, len(texts), 512):
     around.encode(texts[first : first + 512])  # says which prompt is too long
   size = (config.sampler.height, config.sampler.width)
@@ -90,9 +101,10 @@ def tiny_pipeline(variant: str, sizes: models.mmdit.MMDiTConfig) -> Pipeline:
 def _open_diffusers(config, mesh, sizes, prompts):
   """A pipeline as the hub stores it."""
   root = _fetch(config)
-  text_source.check_from_text(root)
-  folder = root / "vae"
   variant = models.MODELS[config.model.variant]
+  edits = variant.task == "edit"
+  (text_source.check_edits if edits else text_source.check_from_text)(root)
+  folder = root / "vae"
   vae_config = hf.load_config(folder)
   if type(vae_config) is not variant.autoencoder:
     raise ValueError(
@@ -101,10 +113,15 @@ def _open_diffusers(config, mesh, sizes, prompts):
   check_distilled(config.sampler, root)
   shape = latent_shape(config.sampler, sizes, vae_config)
   grid = read_scheduler(config.sampler, variant, root)
+  beside_text = {}
+  if edits:
+    outline = autoencoder_outline(config.vae, vae_config)
+    size = (shape[0] * vae_config.downscale, shape[1] * vae_config.downscale)
+    beside_text = editing.open_pictures(config, folder, outline, size, prompts)._asdict()
   source = _text_source(config, root)
   embedded = prompt_cache.embed_prompts(
     source,
-    ["", *prompts],
+    ["", *types.texts_of(prompts)],
     cache=caches.place("prompts", config.text.cache),
     shardings=prompt_embedding.on_cpu if config.text.device == "cpu" else _local_shardings,
   )
@@ -113,16 +130,22 @@ def _open_diffusers(config, mesh, sizes, prompts):
   dtype = jnp.dtype(config.vae.dtype)
   decoder = hf.load_params(folder, abstract, shardings=shardings, dtype=dtype)
   identity = {"vae": hf.fingerprint(folder), "text": prompt_cache.identity(source)}
-  return Pipeline(shape, embedded.embed, decode, decoder, identity, grid)
+  return Pipeline(shape, embedded.embed, decode, decoder, identity, grid, **beside_text)
 
 
 def decoder_outline(config: config_lib.Vae, sizes: vae.VAEConfig) -> tuple[Callable[..., Any], Any]:
   """(`decode` of a Pipeline, the shapes of the weights it takes); nothing is computed."""
+  graphdef, abstract = autoencoder_outline(config, sizes)
+  decode = functools.partial(vae.decode_chunked, graphdef, images_per_chunk=config.images_per_chunk)
+  return decode, abstract
+
+
+def autoencoder_outline(config: config_lib.Vae, sizes: vae.VAEConfig) -> tuple[Any, Any]:
+  """(structure of an autoencoder, the shapes of its weights); nothing is computed."""
   create = models.build_autoencoder(sizes, dtype=jnp.dtype(config.dtype))
   model = jax.eval_shape(create, jax.random.key(0))
   graphdef, _, abstract = models.lora.split_trainable(model, rank=1)  # nothing of it is trained
-  decode = functools.partial(vae.decode_chunked, graphdef, images_per_chunk=config.images_per_chunk)
-  return decode, abstract
+  return graphdef, abstract
 
 
 def _fetch(config):
@@ -149,10 +172,7 @@ def _text_source(config, root):
 
 def _local_shardings(tree):
   """Divides weights over the devices of this process, so that each embeds what its own disk misses."""
-  devices = jax.local_devices()
-  kinds = (AxisType.Auto,) * len(mesh_lib.AXES)
-  local = jax.make_mesh((1, len(devices), 1), mesh_lib.AXES, axis_types=kinds, devices=devices)
-  return mesh_lib.param_shardings(local, tree)
+  return mesh_lib.param_shardings(mesh_lib.local_mesh(), tree)
 
 
 def latent_shape(

@@ -11,6 +11,7 @@ import warnings
 import jax
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import types
 from tpgrpo_jax.config import bridge
 from tpgrpo_jax.models import lora
 from tpgrpo_jax.reporting import history
@@ -93,7 +94,7 @@ def open_model(
   config: config_lib.Config,
   run_dir: str | os.PathLike[str] | None = None,
   *,
-  prompts: Sequence[str] | None = None,
+  prompts: Sequence[types.Prompt | str] | None = None,
   weights: str = "ema",
   strength: float = 1.0,
   epoch: int | None = None,

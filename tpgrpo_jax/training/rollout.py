@@ -279,12 +279,13 @@ def collect(
       samples = order[first : first + size]
       lead = samples[:: method.members]
       asked = [prompts[i] for i in lead]
-      condition = method_lib.build_condition(config, model, [p.text for p in asked])
+      condition = method_lib.build_condition(config, model, asked)
       placed = processes.put_batch(mesh, (group[first : first + size : method.members], condition))
       found, seen = rollout_fn(chunk, *placed)
       transitions.append(found)
       conditions.append(placed[1])
-      job = _begin_scoring(reward_fn, seen, placed[1], asked, samples < KEPT)
+      shown = model.pipeline.show(asked)
+      job = _begin_scoring(reward_fn, seen, placed[1], shown, samples < KEPT)
       pending.append(scorer.submit(job))
       # Two microbatches at most are under way, so that images do not pile up on the device.
       on_chunk(len(samples), pending[chunk - 1] if chunk else None)

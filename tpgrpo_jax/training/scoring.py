@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import rewards, types
+from tpgrpo_jax import models, rewards, types
+from tpgrpo_jax.data import pictures
 from tpgrpo_jax.data import prompts as prompts_lib
 from tpgrpo_jax.runs import metrics
 from tpgrpo_jax.training import evaluation, judging, restore
@@ -175,6 +176,27 @@ def save_samples(
 def _save_grid(folder, images, captions, columns=8):
   sheet = evaluation.grid(images[:GRID_IMAGES], captions[:GRID_IMAGES], columns=columns)
   Image.fromarray(sheet).save(folder / "grid.png")
+
+
+def make_prompts(
+  config: config_lib.Config, texts: Sequence[str], image: str | None
+) -> list[types.Prompt]:
+  """The prompts of `sample`: texts, and the picture that they edit where the model edits.
+
+  Raises:
+    ValueError: a model that edits without a picture, or one that paints from text alone with one.
+  """
+  variant, edits = config.model.variant, models.MODELS[config.model.variant].task == "edit"
+  if edits and not image:
+    raise ValueError(
+      f"--image: model.variant={variant!r} edits a picture. Name one, --image cat.png."
+    )
+  if image and not edits:
+    raise ValueError(
+      f"--image={image!r}: model.variant={variant!r} paints from text alone. Leave it out."
+    )
+  metadata = {pictures.MEMBER: os.path.abspath(os.path.expanduser(image))} if image else {}
+  return [types.Prompt(text, metadata) for text in texts]
 
 
 def load_prompt_lines(path: str | os.PathLike[str]) -> list[str]:

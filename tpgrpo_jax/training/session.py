@@ -90,10 +90,10 @@ def open_session(config: config_lib.Config) -> Session:
   train_prompts = load("train")
   asked = [*held_out, *unseen, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
   reward_fn.check(asked)  # pyright: ignore[reportFunctionMemberAccess]
-  model = build.build_model(config, mesh, [prompt.text for prompt in asked])
+  model = build.build_model(config, mesh, asked)
   reported = build_eval_rewards(config, mesh, reward_fn)
   for function in (reward_fn, reported):
-    evaluation.check_model(function, model, asked[0].text)
+    evaluation.check_model(function, model, asked[0])
   evaluate = functools.partial(evaluation.make_evaluate, config, model, mesh, reported)
   return Session(
     config=config,
