@@ -232,7 +232,7 @@ def change_sizes(**changes):
     (change_sizes(rope_parameters={"rope_type": "yarn"}), "must be of rope_type 'default'"),
     (change_sizes(num_hidden_layers=27), "the states after 9, 18, 27 layers, and one more"),
     (change_sizes(num_key_value_heads=3), "must divide num_attention_heads=2"),
-    (change_sizes(hidden_size=8), "misshapen: embed_tokens.weight"),
+    (change_sizes(hidden_size=8), "k_proj.weight is (8, 16), must be (8, 8)"),
     (lambda f: divide(f / "text_encoder"), "no model-00002-of-00002.safetensors in it"),
     (lambda f: drop(f / "tokenizer"), "no chat template in it"),
     (

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import left_behind
 import numpy as np
 import pytest
