@@ -200,7 +200,8 @@ def calls(arguments, times=2000):
   data = b"\x80\x02" + text + b"q\x00c_codecs\nencode\nq\x01X\x06\x00\x00\x00latin1q\x02"
   data += b"h\x01h\x00h\x02\x86Rq\x03"  # 3: the bytes
   data += b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbq\x04"
-  data += b"cnumpy.core.numeric\n_frombuffer\nq\x05J\x40\x42\x0f\x00\x85q\x06cnumpy.core.multiarray\nscalar\nq\x07"
+  data += b"cnumpy.core.numeric\n_frombuffer\nq\x05J\x40\x42\x0f\x00\x85q\x06"
+  data += b"cnumpy.core.multiarray\nscalar\nq\x07"
   return data + arguments * times + b"."
 
 
