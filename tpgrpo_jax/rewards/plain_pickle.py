@@ -21,8 +21,7 @@ class Limits(NamedTuple):
 
   Attributes:
     size: bytes of the pickle, and of its text and arrays when all that is shared is counted as often as it
-      is used. Twice as many may be turned into bytes and arrays on the way: the old protocols write an array
-      as text, which becomes bytes first.
+      is used. Its calls may make twice as many: old protocols write an array as text, then bytes.
     items: values in it, counted likewise.
     depth: of containers within containers.
   """
@@ -121,9 +120,8 @@ class _Reader:
     self.limits = limits
     self.stack: list[Any] = []
     self.memo: dict[int, Any] = {}
-    self.weights: dict[
-      int, tuple[int, int, int]
-    ] = {}  # id -> (items, bytes, depth), all shared counted
+    # id -> (items, bytes, depth), all that is shared counted
+    self.weights: dict[int, tuple[int, int, int]] = {}
     self.kept: list[Any] = []  # so that no id is used twice
     self.shared: set[int] = set()
     self.unfinished: set[int] = set()  # tuples with names or drafts in them
@@ -284,9 +282,8 @@ def _dict(reader, _):
 
 
 def _name(reader, module, name):
-  known = (
-    _GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
-  )
+  texts = isinstance(module, str) and isinstance(name, str)
+  known = _GLOBALS.get((module, name)) if texts else None
   if known is None:
     raise Refused(f"names {_shown(module)}.{_shown(name)}, which could run code.")
   reader.stack.append(_Name(known))

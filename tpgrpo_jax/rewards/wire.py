@@ -18,6 +18,8 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
+from tpgrpo_jax.rewards import forms
+
 PROTOCOL = 1
 JSON = "application/json"
 INSTANCE = "X-Instance"  # header of an answer: which server gave it, as /health's "instance"
@@ -287,39 +289,9 @@ def _from_base64(text):
 
 def _split_parts(body, content_type, limits):
   """({the JSON of the part "request"}, [the bytes of the parts "image"])."""
-  from python_multipart import multipart
-
-  boundary = multipart.parse_options_header(content_type)[1].get(b"boundary", b"")
-  headers: dict[bytes, bytes] = {}
-  field, value, content = bytearray(), bytearray(), bytearray()
-  parts: list[tuple[bytes, bytes]] = []
-
-  def end_header():
-    headers[bytes(field).lower()] = bytes(value)
-    field.clear()
-    value.clear()
-
-  def end_part():
-    options = multipart.parse_options_header(headers.get(b"content-disposition"))[1]
-    parts.append((options.get(b"name", b""), bytes(content)))
-    headers.clear()
-    content.clear()
-    _check_count(max(len(parts) - 1, 1), limits)
-
-  collect = lambda buffer: lambda data, start, end: buffer.extend(data[start:end])
+  check_count = lambda count: _check_count(max(count - 1, 1), limits)
   try:
-    parser = multipart.MultipartParser(
-      boundary,
-      {
-        "on_header_field": collect(field),
-        "on_header_value": collect(value),
-        "on_header_end": end_header,
-        "on_part_data": collect(content),
-        "on_part_end": end_part,
-      },
-    )
-    parser.write(body)
-    parser.finalize()
+    parts = forms.split(body, content_type, check_count)
   except BadRequest:
     raise
   except Exception as error:  # the parser's own, of which there are several
