@@ -48,6 +48,9 @@ def run(
     try:
       for key in filter(None, keys):
         bridge.check_key(recipe, key[1])
+      for i, arg in enumerate(argv):
+        if written := _value_of("config.rewards", arg, argv[i + 1 :]):
+          bridge.check_once("rewards", written)
       return flags.FLAGS(_with_recipes_found(argv))
     except (ValueError, TypeError, SyntaxError, flags.Error) as error:  # of config_flags
       _stop(_origin(error))
@@ -163,7 +166,7 @@ def _with_recipes_found(argv):
 
 def _value_of(name, arg, rest):
   """What an argument --name=value, or --name with the next one, says; None for others."""
-  found = re.fullmatch(rf"--?{name}(?:=(.*))?", arg)
+  found = re.fullmatch(rf"--?{name}(?:=(.*))?", arg, re.DOTALL)
   return found and (found[1] if found[1] is not None else (rest or [""])[0])
 
 

@@ -41,6 +41,17 @@ def test_unknown_key_of_the_command_line_is_named_with_the_nearest(key, parts):
     assert part in str(caught.value)
 
 
+def test_a_label_that_stands_twice_on_the_command_line_is_refused():
+  for text, said in (
+    ("{'ocr': 1.0, 'ocr': {'weight': 2.0}}", "rewards: has 'ocr' twice"),
+    (" {'ocr': {'weight': 1.0,\n'weight': 2.0}}", "rewards: has 'weight' twice"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      bridge.check_once("rewards", text)
+  for text in ("{'ocr': {'weight': 1.0}, 'b': {'weight': 1.0}}", "{", "", "1", "{**{}, 'a': 1}"):
+    bridge.check_once("rewards", text)
+
+
 @pytest.mark.parametrize("key", ["seed", "sampler.window", "rewards", "train.epochs"])
 def test_known_key_of_the_command_line_passes(key):
   bridge.check_key(config_lib.Config, key)

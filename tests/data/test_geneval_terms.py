@@ -60,6 +60,10 @@ def test_a_higher_threshold_only_takes_relations_away():
       "position must be one of left of, right of, above, below",
     ),
     ({"include": [{"class": "cow", "count": 1}], "exclude": [{"class": "cow"}]}, r"exclude\[0\]"),
+    *[
+      ({"include": [{"class": "cow", "count": 1}], "exclude": bad}, f"exclude={bad!r}: must be a list")
+      for bad in (None, 5, {})
+    ],
   ],
 )  # fmt: skip
 def test_metadata_of_another_form_is_refused(metadata, part):

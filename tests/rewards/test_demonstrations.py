@@ -84,6 +84,18 @@ def test_a_file_is_seen_as_the_tower_sees_a_picture(folder):
     )
 
 
+def test_a_photograph_is_seen_as_its_camera_meant_it(tmp_path):
+  for orientation, turn in ((6, -1), (3, 2), (8, 1)):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(LIKED[0]).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.ascontiguousarray(np.rot90(LIKED[0], turn))).save(tmp_path / "upright.png")
+    turned, upright = (
+      demonstrations._read_picture(tmp_path / f"{name}.png", 28) for name in ("turned", "upright")
+    )
+    np.testing.assert_array_equal(turned, upright)
+
+
 def test_prompts_have_demonstrations_of_their_own(tower, folder):
   fn = make(tower, folder, of="prompt", width=1e-6)
   images = LIKED[[0, 0, 3, 3]]

@@ -166,6 +166,12 @@ def test_options_that_cannot_be_are_named(folders, options, said):
     geneval.make(**folders | options)
 
 
+@pytest.mark.parametrize("value", [None, "0.3", True, [0.3], float("nan"), 1])
+def test_a_threshold_that_is_no_share_is_named(value):
+  with pytest.raises(ValueError, match=r"threshold=.*: must be in \[0, 1\)"):
+    geneval._check_shares({"threshold": value})
+
+
 def test_weights_in_a_pickle_are_refused(folders, tmp_path):
   (tmp_path / "detector" / "model.safetensors").rename(tmp_path / "detector" / "pytorch_model.bin")
   with pytest.raises(ValueError, match="holds pytorch_model.bin and no safetensors"):

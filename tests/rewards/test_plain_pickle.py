@@ -168,11 +168,12 @@ def array_of_shape(shape, content=b"\0" * 8):
   parts.write(
     b"cnumpy\ndtype\n(U\x02i8K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
   )
-  parts.write(b"\x89" + b"T" + struct.pack("<i", len(content)) + content + b"tb.")
+  parts.write(b"\x89" + b"B" + struct.pack("<i", len(content)) + content + b"tb.")
   return parts.getvalue()
 
 
 def test_arrays_have_exactly_the_bytes_of_their_shape():
+  assert plain_pickle.loads(array_of_shape((1,))).tolist() == [0]
   for shape in [(10**9, 10**9), (2,), (-1,), (1,) * 30, (2**63 - 1,), (0, 2**62), ("a",)]:
     with pytest.raises(plain_pickle.Refused):
       plain_pickle.loads(array_of_shape(shape))
@@ -193,6 +194,48 @@ def bomb(levels, width=10, leaf=b"]"):
   return data + b"."
 
 
+def calls(arguments, times=2000):
+  """One text of 1 MB, and `times` calls that each make bytes or an array of it."""
+  text = b"X" + struct.pack("<i", 1_000_000) + b"a" * 1_000_000
+  data = b"\x80\x02" + text + b"q\x00c_codecs\nencode\nq\x01X\x06\x00\x00\x00latin1q\x02"
+  data += b"h\x01h\x00h\x02\x86Rq\x03"  # 3: the bytes
+  data += b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbq\x04"
+  data += b"cnumpy.core.numeric\n_frombuffer\nq\x05J\x40\x42\x0f\x00\x85q\x06"
+  data += b"cnumpy.core.multiarray\nscalar\nq\x07"
+  return data + arguments * times + b"."
+
+
+def test_what_calls_make_is_counted_before_it_is_made():
+  few = plain_pickle.Limits(size=2_000_000)
+  for arguments in (b"h\x01h\x00h\x02\x86R", b"h\x05(h\x03h\x04h\x06U\x01CtR"):
+    with pytest.raises(plain_pickle.Refused, match="is cut short"):
+      plain_pickle.loads(calls(arguments, 2), few)
+    with pytest.raises(plain_pickle.Refused, match="makes more than 4000000 bytes"):
+      plain_pickle.loads(calls(arguments, 4), few)
+
+
+@every_protocol
+def test_an_array_of_nearly_the_limit_is_read(protocol):
+  array = np.full(10_000, 7, np.uint8)
+  limits = plain_pickle.Limits(size=10_300)
+  assert_same(plain_pickle.loads(pickle.dumps(array, protocol), limits), array)
+
+
+@pytest.mark.parametrize(
+  "shape, said",
+  [
+    ((1,) * 9, "9 dimensions"),
+    ((2**60,) * 30_000, "30000 dimensions"),
+    ((2**60,) * 8, "8 bytes for"),
+  ],
+)
+def test_a_shape_is_looked_at_before_it_is_multiplied_out(shape, said):
+  began = time.process_time()
+  with pytest.raises(plain_pickle.Refused, match=said) as caught:
+    plain_pickle.loads(array_of_shape(shape))
+  assert len(str(caught.value)) < 500 and time.process_time() - began < 2
+
+
 @pytest.mark.parametrize(
   "data",
   [
@@ -204,9 +247,13 @@ def bomb(levels, width=10, leaf=b"]"):
     b"(" * 1_000_000 + b".",
     b"\x80\x02]" + b"(" + b"N" * 60_000 + b"e.",
     b"\x80\x02Nq\x00" + b"0" * 10,
+    calls(b"h\x01h\x00h\x02\x86R"),
+    calls(b"h\x05(h\x03h\x04h\x06U\x01CtR"),
+    calls(b"h\x07h\x04h\x03\x86R"),
   ],
-  ids=["memo", "memo_text", "deep_lists", "deep_tuples", "many", "marks", "long_list", "pops"],
-)
+  ids=["memo", "memo_text", "deep_lists", "deep_tuples", "many", "marks", "long_list", "pops",
+    "encode", "frombuffer", "scalar"],
+)  # fmt: skip
 def test_bombs_are_refused_in_little_time(data):
   began = time.process_time()
   with pytest.raises(plain_pickle.Refused):

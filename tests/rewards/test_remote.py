@@ -246,9 +246,10 @@ def test_a_certificate_of_another_name_is_refused(authority, tmp_path):
 def test_a_token_file_is_read_and_its_rights_are_looked_at(tmp_path):
   file = tmp_path / "token"
   file.write_text("0123456789abcdef\n")
-  file.chmod(0o644)
-  with pytest.warns(UserWarning, match="other users of this machine can read it.*chmod 600"):
-    assert tokens.read_token(file) == "0123456789abcdef"
+  for mode, can in ((0o644, "read"), (0o660, "read and change"), (0o602, "change")):
+    file.chmod(mode)
+    with pytest.warns(UserWarning, match=f"other users of this machine can {can} it.*chmod 600"):
+      assert tokens.read_token(file) == "0123456789abcdef"
   file.chmod(0o600)
   assert tokens.bearer(tokens.read_token(file)) == {"Authorization": "Bearer 0123456789abcdef"}
   for bad in ("", "short", "0123456789 abcdef", "0123456789abcdef\n0123456789abcdef"):
@@ -272,7 +273,8 @@ def test_a_token_on_an_open_road_is_warned_of(tmp_path):
   "header, right",
   [
     ("Bearer secret-secret-sec", True), ("Bearer secret-secret-se", False), (None, False), ("", False),
-    ("secret-secret-sec", False), ("bearer secret-secret-sec", False), ("Bearer \u20ac", False),
+    ("secret-secret-sec", False), ("Basic secret-secret-sec", False), ("BEARER secret-secret-se", False),
+    ("bearer secret-secret-sec", True), ("Bearer \u20ac", False),
   ],
 )  # fmt: skip
 def test_only_the_token_is_the_token(header, right):

@@ -16,7 +16,9 @@ from tpgrpo_jax.rewards import canary as canary_lib
 from tpgrpo_jax.rewards import flow_grpo_wire, jpeg, ocr, wire
 
 PICTURES = hnp.arrays(
-  np.uint8, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6).map(lambda s: (*s[:2], 3))
+  np.uint8,
+  hnp.array_shapes(min_dims=2, max_dims=2, min_side=8, max_side=12).map(lambda s: (*s, 3)),
+  fill=st.integers(0, 255),
 )
 
 
@@ -47,7 +49,7 @@ def test_a_form_is_smaller_than_json():
 
 
 def test_pictures_of_several_sizes_are_told_apart_and_keep_their_places():
-  sizes = [(2, 3), (4, 4), (2, 3)]
+  sizes = [(8, 9), (10, 10), (8, 9)]
   pictures = [png(np.full((*size, 3), i)) for i, size in enumerate(sizes)]
   batches = wire.make_batches(pictures, ["a", "b", "c"], None, wire.Limits())
   assert [batch.rows for batch in batches] == [[0, 2], [1]]
@@ -68,6 +70,24 @@ def test_scores_and_infos_come_back_bit_for_bit(values):
     np.testing.assert_array_equal(read_info[name], info[name])
 
 
+@pytest.mark.parametrize("score", ["1" + "0" * 400, "-1" + "0" * 400, "NaN", "1e999", "1" * 5000])
+def test_a_score_that_no_float_holds_is_said_in_a_line(score):
+  with pytest.raises(wire.Bad, match="^(the score|what is no JSON)") as caught:
+    wire.decode_answer(b'{"rewards": [%s]}' % score.encode(), 1)
+  assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+  "value, dtype", [("NaN", "int32"), ("1099511627776", "int32"), ("1" + "0" * 400, "float32"),
+    ("1" + "0" * 400, "int64"), ("Infinity", "int64"), ('"a"', "int32"), ("1", '["int32"]'), ("1", "O8")]
+)  # fmt: skip
+def test_an_info_that_its_dtype_does_not_hold_stays_a_list(value, dtype):
+  dtype = dtype if dtype.startswith("[") else f'"{dtype}"'
+  body = f'{{"rewards": [1], "info": {{"x": {{"values": [{value}], "dtype": {dtype}}}}}}}'
+  (kept,) = wire.decode_answer(body.encode(), 1)[1].values()
+  assert isinstance(kept, list) and str(kept) == str(json.loads(f"[{value}]"))
+
+
 def test_what_of_an_info_json_cannot_hold_stays_behind():
   info = {"object": [object()], "nan": [float("nan")], "long": [1, 2], "other": 3, "kept": ["a"]}
   _, read = wire.decode_answer(wire.encode_answer(np.ones(1, np.float32), info), 1)
@@ -76,7 +96,7 @@ def test_what_of_an_info_json_cannot_hold_stays_behind():
 
 def test_metadata_of_numpy_are_sent_as_plain_numbers():
   body, kind = wire.encode_request(
-    np.zeros((1, 1, 1, 3), np.uint8),
+    np.zeros((1, 8, 8, 3), np.uint8),
     ["p"],
     [{"n": np.int64(3), "a": np.arange(2)}],
     multipart=False,
@@ -86,7 +106,7 @@ def test_metadata_of_numpy_are_sent_as_plain_numbers():
     wire.encode_request(np.zeros((1, 1, 1, 3), np.uint8), ["p"], [{"n": {1}}], multipart=False)
 
 
-IMAGE = base64.b64encode(png(np.zeros((2, 2, 3)))).decode()
+IMAGE = base64.b64encode(png(np.zeros((8, 8, 3)))).decode()
 SMALL = wire.Limits(body=10_000, images=3, pixels=100, all_pixels=150, text=50)
 
 
@@ -113,6 +133,8 @@ def big(width, height):
     (request(metadata={}), 422, "list of objects"), (request(metadata=[1]), 422, "list of objects"),
     (request(prompt=["p" * 51]), 413, "51 characters"), (request(metadata=[{"a": "x" * 60}]), 413, "62 char"),
     (request(image=[big(11, 10)]), 413, "11 x 10"),
+    (request(image=[big(7, 8)]), 422, "7 x 8: the shorter side must have 8 pixels or more"),
+    (request(image=[big(1, 100)]), 422, "1 x 100: the shorter side"),
     (request(image=[big(9, 9)] * 2, prompt=["p"] * 2, metadata=None), 413, "only 69 more pixels"),
     (request(metadata=[eval("[" * 150 + "]" * 150)]), 422, "list of objects"),
     (request(x=[0] * 1_000_001), 413, "more than 1000000 values"),
@@ -132,11 +154,27 @@ def test_formats_of_pictures_that_nobody_needs_are_not_read():
       wire.decode_image(buffer.getvalue(), 100)
 
 
+def test_a_picture_that_is_narrow_is_refused_before_a_reward_enlarges_it():
+  for width, height, read in (
+    (8, 128, True),
+    (8, 129, False),
+    (20_000, 1, False),
+    (2000, 100, False),
+  ):
+    data = base64.b64decode(big(width, height))
+    if read:
+      assert wire.decode_image(data, 10**6).shape == (height, width, 3)
+      continue
+    with pytest.raises(wire.BadRequest, match="at most 16 times as many") as caught:
+      wire.decode_image(data, 10**6)
+    assert caught.value.status == 422
+
+
 def test_transparent_grey_and_indexed_pictures_become_rgb():
   for mode in ("RGBA", "L", "P", "1", "I;16"):
     buffer = io.BytesIO()
-    Image.new(mode, (3, 2)).save(buffer, format="PNG")
-    assert wire.decode_image(buffer.getvalue(), 100).shape == (2, 3, 3)
+    Image.new(mode, (9, 8)).save(buffer, format="PNG")
+    assert wire.decode_image(buffer.getvalue(), 100).shape == (8, 9, 3)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +231,7 @@ def test_flow_grpos_dialect_goes_both_ways():
 
 def test_pictures_among_the_metadata_travel_as_base64_png():
   picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-  images, told = np.zeros((1, 2, 2, 3), np.uint8), [{"image": picture, "n": np.float32(2)}]
+  images, told = np.zeros((1, 8, 8, 3), np.uint8), [{"image": picture, "n": np.float32(2)}]
   for multipart in (False, True):
     body, kind = wire.encode_request(images, ["p"], told, multipart=multipart)
     (batch,) = wire.decode_request(body, kind, wire.Limits())

@@ -19,9 +19,13 @@ from tpgrpo_jax.rewards import wire
 from tpgrpo_jax.serving import app as app_lib
 from tpgrpo_jax.serving import build, scorer
 
-IMAGES = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 4 * 6 * 3).reshape(5, 4, 6, 3)
+IMAGES = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 8 * 9 * 3).reshape(5, 8, 9, 3)
 PROMPTS = [f"prompt {i}" for i in range(5)]
 GATE = threading.Event()
+
+
+class Panic(BaseException):
+  """As extensions in Rust raise it: no Exception."""
 
 
 def make_brightness():
@@ -32,18 +36,25 @@ def make_brightness():
       GATE.wait(20)
     if "fail" in prompts:
       raise RuntimeError("the detector is on fire")
+    if "panic" in prompts:
+      raise Panic("a panic of Rust")
     if "nan" in prompts:
       return np.full(len(images), np.nan), {}
     scores = images.mean(axis=(1, 2, 3), dtype=np.float64).astype(np.float32)
     return scores, {"prompt": list(prompts), "double": scores * 2}
 
   reward.check = check
+  reward.survey = lambda prompts: [f"{prompts[0].text} has letters that nobody knows"]
   return reward
 
 
 def check(prompt, metadata):
   if prompt == "unfit":
     raise ValueError("prompt='unfit': has no target.")
+  if prompt == "exit":
+    raise SystemExit(3)
+  if prompt == "stop":
+    raise StopIteration
 
 
 def open_scorer(make=make_brightness, label="bright", **options):
@@ -133,12 +144,47 @@ def test_health_says_what_is_served(app):
     ("/compute", ["unfit"], 422, "has no target"),
     ("/compute", ["fail"], 500, "the detector is on fire"),
     ("/compute", ["nan"], 500, "returned the score nan"),
+    *[("/compute", ["panic"], 500, "Panic: a panic of Rust")] * 3,  # more than there are workers
+    *[("/compute", ["exit"], 500, "SystemExit: 3")] * 3,
+    ("/compute", ["stop"], 500, "StopIteration"),
   ],
 )
 def test_what_cannot_be_scored_is_said(app, path, prompts, status, said, caplog):
   got, _, body = compute(app, prompts, path)
   assert got == status and said in json.loads(body)["error"]
   assert bool(caplog.records) == (status == 500)  # never a 500 without a logged reason
+  assert compute(app)[0] == 200
+
+
+def test_health_fails_when_no_worker_lives():
+  dead = open_scorer()
+  dead.close()
+  app = app_lib.make_app({"bright": dead})
+  status, _, body = ask(app, "GET", "/health")
+  assert status == 503 and json.loads(body)["rewards"]["bright"]["canary"] == "has no worker left"
+  status, _, body = compute(app)
+  assert status == 503 and "has no worker left" in json.loads(body)["error"]
+
+
+def test_new_words_of_a_client_write_no_log(app, recwarn, caplog):
+  with caplog.at_level(logging.DEBUG):
+    for i in range(3):
+      assert compute(app, [f"word {i}"])[0] == 200
+  assert not [w for w in recwarn if "letters that nobody knows" in str(w.message)]
+  assert "letters" not in caplog.text
+
+
+def test_every_answer_says_which_server_gave_it_and_another_server_has_another_name(bright):
+  names = []
+  for _ in range(2):
+    app = app_lib.make_app({"bright": bright})
+    name = json.loads(ask(app, "GET", "/health")[2])["instance"]
+    for prompts, status in ((PROMPTS, 200), (["unfit"], 422)):
+      answer = compute(app, prompts)
+      assert answer[0] == status and answer[1]["x-instance"] == name
+    assert ask(app, "POST", "/", b"x")[1]["x-instance"] == name
+    names.append(name)
+  assert len({*names}) == 2 and all(len(name) == 16 for name in names)
 
 
 def test_other_paths_and_methods_are_not_there(app):
@@ -153,8 +199,8 @@ def test_a_token_is_asked_for_everywhere_but_of_the_bare_health(bright):
   right = {"Authorization": "Bearer secret-secret-sec"}
   assert compute(app, headers=right)[0] == 200
   assert ask(app, "GET", "/metrics", headers=right)[0] == 200
-  bare = {"status": "ok", "service": "tpgrpo_jax", "protocol": 1}
-  assert json.loads(ask(app, "GET", "/health")[2]) == bare
+  bare = json.loads(ask(app, "GET", "/health")[2])
+  assert bare.pop("instance") and bare == {"status": "ok", "service": "tpgrpo_jax", "protocol": 1}
   assert "rewards" in json.loads(ask(app, "GET", "/health", headers=right)[2])
 
 
@@ -240,6 +286,59 @@ def test_a_reward_that_is_not_well_says_so_in_health():
   ill.close()
 
 
+def test_a_canary_that_fails_once_is_asked_again_at_the_next_look(caplog):
+  failures, asked = ["the detector was busy"] * 2, []
+
+  def make():
+    def reward(images, prompts, metadata):
+      asked.append(len(images))
+      if failures:
+        raise OSError(failures.pop())
+      return images.mean(axis=(1, 2, 3)), {}
+
+    return reward
+
+  white = np.full((8, 8, 3), 255, np.uint8)
+  once = open_scorer(make, canary=canary_lib.Canary(white, white // 2, "bright"))
+  assert "was busy" in once.check_canary()
+  app = app_lib.make_app({"bright": once})
+
+  async def look():
+    status = (await ask_async(app, "GET", "/health"))[0]
+    await asyncio.get_running_loop().shutdown_default_executor()  # when the canary was asked
+    return status
+
+  statuses = [asyncio.run(look()) for _ in range(4)]
+  assert statuses == [503, 503, 200, 200] and len(asked) == 3  # well, it is asked once a minute
+  assert [r.message.count("was busy") for r in caplog.records if "was busy" in r.message] == [1]
+  assert compute(app)[0] == 200
+  once.close()
+
+
+def test_a_canary_is_asked_by_one_at_a_time():
+  asked = []
+
+  def make():
+    def reward(images, prompts, metadata):
+      asked.append(len(images))
+      GATE.wait(20)
+      return images.mean(axis=(1, 2, 3)), {}
+
+    return reward
+
+  white = np.full((8, 8, 3), 255, np.uint8)
+  slow = open_scorer(make, canary=canary_lib.Canary(white, white // 2, "bright"))
+  GATE.clear()
+  first = threading.Thread(target=slow.check_canary)
+  first.start()
+  while not asked:
+    time.sleep(0.01)
+  assert slow.check_canary() == "" and asked == [2]
+  GATE.set()
+  first.join()
+  slow.close()
+
+
 def make_with_own_canary(sign=1):
   def reward(images, prompts, metadata):
     return sign * images.mean(axis=(1, 2, 3)), {}
@@ -261,6 +360,8 @@ def test_a_reward_of_ones_own_brings_its_canary_and_is_not_served_when_it_fails(
   "labels, options, said",
   [
     ([], "", "names none"), (["ocr", "ocr"], "", "has 'ocr' twice"), (["ocr"], "{", "must be JSON"),
+    (["ocr"], '{"ocr": {"detect": true}, "ocr": {}}', "'ocr' stands twice"),
+    (["ocr"], '{"ocr": {"detect": true, "detect": false}}', "'detect' stands twice"),
     (["ocr"], "[1]", "label -> options"), (["ocr"], '{"orc": {}}', "Did you mean 'ocr'"),
   ],
 )  # fmt: skip
@@ -292,7 +393,7 @@ def test_requests_for_devices_are_scored_together_and_none_is_swapped():
   async def crowd():
     tasks = []
     for i in range(40):
-      image = np.full((1 + i % 3, 4 + i % 2, 4, 3), i, np.uint8)
+      image = np.full((1 + i % 3, 8 + i % 2, 8, 3), i, np.uint8)
       prompts = ["fail" if i == 13 else "p"] * len(image)
       body, kind = wire.encode_request(image, prompts, [{}] * len(image), multipart=True)
       tasks.append(ask_async(app, "POST", "/compute", body, {"Content-Type": kind}))

@@ -30,7 +30,7 @@ def make(strength=1.0):
     return (strength * images.mean(axis=(1, 2, 3)) / 255).astype(np.float32), {}
   return reward
 """
-IMAGES = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 4 * 6 * 3).reshape(5, 4, 6, 3)
+IMAGES = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 8 * 9 * 3).reshape(5, 8, 9, 3)
 EXPECTED = (2 * IMAGES.mean(axis=(1, 2, 3)) / 255).astype(np.float32)
 TOKEN = "0123456789abcdef0123"
 

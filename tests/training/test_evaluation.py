@@ -110,6 +110,14 @@ def test_grid_takes_captions_of_any_form_and_length():
   np.testing.assert_array_equal(sheet, one_line)
 
 
+def test_of_an_info_only_numbers_for_each_image_are_spread():
+  info = {
+    "kept": [1.0, 2.0], "ragged": [[1], [1, 2]], "text": ["a", "b"], "pair": np.zeros((2, 2)), "one": 3,
+    "mixed": [np.zeros(2), np.zeros((2, 3))], "short": [1],
+  }  # fmt: skip
+  assert {n: a.tolist() for n, a in evaluation._numbers(info, 2).items()} == {"kept": [1.0, 2.0]}
+
+
 def test_latents_that_are_not_finite_are_no_picture(config_in, single_mesh, tmp_path):
   config = config_in(tmp_path, {"eval.batch": 5})
   model = build.build_model(config, single_mesh, ())

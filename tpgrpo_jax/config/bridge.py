@@ -4,6 +4,7 @@
 of that a dataclass again, and checks names and types.
 """
 
+import ast
 import dataclasses
 import os
 import types
@@ -80,6 +81,23 @@ def check_key(cls: type, key: str) -> None:
       raise ValueError(f"{prefix}{part}: unknown config key.{registry.nearest(part, hints)}")
     prefix += f"{part}."
     hints = typing.get_type_hints(hints[part]) if dataclasses.is_dataclass(hints[part]) else {}
+
+
+def check_once(field: str, text: str) -> None:
+  """Checks that dicts on the command line name each key once; Python would keep the last and say nothing.
+
+  Raises:
+    ValueError: a key that stands twice.
+  """
+  try:
+    nodes = [*ast.walk(ast.parse(text.strip(), mode="eval"))]
+  except (SyntaxError, ValueError, MemoryError, RecursionError):
+    return  # what is none is refused when it is read
+  for node in nodes:
+    keys = [key.value for key in getattr(node, "keys", ()) if isinstance(key, ast.Constant)]
+    for key in keys:
+      if keys.count(key) > 1:
+        raise ValueError(f"{field}: has {key!r} twice. Name each once; give one another label.")
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -69,8 +69,14 @@ def check_metadata(prompt: str, metadata: Mapping[str, Any]) -> None:
       f'prompt={prompt!r}: its metadata has include={include!r}: must be a list such as [{{"class": '
       '"circle", "count": 1}]. Write GenEval\'s metadata beside the prompt.'
     )
-  for key in ("include", "exclude"):
-    for number, clause in enumerate(metadata.get(key, ())):
+  exclude = metadata.get("exclude", [])
+  if not isinstance(exclude, list):
+    raise ValueError(
+      f"prompt={prompt!r}: its metadata has exclude={exclude!r}: must be a list, as include. Leave it out "
+      "where nothing is forbidden."
+    )
+  for key, clauses in (("include", include), ("exclude", exclude)):
+    for number, clause in enumerate(clauses):
       where = f"prompt={prompt!r}: {key}[{number}]={clause!r}"
       if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
         raise ValueError(f'{where}: must be an object with a "class". Name one.')

@@ -92,7 +92,7 @@ def make_weighted_sum(
     rewards of latents, dispatched. Where all are of latents, images may be None.
     `begin.check(prompts)` raises ValueError for a prompt that a reward cannot score: it asks those
     rewards that have such an attribute, a function of one prompt and its metadata. It warns of what their
-    attribute `survey`, of all prompts, says.
+    attribute `survey`, of all prompts, says, unless `surveys` is False.
     `begin.canaries` is label -> the canary.Canary that a reward brings, or None.
     `begin.check_model(latent_shape, condition)` raises ValueError for a model that a reward of latents cannot
     judge.
@@ -150,12 +150,12 @@ def make_weighted_sum(
 
     return finish
 
-  def check(prompts: Sequence[types.Prompt]) -> None:
+  def check(prompts: Sequence[types.Prompt], *, surveys: bool = True) -> None:
     for label, function in (each for kind in functions.values() for each in kind.items()):
       for prompt in prompts:
         with _noting(label, [prompt.text]):
           getattr(function, "check", lambda *_: None)(prompt.text, prompt.metadata)
-      for line in getattr(function, "survey", lambda _: [])(prompts):
+      for line in getattr(function, "survey", lambda _: [])(prompts) if surveys else ():
         warnings.warn(f"rewards.{label}: {line}", stacklevel=2)
 
   bind = functools.partial

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tpgrpo_jax import types
 from tpgrpo_jax.models.hf import clip as hf_clip
@@ -183,7 +183,7 @@ def _read_picture(file, size):
   """Shorter side to `size` and the centre of it, as preprocess.clip_pixels does it; uint8 [S, S, 3]."""
   try:
     with Image.open(file) as opened:
-      image = opened.convert("RGB")
+      image = ImageOps.exif_transpose(opened).convert("RGB")  # as cameras mean it to be shown
   except (OSError, ValueError, Image.DecompressionBombError) as error:
     raise ValueError(f"folder: {str(file)!r} is no picture ({error}). Take it out.") from error
   shorter = min(image.size)

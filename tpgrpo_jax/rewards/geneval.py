@@ -174,5 +174,6 @@ def _check_numbers(size, batch):
 
 def _check_shares(shares):
   for name, value in shares.items():
-    if isinstance(value, str | bool) or not 0.0 <= value < 1.0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0.0 <= value < 1.0:
       raise ValueError(f"{name}={value!r}: must be in [0, 1). Leave it out for GenEval's own.")

@@ -21,7 +21,7 @@ class Limits(NamedTuple):
 
   Attributes:
     size: bytes of the pickle, and of its text and arrays when all that is shared is counted as often as it
-      is used.
+      is used. Its calls may make twice as many: old protocols write an array as text, then bytes.
     items: values in it, counted likewise.
     depth: of containers within containers.
   """
@@ -55,7 +55,8 @@ def loads(data: bytes, limits: Limits = Limits()) -> Any:
   except Refused:
     raise
   except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-    raise Refused(f"is no pickle of plain data ({type(error).__name__}: {error}).") from error
+    said = f"{type(error).__name__}: {str(error)[:200]}"
+    raise Refused(f"is no pickle of plain data ({said}).") from error
   return reader.result()
 
 
@@ -119,14 +120,14 @@ class _Reader:
     self.limits = limits
     self.stack: list[Any] = []
     self.memo: dict[int, Any] = {}
-    self.weights: dict[
-      int, tuple[int, int, int]
-    ] = {}  # id -> (items, bytes, depth), all shared counted
+    # id -> (items, bytes, depth), all that is shared counted
+    self.weights: dict[int, tuple[int, int, int]] = {}
     self.kept: list[Any] = []  # so that no id is used twice
     self.shared: set[int] = set()
     self.unfinished: set[int] = set()  # tuples with names or drafts in them
     self.finished: dict[int, Any] = {}  # id of a draft -> what became of it
     self.steps = 0
+    self.made = 0  # bytes that calls were given, whatever became of them
     self.stopped = False
 
   def result(self):
@@ -161,6 +162,12 @@ class _Reader:
       step(self, argument)
     else:
       raise Refused(f"holds the instruction {name}, which plain data does not need.")
+
+  def spend(self, values):
+    """Counts what a call is given, before anything is made of it: what it makes is as large."""
+    self.made += sum(map(_size, values))
+    if self.made > 2 * self.limits.size:
+      raise Refused(f"makes more than {2 * self.limits.size} bytes.")
 
   def _push(self, value):
     if isinstance(value, int) and value.bit_length() > 64:
@@ -225,6 +232,10 @@ def _size(value):
   return value.nbytes if isinstance(value, np.ndarray) else 0
 
 
+def _shown(value):
+  return value[:80] if isinstance(value, str) else type(value).__name__
+
+
 def _new(kind: type) -> Callable[[_Reader, Any], None]:
   return lambda reader, _: reader.stack.append(kind())
 
@@ -271,11 +282,10 @@ def _dict(reader, _):
 
 
 def _name(reader, module, name):
-  known = (
-    _GLOBALS.get((module, name)) if isinstance(module, str) and isinstance(name, str) else None
-  )
+  texts = isinstance(module, str) and isinstance(name, str)
+  known = _GLOBALS.get((module, name)) if texts else None
   if known is None:
-    raise Refused(f"names {str(module)[:80]}.{str(name)[:80]}, which could run code.")
+    raise Refused(f"names {_shown(module)}.{_shown(name)}, which could run code.")
   reader.stack.append(_Name(known))
 
 
@@ -288,6 +298,7 @@ def _reduce(reader, _):
   arguments, function = reader.pop(), reader.pop()
   if not isinstance(function, _Name) or not isinstance(arguments, tuple):
     raise Refused("calls what is no function of plain data.")
+  reader.spend(arguments)
   reader.stack.append(_MAKERS[function.name](*arguments))
 
 
@@ -295,7 +306,8 @@ def _build(reader, _):
   state, draft = reader.pop(), reader.pop()
   if isinstance(draft, _DtypeDraft):
     value = _finished_dtype(draft, state)
-  elif isinstance(draft, _ArrayDraft):
+  elif isinstance(draft, _ArrayDraft) and isinstance(state, tuple):
+    reader.spend(state)
     _, shape, dtype, fortran, content = state
     value = _array(content, dtype, shape, "F" if fortran is True else "C")
   else:
@@ -308,7 +320,7 @@ def _build(reader, _):
 def _make_dtype(code, align=False, copy=True):
   del align, copy
   if not isinstance(code, str) or not _CODE.fullmatch(code):
-    raise Refused(f"has an array of {str(code)[:40]!r}: numbers and text alone are read.")
+    raise Refused(f"has an array of {_shown(code)!r}: numbers and text alone are read.")
   return _DtypeDraft(code)
 
 
@@ -334,7 +346,9 @@ def _array(content, dtype, shape, order):
     raise Refused("has an array of objects.")
   if not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
     raise Refused("has an array of no shape.")
-  if math.prod(shape) * dtype.dtype.itemsize != len(content) or len(shape) > 8:
+  if len(shape) > 8:
+    raise Refused(f"has an array of {len(shape)} dimensions: at most 8 are read.")
+  if math.prod(shape) * dtype.dtype.itemsize != len(content):
     raise Refused(f"has {len(content)} bytes for an array of shape {shape} and {dtype.dtype}.")
   flat = np.frombuffer(content, dtype.dtype) if content else np.zeros(0, dtype.dtype)
   return flat.reshape(shape, order=order).copy()

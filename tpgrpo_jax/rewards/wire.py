@@ -18,8 +18,11 @@ from jaxtyping import UInt8
 import numpy as np
 from PIL import Image
 
+from tpgrpo_jax.rewards import forms
+
 PROTOCOL = 1
 JSON = "application/json"
+INSTANCE = "X-Instance"  # header of an answer: which server gave it, as /health's "instance"
 FORMATS = ("PNG", "JPEG")  # of pictures; PNG alone keeps every bit
 _MOST_VALUES = 1_000_000
 
@@ -33,6 +36,9 @@ class Limits(NamedTuple):
     pixels: of each picture, width times height.
     all_pixels: of all pictures together.
     text: characters of all prompts and metadata.
+    side: least pixels of a picture's shorter side.
+    ratio: how often the shorter side may go into the longer one: rewards enlarge pictures until the shorter
+      side has its size, so that a narrow one would take gigabytes.
   """
 
   body: int = 64 * 2**20
@@ -40,6 +46,8 @@ class Limits(NamedTuple):
   pixels: int = 4096 * 4096
   all_pixels: int = 2**27
   text: int = 4 * 2**20
+  side: int = 8
+  ratio: int = 16
 
 
 class Batch(NamedTuple):
@@ -85,15 +93,17 @@ def encode_image(image: UInt8[np.ndarray, "H W 3"], format: str = "PNG") -> byte
   return buffer.getvalue()
 
 
-def decode_image(data: bytes, pixels: int) -> UInt8[np.ndarray, "H W 3"]:
+def decode_image(data: bytes, pixels: int, limits: Limits = Limits()) -> UInt8[np.ndarray, "H W 3"]:
   """A PNG or JPEG in RGB.
 
   Args:
     data: the file.
     pixels: how many it may have; they are counted before any is unpacked.
+    limits: of its sides.
 
   Raises:
-    BadRequest: another format, too many pixels, or a file that cannot be unpacked.
+    BadRequest: another format, too many pixels, a picture too small or too narrow, or a file that cannot be
+      unpacked.
   """
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
@@ -102,6 +112,12 @@ def decode_image(data: bytes, pixels: int) -> UInt8[np.ndarray, "H W 3"]:
         raise BadRequest(
           413,
           f"a picture of {width} x {height}: only {pixels} more pixels are read in this request.",
+        )
+      if min(width, height) < limits.side or max(width, height) > limits.ratio * min(width, height):
+        raise BadRequest(
+          422,
+          f"a picture of {width} x {height}: the shorter side must have {limits.side} pixels or more, "
+          f"and the longer one at most {limits.ratio} times as many.",
         )
       return np.asarray(opened.convert("RGB"))
   except BadRequest:
@@ -218,7 +234,7 @@ def make_batches(
   sizes: dict[tuple[int, ...], list[int]] = {}
   images, left = [], limits.all_pixels
   for row, picture in enumerate(pictures):
-    images.append(decode_image(picture, min(limits.pixels, left)))
+    images.append(decode_image(picture, min(limits.pixels, left), limits))
     left -= images[-1].size // 3
     sizes.setdefault(images[-1].shape, []).append(row)
   return [
@@ -273,39 +289,9 @@ def _from_base64(text):
 
 def _split_parts(body, content_type, limits):
   """({the JSON of the part "request"}, [the bytes of the parts "image"])."""
-  from python_multipart import multipart
-
-  boundary = multipart.parse_options_header(content_type)[1].get(b"boundary", b"")
-  headers: dict[bytes, bytes] = {}
-  field, value, content = bytearray(), bytearray(), bytearray()
-  parts: list[tuple[bytes, bytes]] = []
-
-  def end_header():
-    headers[bytes(field).lower()] = bytes(value)
-    field.clear()
-    value.clear()
-
-  def end_part():
-    options = multipart.parse_options_header(headers.get(b"content-disposition"))[1]
-    parts.append((options.get(b"name", b""), bytes(content)))
-    headers.clear()
-    content.clear()
-    _check_count(max(len(parts) - 1, 1), limits)
-
-  collect = lambda buffer: lambda data, start, end: buffer.extend(data[start:end])
+  check_count = lambda count: _check_count(max(count - 1, 1), limits)
   try:
-    parser = multipart.MultipartParser(
-      boundary,
-      {
-        "on_header_field": collect(field),
-        "on_header_value": collect(value),
-        "on_header_end": end_header,
-        "on_part_data": collect(content),
-        "on_part_end": end_part,
-      },
-    )
-    parser.write(body)
-    parser.finalize()
+    parts = forms.split(body, content_type, check_count)
   except BadRequest:
     raise
   except Exception as error:  # the parser's own, of which there are several
@@ -376,8 +362,12 @@ def check_scores(rewards: Any, count: int) -> np.ndarray:
   for score in rewards:
     if isinstance(score, bool) or not isinstance(score, int | float | np.integer | np.floating):
       raise Bad(f"the score {str(score)[:80]!r}, which is no number")
-    if not np.isfinite(float(score)):
-      raise Bad(f"the score {score}")
+    try:
+      finite = np.isfinite(float(score))
+    except OverflowError:  # an integer of hundreds of digits
+      finite = False
+    if not finite:
+      raise Bad(f"the score {str(score)[:80]}")
   return np.asarray(rewards, np.float64)
 
 
@@ -387,11 +377,20 @@ def _read_info(info, count):
     values = entry.get("values") if isinstance(entry, dict) else None
     if not isinstance(values, list) or len(values) != count:
       continue
-    dtype = entry.get("dtype")
-    numbers = all(isinstance(v, int | float | bool) for v in values)
-    known = dtype in ("float32", "float64", "int32", "int64", "bool") and numbers
-    result[name] = np.asarray(values, dtype) if known else values
+    result[name] = _typed(values, entry.get("dtype"))
   return result
+
+
+def _typed(values, dtype):
+  """The values as an array of the dtype that an answer names; as they are where it cannot hold them."""
+  numbers = all(isinstance(v, int | float | bool) for v in values)
+  if not numbers or dtype not in ("float32", "float64", "int32", "int64", "bool"):
+    return values
+  try:
+    with np.errstate(all="ignore"):
+      return np.asarray(values, dtype)
+  except (ValueError, OverflowError):  # such as NaN, or 2^40, as int32
+    return values
 
 
 def _excerpt(body):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import secrets
 import time
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ def make_app(
   logging.getLogger("python_multipart").setLevel(
     logging.ERROR
   )  # anyone can fill a log with bad forms
+  instance = secrets.token_hex(8)  # another one after every start
   load, telemetry = _Load(), telemetry_lib.Telemetry(scorers, lambda: load.requests)
 
   async def compute(request):
@@ -97,9 +99,9 @@ def make_app(
   async def health(request):
     problems = {label: scorer.problem for label, scorer in scorers.items() if scorer.problem}
     status: dict[str, Any] = {"status": "failing" if problems else "ok"}
-    status |= {"service": "tpgrpo_jax", "protocol": wire.PROTOCOL}
+    status |= {"service": "tpgrpo_jax", "protocol": wire.PROTOCOL, "instance": instance}
     for scorer in scorers.values():
-      if scorer.canary is not None and scorer.canary_age() > CANARY_EVERY:
+      if scorer.is_canary_due(CANARY_EVERY):
         asyncio.get_running_loop().run_in_executor(None, scorer.check_canary)
     if tokens.is_authorized(request.headers.get("authorization"), rules.token):
       status |= _about(scorers, rules, load, versions or {})
@@ -115,7 +117,9 @@ def make_app(
     for scorer in scorers.values():
       await asyncio.to_thread(scorer.close)
 
-  handle = functools.partial(_answered, load=load, telemetry=telemetry, rules=rules)
+  handle = functools.partial(
+    _answered, load=load, telemetry=telemetry, rules=rules, instance=instance
+  )
   return applications.Starlette(
     routes=[
       routing.Route("/compute", handle(compute), methods=["POST"]),
@@ -133,13 +137,18 @@ def _answered(
   load: _Load,
   telemetry: telemetry_lib.Telemetry,
   rules: Rules,
+  instance: str,
 ) -> Callable[[Any], Awaitable[Any]]:
-  """The handler with every failure turned into an answer {"error": ...}, counted, and logged if ours."""
+  """The handler with every failure turned into an answer {"error": ...}, counted, and logged if ours.
+
+  Every answer says which server gave it.
+  """
   from starlette import requests, responses
 
   async def answer(request):
     request.state.held, began = 0, time.perf_counter()
     headers: dict[str, str] = {}
+    who = {wire.INSTANCE: instance}
     try:
       response = await handler(request)
       status = response.status_code
@@ -158,11 +167,12 @@ def _answered(
     label = request.query_params.get("reward", "")
     telemetry.count(label, status, time.perf_counter() - began)
     if status == 200:
+      response.headers.update(who)
       return response
     await _drain(request, rules)
     content = json.dumps({"error": message}).encode()
     return responses.Response(
-      content, status if status != 499 else 400, headers, media_type=wire.JSON
+      content, status if status != 499 else 400, headers | who, media_type=wire.JSON
     )
 
   return answer

@@ -23,7 +23,7 @@ def read_specs(labels: Sequence[str], options: str) -> dict[str, dict[str, Any]]
     options: JSON, label -> the options of that reward; "make" among them names its maker.
 
   Raises:
-    ValueError: no labels, one label twice, or options of none of them.
+    ValueError: no labels, one label or option twice, or options of none of them.
   """
   if not labels:
     raise ValueError(f"--rewards: names none. Choices: {', '.join(rewards.REWARDS)}.")
@@ -34,8 +34,8 @@ def read_specs(labels: Sequence[str], options: str) -> dict[str, dict[str, Any]]
       """label: --rewards=ocr,scenes --options='{"scenes": {"make": "ocr", "detect": true}}'."""
     )
   try:
-    asked = json.loads(options or "{}")
-  except ValueError as error:
+    asked = json.loads(options or "{}", object_pairs_hook=_once)
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"--options={options!r}: must be JSON ({error}).") from error
   if not isinstance(asked, dict) or not all(isinstance(each, dict) for each in asked.values()):
     raise ValueError(f"--options={options!r}: must be label -> options, as {{'ocr': {{...}}}}.")
@@ -51,6 +51,15 @@ def read_specs(labels: Sequence[str], options: str) -> dict[str, dict[str, Any]]
         f"--rewards: {label!r} takes latents, and a request holds pictures. It runs in the training itself."
       )
   return specs
+
+
+def _once(pairs):
+  """The dict of a JSON object's pairs; ValueError where a name stands twice: JSON keeps the last."""
+  names = [name for name, _ in pairs]
+  for name in names:
+    if names.count(name) > 1:
+      raise ValueError(f"{name!r} stands twice in an object: name each once")
+  return dict(pairs)
 
 
 def uses_devices(specs: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -44,7 +44,6 @@ class Scorer:
   Attributes:
     label: of the reward.
     canary: the pair that tells whether it is well, or None.
-    problem: what its last canary found wrong; "" where nothing was.
   """
 
   def __init__(
@@ -66,15 +65,22 @@ class Scorer:
         so that few programs are compiled; 0 scores every request for itself.
       canary: to be asked before anything else.
     """
-    self.label, self.canary, self.problem = label, canary, ""
+    self.label, self.canary = label, canary
     self._reward_fn, self._together = reward_fn, together
-    self._checked = time.monotonic()
+    self._found, self._checked, self._asking = "", time.monotonic(), threading.Lock()
     self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
     self._threads = [
       threading.Thread(target=self._work, daemon=True, name=f"{label} {i}") for i in range(workers)
     ]
     for thread in self._threads:
       thread.start()
+
+  @property
+  def problem(self) -> str:
+    """What its last canary found wrong, or that no worker lives; "" where nothing is wrong."""
+    if not any(thread.is_alive() for thread in self._threads):
+      return "has no worker left"
+    return self._found
 
   def submit(self, parse: ParseFn) -> futures.Future:
     """The future Scored of a request, whose body `parse` unpacks in a worker.
@@ -87,21 +93,30 @@ class Scorer:
     return job.future
 
   def check_canary(self) -> str:
-    """Asks the canary in the caller's thread, and keeps and returns what is wrong."""
-    self._checked = time.monotonic()
-    if self.canary is None:
-      return ""
+    """Asks the canary in the caller's thread, and keeps and returns what is wrong.
+
+    While another thread asks it, it is not asked a second time.
+    """
+    if self.canary is None or not self._asking.acquire(blocking=False):
+      return self.problem
     try:
-      self.problem = canary_lib.problem(lambda *batch: self._score(*batch)[0], self.canary)
-    except Exception as error:  # a reward may raise anything, and is not well then
-      self.problem = f"its canary met {type(error).__name__}: {error}"
-    if self.problem:
-      log.error("reward %r: %s", self.label, self.problem)
+      self._checked = time.monotonic()
+      found = canary_lib.problem(lambda *batch: self._score(*batch)[0], self.canary)
+    except KeyboardInterrupt:
+      raise
+    except BaseException as error:  # a reward may raise anything, and is not well then
+      found = f"its canary met {type(error).__name__}: {error}"
+    finally:
+      self._asking.release()
+    if found and found != self._found:  # said once, however often it is asked
+      log.error("reward %r: %s", self.label, found)
+    self._found = found
     return self.problem
 
-  def canary_age(self) -> float:
-    """Seconds since it was asked."""
-    return time.monotonic() - self._checked
+  def is_canary_due(self, every: float) -> bool:
+    """Whether the canary was asked `every` seconds ago or earlier, or found something wrong."""
+    late = time.monotonic() - self._checked > every
+    return self.canary is not None and (late or bool(self._found))
 
   def close(self, timeout: float = 5.0) -> None:
     """Ends the workers when they have scored what waits."""
@@ -137,11 +152,12 @@ class Scorer:
       for batch in job.batches:
         prompts = [types.Prompt(p, m) for p, m in zip(batch.prompts, batch.metadata)]
         try:
-          self._reward_fn.check(prompts)  # pyright: ignore[reportFunctionMemberAccess]
+          # Without surveys: a line for each request would fill the log.
+          self._reward_fn.check(prompts, surveys=False)  # pyright: ignore[reportFunctionMemberAccess]
         except ValueError as error:
           raise wire.BadRequest(422, str(error)) from error
-    except Exception as error:
-      job.future.set_exception(error)
+    except BaseException as error:
+      job.future.set_exception(_as_exception(error))
       return False
     return True
 
@@ -154,15 +170,16 @@ class Scorer:
           sizes.setdefault(batch.images.shape[1:], []).append((job, batch))
       for pairs in sizes.values():
         self._score_pairs(pairs)
-    except Exception as error:
+      scored = [_assemble(job) for job in jobs]
+    except BaseException as error:  # a worker outlives whatever a reward raises
       if len(jobs) > 1:
         for job in jobs:
           self._score_jobs([job])
       else:
-        jobs[0].future.set_exception(error)
+        jobs[0].future.set_exception(_as_exception(error))
       return
-    for job in jobs:
-      job.future.set_result(_assemble(job))
+    for job, result in zip(jobs, scored, strict=True):
+      job.future.set_result(result)
 
   def _score_pairs(self, pairs):
     batches = [batch for _, batch in pairs]
@@ -192,6 +209,15 @@ class Scorer:
       metadata = [*metadata, *[metadata[-1]] * extra]
     _, scores, infos = self._reward_fn(images, prompts, metadata)()
     return scores[self.label][:count], infos[self.label]
+
+
+def _as_exception(error: BaseException) -> Exception:
+  """The error, as one that an event loop hands on: SystemExit would end it, StopIteration cannot be set."""
+  if isinstance(error, Exception) and not isinstance(error, StopIteration):
+    return error
+  wrapped = RuntimeError(f"{type(error).__name__}: {error}")
+  wrapped.__cause__ = error
+  return wrapped
 
 
 def _is_per_picture(values, count):

@@ -3,6 +3,7 @@
 import bisect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -232,7 +233,10 @@ def score(
 
 def _numbers(info, count):
   """The entries of an info that are one number for each image."""
-  arrays = {name: np.asarray(values) for name, values in info.items()}
+  arrays = {}
+  for name, values in info.items():
+    with contextlib.suppress(ValueError, TypeError, RuntimeError):  # what cannot be stacked is none
+      arrays[name] = np.asarray(values)
   return {n: a for n, a in arrays.items() if a.shape == (count,) and a.dtype.kind in "biuf"}
 
 
