@@ -51,6 +51,7 @@ def command(*arguments):
   )
 
 
+@pytest.mark.slow
 def test_the_built_in_recipe_on_virtual_devices_ends_with_a_json_line():
   done = command("--topology=cpu:4", "--config.mesh.fsdp=2", "--json", "--nochoose")
   assert done.returncode == 0, done.stderr

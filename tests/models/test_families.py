@@ -95,7 +95,9 @@ def test_adapters_come_back_bit_for_bit_with_their_alpha(name, tmp_path):
   theirs = {k.replace("transformer.", "diffusion_model.", 1): v for k, v in tensors.items()}
   safetensors.numpy.save_file(theirs, file)
   found = hf.load_lora(file, config, families.weights_of(name))
-  folded = lambda path, leaf: leaf * (4 if path[-1].key == "lora_b" else 1)  # alpha / rank lies in B
+  folded = lambda path, leaf: (
+    leaf * (4 if path[-1].key == "lora_b" else 1)
+  )  # alpha / rank lies in B
   scaled = jax.tree_util.tree_map_with_path(folded, trainable)
   jax.tree.map(np.testing.assert_array_equal, found.trainable, scaled)
   assert (found.rank, found.alpha) == (3, 3.0)

@@ -132,6 +132,7 @@ def test_weights_are_divided_as_the_placement_says(golden, folders):
   assert kernel.spec == jax.sharding.PartitionSpec(None, "fsdp", "tensor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_scores_are_near_the_float32_ones(golden, folders, name):
   fn = make(name, folders, dtype="bfloat16")
@@ -141,7 +142,9 @@ def test_bfloat16_scores_are_near_the_float32_ones(golden, folders, name):
     assert np.abs(np.asarray(found) - wanted(golden, name, size)).max() < BFLOAT16[name]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+  "batch", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))]
+)
 def test_chunks_do_not_change_the_scores(golden, folders, batch):
   alone = score(make("pickscore", folders), golden, "48x48", repeats=8)
   assert (

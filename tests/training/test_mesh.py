@@ -150,7 +150,9 @@ def test_one_epoch_of_a_method_on_a_mesh_equals_that_of_a_single_device(
   assert_same_epoch(found, wanted, but=("evaluations_per_sample",))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+  "shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[:2]), SHAPES[2]]
+)
 def test_one_epoch_on_a_mesh_equals_that_of_a_single_device(shape, single, make_config, tmp_path):
   sized = lambda fields: make_config(fields | {"mesh": config_lib.Mesh(*shape)})
   mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape))

@@ -127,8 +127,9 @@ def test_auto_leaves_what_is_off_and_takes_the_updates_own(session, capsys):
 
 @pytest.mark.parametrize(
   "fields",
-  [pytest.param(BRANCH, id="branch"), pytest.param(CHUNKED, id="chunks", marks=pytest.mark.slow)],
+  [pytest.param(BRANCH, id="branch"), pytest.param(CHUNKED, id="chunks")],
 )
+@pytest.mark.slow
 def test_own_scores_serve_every_ratio(config_in, one_device, tmp_path, fields):
   session = session_lib.open_session(config_in(tmp_path / "run", fields))
   with jax.set_mesh(session.mesh):
