@@ -190,7 +190,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     lines = {"headers": b"X-Line: a\r\n", "hints": b"HTTP/1.1 103 Early Hints\r\n\r\n"}
     with contextlib.suppress(OSError):
       self.wfile.write(b"HTTP/1.1 200 OK\r\n" if what == "headers" else b"")
-      for _ in range(100):
+      for _ in range(300):
         self.wfile.write(lines[what])
         self.wfile.flush()
         time.sleep(0.05)

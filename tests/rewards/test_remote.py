@@ -59,7 +59,9 @@ def test_answers_that_are_late_or_look_odd_are_taken(server, fault, caplog):
 )
 def test_a_failure_that_passes_is_tried_again_with_one_message(server, fault, caplog):
   server.script = [fault]
+  began = time.monotonic()
   np.testing.assert_array_equal(score(server.url)[0], EXPECTED)
+  assert time.monotonic() - began < 10  # what drips, drips for 15 s
   (record,) = caplog.records
   assert "reward 'mine': ServerError" in record.getMessage() and server.url in record.getMessage()
 
@@ -302,6 +304,20 @@ def test_a_run_begins_when_one_of_its_servers_is_there(server, unused_port, capl
   urls = [f"http://127.0.0.1:{unused_port}", server.url]
   np.testing.assert_array_equal(score(urls)[0], EXPECTED)
   assert len(caplog.records) == 1
+
+
+def test_one_question_who_it_is_answers_for_all_requests_that_wait_for_it():
+  with scripted_server.Server().running() as server:
+    reward = remote.make(url=server.url, batch=1, connections=4, timeout=1.0)
+    four = IMAGES[:4], PROMPTS[:4], METADATA[:4]
+    reward(*four)
+    asked = server.hellos
+    server.stop()
+    server.start()
+    server.hello = "hang"
+    with pytest.raises(servers.ServerError, match="no whole answer within 1 s"):
+      reward(*four)
+    assert server.hellos - asked <= 2
 
 
 def test_many_calls_at_once_get_their_own_scores(server):

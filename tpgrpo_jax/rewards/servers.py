@@ -61,6 +61,7 @@ class _Server:
     verified: whether it said who it is, since it was down.
     verified_at: when the last such question was asked.
     instances: the processes that did; several behind a balancer, none where the server does not tell.
+    failure: of the last such question, and when that was known.
     lock: held by the thread that asks who it is.
   """
 
@@ -70,6 +71,7 @@ class _Server:
   verified: bool = False
   verified_at: float = 0.0
   instances: frozenset[str] = frozenset()
+  failure: tuple[float, Exception | None] = (0.0, None)
   lock: Any = dataclasses.field(default_factory=threading.Lock)
 
 
@@ -160,20 +162,31 @@ class Servers:
     raise Changed(f"{server.url} answers with ever new processes, which its /health does not name")
 
   def _introduce(self, server, asked):
-    """Asks a server who it is, unless another thread did so since `asked`."""
+    """Asks a server who it is, unless another thread did so since `asked`: then that is how it went."""
     with server.lock:
       if server.verified and server.verified_at >= asked:
         return
-      for last in [False] * (_ROUNDS - 1) + [True]:
-        began = time.monotonic()
-        try:
-          found = self._verify(self, server.url)
-          break
-        except Changed:  # a balancer gave the second question to another process
-          if last:
-            raise
+      known_at, failure = server.failure
+      if failure is not None and known_at >= asked:
+        raise type(failure)(*failure.args)
+      try:
+        found, began = self._found(server)
+      except (ServerError, RewardError) as error:
+        server.failure = time.monotonic(), error
+        raise
       server.instances = server.instances | {found} if found else frozenset()
       server.verified, server.verified_at = True, began
+
+  def _found(self, server):
+    """(the instance that said who it is, when it was asked)."""
+    for _ in range(_ROUNDS - 1):
+      began = time.monotonic()
+      try:
+        return self._verify(self, server.url), began
+      except Changed:  # a balancer gave the second question to another process
+        continue
+    began = time.monotonic()
+    return self._verify(self, server.url), began
 
   def ask(
     self,
