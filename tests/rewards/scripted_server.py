@@ -23,6 +23,7 @@ class Server:
   """A server on a port of its own; `script` are the faults of the next requests to /compute."""
 
   instance = ""  # sent as X-Instance where there is one
+  instances = ()  # behind a balancer
   hello = ""  # "hang" or "drip": what becomes of requests to /health
 
   def __init__(self, port=0, *, health=None, certificate=None, score=brightness):
@@ -64,6 +65,13 @@ class Server:
 
     threading.Thread(target=pause, daemon=True).start()
 
+  def take_turns(self):
+    """Called at each request; where there are several instances, each has a turn."""
+    if self.instances:
+      self.instance = self.instances[0]
+      self.instances = [*self.instances[1:], self.instance]
+      self.health = self.health | {"instance": self.instance}
+
   @property
   def url(self):
     return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
@@ -103,6 +111,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def do_GET(self):
     self.owner.hellos += 1
+    self.owner.take_turns()
     if self.owner.hello == "hang":
       time.sleep(20)
     elif self.owner.hello:
@@ -114,6 +123,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     owner = self.owner
     body = self.rfile.read(int(self.headers["Content-Length"]))
     owner.requests += 1
+    owner.take_turns()
     owner.bodies.append(body)
     fault = owner.script.pop(0) if owner.script else ""
     asked = json.loads(body)

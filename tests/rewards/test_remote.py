@@ -275,6 +275,25 @@ def test_an_answer_of_another_process_is_thrown_away_and_the_server_asked_who_it
       call()
 
 
+@pytest.mark.parametrize("canary", [True, False])
+def test_processes_behind_a_balancer_are_each_asked_who_they_are(canary, tmp_path):
+  from PIL import Image
+
+  for name, value in (("better", 200), ("worse", 100)):
+    Image.new("RGB", (4, 4), (value,) * 3).save(tmp_path / f"{name}.png")
+  (tmp_path / "canary.json").write_text('{"prompt": "bright"}')
+  ours = {"status": "ok", "service": "tpgrpo_jax", "protocol": 1, "rewards": {"mine": {}}}
+  with scripted_server.Server(health=ours).running() as server:
+    for count in (2, 3):
+      server.instances = [f"{count} {i}" for i in range(count)]
+      reward = remote.make(url=server.url, canary=str(tmp_path) if canary else "", connections=1)
+      hellos = []
+      for _ in range(3 * count):
+        np.testing.assert_array_equal(reward(IMAGES, PROMPTS, METADATA)[0], EXPECTED)
+        hellos.append(server.hellos)
+      assert hellos[-1] == hellos[-1 - count]  # all are known
+
+
 def test_of_several_servers_the_dead_one_is_left_out_and_comes_back(caplog):
   first, second = scripted_server.Server(), scripted_server.Server()
   with first.running(), second.running():

@@ -26,10 +26,6 @@ class ServerError(OSError):
   """A server did not answer, or not with an answer; another try may go well."""
 
 
-class Changed(ServerError):
-  """Another process of the server answered than the one that was asked who it is."""
-
-
 class _Opens(Exception):
   """A request needs a new connection, at the end of which may be another server than before."""
 
@@ -150,16 +146,23 @@ class Servers:
       if not server.verified:
         self._introduce(server, asked)
         fresh = True
-      known = server.instances
+      known, stranger = server.instances, ""
       try:
         answer = self.ask(server.url, *request, opens=fresh or bool(known))
         if not known or answer.instance in known | server.instances:
           return answer
+        stranger = answer.instance
       except _Opens:
         pass
       self._introduce(server, asked)
+      for _ in range(_ROUNDS):  # a balancer may give the question to each of its processes in turn
+        if not stranger or not server.instances or stranger in server.instances:
+          break
+        self._introduce(server, time.monotonic())
       fresh = True
-    raise Changed(f"{server.url} answers with ever new processes, which its /health does not name")
+    raise ServerError(
+      f"{server.url} answers with ever new processes, which its /health does not name"
+    )
 
   def _introduce(self, server, asked):
     """Asks a server who it is, unless another thread did so since `asked`: then that is how it went."""
@@ -170,23 +173,13 @@ class Servers:
       if failure is not None and known_at >= asked:
         raise type(failure)(*failure.args)
       try:
-        found, began = self._found(server)
+        began = time.monotonic()
+        found = self._verify(self, server.url)
       except (ServerError, RewardError) as error:
         server.failure = time.monotonic(), error
         raise
       server.instances = server.instances | {found} if found else frozenset()
       server.verified, server.verified_at = True, began
-
-  def _found(self, server):
-    """(the instance that said who it is, when it was asked)."""
-    for _ in range(_ROUNDS - 1):
-      began = time.monotonic()
-      try:
-        return self._verify(self, server.url), began
-      except Changed:  # a balancer gave the second question to another process
-        continue
-    began = time.monotonic()
-    return self._verify(self, server.url), began
 
   def ask(
     self,
