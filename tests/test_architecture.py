@@ -26,7 +26,7 @@ CONFIG_READERS = {"config", "runs", "reporting", "training", "forecasting"}
 HEAVY = (
     "transformers", "tensorflow_datasets", "tensorflow", "torch", "diffusers", "rapidocr",
     "onnxruntime", "rapidfuzz", "skimage", "requests", "wandb", "peft",
-    "httpx2", "uvicorn", "starlette", "python_multipart", "prometheus_client",
+    "httpx2", "httpcore2", "uvicorn", "starlette", "python_multipart", "prometheus_client",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 every_file = pytest.mark.parametrize(

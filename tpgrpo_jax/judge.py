@@ -16,12 +16,15 @@ _OPTIONS = flags.DEFINE_string(
 )
 _PICTURE = flags.DEFINE_string("picture", "", "PNG or JPEG.")
 _PROMPT = flags.DEFINE_string("prompt", "", "What the picture should show.")
+_DRY_RUN = flags.DEFINE_bool("dry-run", True, "One picture, and nothing is trained; always so.")
 _METADATA = flags.DEFINE_string("metadata", "{}", "JSON, for templates with {metadata}.")
 
 
 def main(argv: list[str]) -> None:
   """Parses, validates and calls."""
   command.refuse_arguments(argv)
+  if not _DRY_RUN.value:
+    raise ValueError("--dry-run=false: this command does nothing else. Leave it out.")
   from tpgrpo_jax import rewards
   from tpgrpo_jax.serving import dry_run
 

@@ -22,9 +22,13 @@ def brightness(picture):
 class Server:
   """A server on a port of its own; `script` are the faults of the next requests to /compute."""
 
+  instance = ""  # sent as X-Instance where there is one
+  instances = ()  # behind a balancer
+  hello = ""  # "hang" or "drip": what becomes of requests to /health
+
   def __init__(self, port=0, *, health=None, certificate=None, score=brightness):
     self.health, self.certificate, self.score = health or {"status": "ok"}, certificate, score
-    self.port, self.script, self.requests, self.bodies = port, [], 0, []
+    self.port, self.script, self.requests, self.bodies, self.hellos = port, [], 0, [], 0
     self.start()
 
   def start(self):
@@ -60,6 +64,13 @@ class Server:
       self.start()
 
     threading.Thread(target=pause, daemon=True).start()
+
+  def take_turns(self):
+    """Called at each request; where there are several instances, each has a turn."""
+    if self.instances:
+      self.instance = self.instances[0]
+      self.instances = [*self.instances[1:], self.instance]
+      self.health = self.health | {"instance": self.instance}
 
   @property
   def url(self):
@@ -99,12 +110,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     pass
 
   def do_GET(self):
-    self.answer(200, self.owner.health)
+    self.owner.hellos += 1
+    self.owner.take_turns()
+    if self.owner.hello == "hang":
+      time.sleep(20)
+    elif self.owner.hello:
+      self.drip_before(self.owner.hello)
+    else:
+      self.answer(200, self.owner.health)
 
   def do_POST(self):
     owner = self.owner
     body = self.rfile.read(int(self.headers["Content-Length"]))
     owner.requests += 1
+    owner.take_turns()
     owner.bodies.append(body)
     fault = owner.script.pop(0) if owner.script else ""
     asked = json.loads(body)
@@ -134,6 +153,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       "slow": lambda: (time.sleep(0.3), self.answer(200, {"rewards": rewards})),
       "hang": lambda: time.sleep(3),
       "drip": lambda: self.drip(),
+      "headers": lambda: self.drip_before("headers"),
+      "hints": lambda: self.drip_before("hints"),
       "busy": lambda: self.answer(503, {"error": "come again"}, {"Retry-After": "0.05"}),
       "away": lambda: self.answer(503, {"error": "no upstream"}),
       **{
@@ -148,7 +169,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def send(self, status, content, kind="application/json", headers=None, lost=0):
     self.send_response(status)
-    for name, value in {"Content-Type": kind, **(headers or {})}.items():
+    headers = {"Content-Type": kind, **(headers or {})}
+    if self.owner.instance:
+      headers["X-Instance"] = self.owner.instance
+    for name, value in headers.items():
       self.send_header(name, value)
     self.send_header("Content-Length", str(len(content)))
     self.end_headers()
@@ -168,5 +192,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     with contextlib.suppress(OSError):
       for _ in range(60):
         self.wfile.write(b" ")
+        self.wfile.flush()
+        time.sleep(0.05)
+
+  def drip_before(self, what):
+    """Lines of headers, or whole answers 103, and never the answer."""
+    lines = {"headers": b"X-Line: a\r\n", "hints": b"HTTP/1.1 103 Early Hints\r\n\r\n"}
+    with contextlib.suppress(OSError):
+      self.wfile.write(b"HTTP/1.1 200 OK\r\n" if what == "headers" else b"")
+      for _ in range(300):
+        self.wfile.write(lines[what])
         self.wfile.flush()
         time.sleep(0.05)

@@ -29,7 +29,7 @@ class Judge(http.server.ThreadingHTTPServer):
   def __init__(self, says, models=("sees",)):
     self.says, self.models, self.asked = says, models, []
     super().__init__(("127.0.0.1", 0), _Handler)
-    threading.Thread(target=self.serve_forever, daemon=True).start()
+    threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
   @property
   def url(self):
@@ -123,6 +123,26 @@ def test_unified_reward_2_is_the_mean_of_three_axes_that_are_told_too(serve):
   assert info["alignment"].tolist() == [1, 2, 3, 4] and info["style"].tolist() == [2.5] * 4
 
 
+@pytest.mark.parametrize(
+  "text, number", [("4.", 4), ("4.5.", 4.5), ("4/5", 4), ("3, as", 3), ("2\n- 1", 2)]
+)
+def test_what_stands_behind_a_number_is_not_read(text, number):
+  template = judge_templates.TEMPLATES["unified_reward"]
+  assert template.read({"message": {"content": f"Final Score: {text}"}})[0] == number
+
+
+def test_one_axis_out_of_range_is_no_score(serve):
+  axes = ("alignment", "coherence", "style")
+  server = serve(lambda *_: said)
+  reward = judge.make(url=server.url, model="sees", template="unified_reward_2", tries=1)
+  cases = [*((axis, "5.9") for axis in axes), ("style", "45"), ("alignment", "2,5"), ("style", "0")]
+  for axis, value in cases:
+    values = dict.fromkeys(axes, "1") | {axis: value}
+    said = "\n".join(f"{name.capitalize()} Score (1-5): {v}" for name, v in values.items())
+    with pytest.raises(rewards.RewardError, match="gave no score in 1 answers"):
+      reward.judge(IMAGES[0], "a cat", {})
+
+
 def test_yes_or_no_is_read_from_the_tokens_probabilities(serve):
   def says(brightness, asked):
     assert asked["logprobs"] and asked["top_logprobs"] == 20 and asked["max_tokens"] == 1
@@ -159,6 +179,9 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(serve):
   "said, found",
   [
     ("I cannot see it.", "I cannot see it"), ("Final Score: 7", "Final Score: 7"),
+    ("Final Score: 10", "10"), ("Final Score: 45", "45"), ("Final Score: 2,5", "2,5"),
+    ("Final Score: -3", "-3"), ("Final Score: 3-4", "3-4"),
+    ("Final Score: 1. Final Score: 3 to 4.", "3 to 4"),
     ("Final Score: ", "Final Score"), ({"message": {"content": None}}, "no text"), ({}, "no text"),
   ],
 )  # fmt: skip
@@ -173,6 +196,17 @@ def test_a_score_out_of_range_is_none(serve, tmp_path):
   for said in ("Score: 11", "Score: -1", "Score: 1e999", "Score: nan"):
     with pytest.raises(rewards.RewardError, match="no score in 3 answers"):
       score(serve(lambda *_, said=said: said), pattern=r"Score: (\S+)", **own)
+
+
+def test_a_number_too_large_for_a_float_is_no_score(serve, tmp_path):
+  huge = 10**400
+  (tmp_path / "q.txt").write_text("{prompt}?")
+  own = {"template": str(tmp_path / "q.txt"), "low": 0.0, "high": 10.0, "tries": 1}
+  with pytest.raises(rewards.RewardError, match="no score in 1 answers"):
+    score(serve(lambda *_: f'{{"score": {huge}}}'), json_path="score", **own)
+  said = {"logprobs": {"content": [{"top_logprobs": [{"token": "Yes", "logprob": -huge}]}]}}
+  with pytest.raises(rewards.RewardError, match="no top_logprobs"):
+    score(serve(lambda *_: said), template="yes_no", tries=1)
 
 
 def test_an_answer_without_the_tokens_probabilities_is_none(serve):
@@ -203,6 +237,9 @@ def test_another_model_or_another_server_ends_the_run_at_the_start(serve):
     ({"template": "{file}", "low": 0.0, "high": 1.0}, "set one of pattern and json_path"),
     ({"template": "{file}", "pattern": "(.)", "json_path": "a", "low": 0.0, "high": 1.0}, "set one of"),
     ({"template": "{file}", "pattern": "(.)"}, "must say between which"),
+    ({"template": "unified_reward", "low": 5.0, "high": 1.0}, "the lower one first"),
+    ({"template": "unified_reward", "low": 6.0}, "the lower one first"),
+    ({"template": "{latin}", "pattern": "(.)", "low": 0.0, "high": 1.0}, "is no text in UTF-8"),
     ({"template": "yes_no", "tries": 0}, "tries=0"),
     ({"template": "yes_no", "url": "host:1"}, "must begin with"),
   ],
@@ -210,10 +247,17 @@ def test_another_model_or_another_server_ends_the_run_at_the_start(serve):
 def test_options_that_cannot_be_are_named(options, said, tmp_path):
   (tmp_path / "bare.txt").write_text("Is it good?")
   (tmp_path / "file.txt").write_text("Is it {prompt}?")
-  named = {"{bare}": tmp_path / "bare.txt", "{file}": tmp_path / "file.txt"}
+  (tmp_path / "latin.txt").write_bytes("Sch\xf6n: {prompt}?".encode("latin1"))
+  named = {f"{{{name}}}": tmp_path / f"{name}.txt" for name in ("bare", "file", "latin")}
   template = str(named.get(options["template"], options["template"]))
   with pytest.raises(ValueError, match=said):
     judge.make(**{"url": "http://127.0.0.1:1", "model": "sees"} | options | {"template": template})
+
+
+def test_a_bound_that_is_no_number_is_named():
+  for low in ("a", True):
+    with pytest.raises(ValueError, match=f"low={low!r} and high=5.0 must say between which"):
+      judge_templates.choose("unified_reward", "", "", low, None)
 
 
 def test_every_template_has_a_place_for_the_prompt():
@@ -233,9 +277,11 @@ def test_one_picture_from_the_command_line(serve, tmp_path):
     timeout=120,
     check=False,
   )
-  done = run(f"--options={json.dumps(options)}", "--prompt=two dogs")
+  done = run("--dry-run", f"--options={json.dumps(options)}", "--prompt=two dogs")
   assert done.returncode == 0, done.stderr
   assert "Text Caption: [two dogs]" in done.stdout
   assert "answered:\nBright. Final Score: 2.0" in done.stdout and "score: 2\n" in done.stdout
+  done = run("--dry-run=false", "--prompt=two dogs")
+  assert done.returncode == 1 and "does nothing else" in done.stderr
   done = run('--options={"url": "http://127.0.0.1:1"}', "--prompt=two dogs")
   assert done.returncode == 1 and "Traceback" not in done.stderr and "'model'" in done.stderr

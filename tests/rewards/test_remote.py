@@ -13,7 +13,7 @@ import scripted_server
 import trustme
 
 from tpgrpo_jax import rewards
-from tpgrpo_jax.rewards import remote, tokens
+from tpgrpo_jax.rewards import addresses, remote, servers, tokens
 
 IMAGES = np.repeat(np.arange(0, 250, 50, dtype=np.uint8), 4 * 6 * 3).reshape(5, 4, 6, 3)
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -30,7 +30,7 @@ def server():
 
 def score(url, patience=None, **options):
   """(scores, info) by the machinery of a run, with a little of its patience."""
-  spec = {"weight": 1.0, "make": "remote", "url": url, "timeout": 1.0, **options}
+  spec = {"weight": 1.0, "make": "remote", "url": url, "timeout": 1.5, **options}
   patience = {"retries": 2, "backoff": 0.01} | (patience or {})
   reward_fn = rewards.make_rewards({"mine": spec}, **patience)
   _, scores, infos = reward_fn(IMAGES, PROMPTS, METADATA)()
@@ -54,11 +54,14 @@ def test_answers_that_are_late_or_look_odd_are_taken(server, fault, caplog):
 
 
 @pytest.mark.parametrize(
-  "fault", ["truncated", "closed", "hang", "drip", "away", "429", "500", "502", "huge"]
+  "fault",
+  ["truncated", "closed", "hang", "drip", "headers", "hints", "away", "429", "500", "502", "huge"],
 )
 def test_a_failure_that_passes_is_tried_again_with_one_message(server, fault, caplog):
   server.script = [fault]
+  began = time.monotonic()
   np.testing.assert_array_equal(score(server.url)[0], EXPECTED)
+  assert time.monotonic() - began < 10  # what drips, drips for 15 s
   (record,) = caplog.records
   assert "reward 'mine': ServerError" in record.getMessage() and server.url in record.getMessage()
 
@@ -105,6 +108,18 @@ def test_a_server_that_is_down_at_the_start_ends_the_run_in_one_line(unused_port
   assert "\n" not in str(caught.value) and str(caught.value).startswith("rewards.mine: ")
 
 
+@pytest.mark.parametrize("hello", ["hang", "headers", "hints"])
+def test_a_server_that_does_not_say_who_it_is_ends_the_run_within_seconds(
+  server, hello, monkeypatch
+):
+  monkeypatch.setattr(servers, "_HELLO", 0.5)
+  server.hello = hello
+  began = time.monotonic()
+  with pytest.raises(ValueError, match=r"/health: no whole answer within 0\.5 s"):
+    score(server.url, timeout=120.0)
+  assert time.monotonic() - began < 4
+
+
 def test_something_else_on_the_port_ends_the_run_at_the_start():
   with scripted_server.Server(health={"hello": "world"}).running() as server:
     with pytest.raises(ValueError, match="is no reward server that is well"):
@@ -130,6 +145,54 @@ def test_a_server_that_lies_is_found_out_by_the_canary(server):
   with pytest.raises(ValueError, match="of its canary that must score higher"):
     score(server.url, reward="ocr")
   np.testing.assert_array_equal(score(server.url, canary="")[0], EXPECTED)
+
+
+def labelled(url, label, **options):
+  spec = {"weight": 1.0, "make": "remote", "url": url, "timeout": 2.0, **options}
+  reward_fn = rewards.make_rewards({label: spec})
+  return reward_fn(IMAGES, PROMPTS, METADATA)()[1][label]
+
+
+def test_a_label_that_is_a_rewards_name_asks_for_that_reward():
+  # It is all brightness, so that OCR's canary finds it out.
+  with scripted_server.Server().running() as server:
+    with pytest.raises(ValueError, match="of its canary that must score higher"):
+      labelled(server.url, "ocr")
+    np.testing.assert_array_equal(labelled(server.url, "clipscore"), EXPECTED)
+  served = {"words": {"make": "clipscore"}}
+  ours = {"status": "ok", "service": "tpgrpo_jax", "protocol": 1, "rewards": served}
+  with scripted_server.Server(health=ours).running() as server:
+    with pytest.raises(ValueError, match="has the reward 'words', and the run's label is 'ocr'"):
+      labelled(server.url, "ocr")
+    assert server.requests == 0
+    for label, options in (("clipscore", {}), ("mine", {}), ("ocr", {"reward": "words"})):
+      np.testing.assert_array_equal(labelled(server.url, label, **options), EXPECTED)
+    with pytest.raises(ValueError, match="run_label: unknown option"):
+      labelled(server.url, "mine", run_label="ocr")
+
+
+@pytest.mark.parametrize(
+  "about",
+  [{"limits": None}, {"limits": [1]}, {"forms": None}, {"limits": {"body": "x", "images": 0}}],
+)
+def test_odd_words_about_limits_are_passed_over(about):
+  with scripted_server.Server(health={"status": "ok", **about}).running() as server:
+    np.testing.assert_array_equal(score(server.url)[0], EXPECTED)
+
+
+def test_requests_are_as_large_as_the_server_takes_them():
+  noise = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), np.uint8)
+  metadata = [{"image": noise[i]} for i in range(6)]
+  for limits, told, requests in (
+    ({"body": 60_000}, [{}] * 6, 3),  # 24.6 kB each
+    ({"body": 60_000}, metadata, 6),
+    ({"all_pixels": 3 * 64 * 64}, [{}] * 6, 2),
+    ({"body": 5}, [{}] * 6, 6),
+  ):
+    with scripted_server.Server(health={"status": "ok", "limits": limits}).running() as server:
+      remote.make(url=server.url)(noise, ["a"] * 6, told)
+      assert server.requests == requests
+      assert all(len(body) <= 60_000 for body in server.bodies)
 
 
 def test_a_canary_of_ones_own_is_a_folder(server, tmp_path):
@@ -167,6 +230,70 @@ def test_a_server_that_was_away_is_asked_who_it_is_before_anything_else(server):
   assert server.requests == 0
 
 
+def test_a_server_that_was_replaced_unseen_is_asked_who_it_is_before_anything_else(tmp_path):
+  from PIL import Image
+
+  for name, value in (("better", 200), ("worse", 100)):
+    Image.new("RGB", (4, 4), (value,) * 3).save(tmp_path / f"{name}.png")
+  (tmp_path / "canary.json").write_text('{"prompt": "bright"}')
+  with scripted_server.Server().running() as server:
+    reward = remote.make(url=server.url, canary=str(tmp_path), connections=1)
+    for _ in range(2):
+      np.testing.assert_array_equal(reward(IMAGES, PROMPTS, METADATA)[0], EXPECTED)
+    assert server.hellos == 1 and server.requests == 3  # one connection: it is not asked twice
+    server.stop()
+    server.score = lambda picture: 1.0 - scripted_server.brightness(picture)
+    server.start()
+    with pytest.raises(STOPS, match="of its canary that must score higher"):
+      reward(IMAGES, PROMPTS, METADATA)
+    assert server.requests == 4
+
+
+def test_an_answer_of_another_process_is_thrown_away_and_the_server_asked_who_it_is():
+  ours = {"status": "ok", "service": "tpgrpo_jax", "protocol": 1, "rewards": {"mine": {}}}
+  with scripted_server.Server(health=ours | {"instance": "first"}).running() as server:
+    server.instance = "first"
+    reward = remote.make(url=server.url)
+    call = lambda: reward(IMAGES, PROMPTS, METADATA)[0]
+    np.testing.assert_array_equal(call(), EXPECTED)
+    assert (server.hellos, server.requests) == (1, 1)
+    # Behind a balancer the connection stays what it was.
+    server.instance, server.health = "second", ours | {"instance": "second"}
+    np.testing.assert_array_equal(call(), EXPECTED)
+    assert (server.hellos, server.requests) == (2, 3)
+    server.instance = "first"  # one that was verified
+    call()
+    assert server.hellos == 2
+    server.instance, server.health = (
+      "third",
+      ours | {"instance": "third", "rewards": {"other": {}, "b": {}}},
+    )
+    with pytest.raises(STOPS, match="set reward to one of them"):
+      call()
+    server.health = ours | {"instance": "fourth"}
+    with pytest.raises(OSError, match="ever new processes"):
+      call()
+
+
+@pytest.mark.parametrize("canary", [True, False])
+def test_processes_behind_a_balancer_are_each_asked_who_they_are(canary, tmp_path):
+  from PIL import Image
+
+  for name, value in (("better", 200), ("worse", 100)):
+    Image.new("RGB", (4, 4), (value,) * 3).save(tmp_path / f"{name}.png")
+  (tmp_path / "canary.json").write_text('{"prompt": "bright"}')
+  ours = {"status": "ok", "service": "tpgrpo_jax", "protocol": 1, "rewards": {"mine": {}}}
+  with scripted_server.Server(health=ours).running() as server:
+    for count in (2, 3):
+      server.instances = [f"{count} {i}" for i in range(count)]
+      reward = remote.make(url=server.url, canary=str(tmp_path) if canary else "", connections=1)
+      hellos = []
+      for _ in range(3 * count):
+        np.testing.assert_array_equal(reward(IMAGES, PROMPTS, METADATA)[0], EXPECTED)
+        hellos.append(server.hellos)
+      assert hellos[-1] == hellos[-1 - count]  # all are known
+
+
 def test_of_several_servers_the_dead_one_is_left_out_and_comes_back(caplog):
   first, second = scripted_server.Server(), scripted_server.Server()
   with first.running(), second.running():
@@ -196,6 +323,20 @@ def test_a_run_begins_when_one_of_its_servers_is_there(server, unused_port, capl
   urls = [f"http://127.0.0.1:{unused_port}", server.url]
   np.testing.assert_array_equal(score(urls)[0], EXPECTED)
   assert len(caplog.records) == 1
+
+
+def test_one_question_who_it_is_answers_for_all_requests_that_wait_for_it():
+  with scripted_server.Server().running() as server:
+    reward = remote.make(url=server.url, batch=1, connections=4, timeout=1.0)
+    four = IMAGES[:4], PROMPTS[:4], METADATA[:4]
+    reward(*four)
+    asked = server.hellos
+    server.stop()
+    server.start()
+    server.hello = "hang"
+    with pytest.raises(servers.ServerError, match="no whole answer within 1 s"):
+      reward(*four)
+    assert server.hellos - asked <= 2
 
 
 def test_many_calls_at_once_get_their_own_scores(server):
@@ -290,6 +431,8 @@ def test_only_the_token_is_the_token(header, right):
   [
     ({"url": "localhost:8090"}, "must begin with http:// or https://. Use 'http://localhost:8090'"),
     ({"url": ""}, "must begin with"), ({"url": []}, "names no server"),
+    ({"url": "http:/localhost"}, "Use 'http://localhost'"), ({"url": "http://a b"}, "is no address"),
+    ({"url": "http://h\n:1"}, "is no address"), ({"url": " http://h"}, "is no address"),
     ({"url": "ftp://a"}, "must be http"), ({"url": "http://"}, "must be http"),
     ({"url": "http://a:port"}, "is no address"), ({"url": "http://me:secret@a"}, "has a password in it"),
     ({"url": ["http://a", "http://a/"]}, "has a server twice"), ({"url": "http://a?b=1"}, "must be http"),
@@ -306,6 +449,14 @@ def test_options_that_cannot_be_are_named(options, said):
   assert "secret" not in str(caught.value)
 
 
+def test_what_is_no_text_is_no_address():
+  for bad in (5, None):
+    with pytest.raises(ValueError, match=f"url={bad}: must be an address or a list of them"):
+      addresses.check_urls(bad)
+  with pytest.raises(ValueError, match=r"url=5: must begin with http://"):
+    addresses.check_urls([5])
+
+
 # Flow-GRPO's dialect
 
 
@@ -320,7 +471,7 @@ class PickleServer(scripted_server.Server):
     super().start()
     owner = self
 
-    class Handler(scripted_server._Handler):
+    class Handler(self.http.RequestHandlerClass):
       def do_GET(self):
         self.send(405, b"Method Not Allowed", "text/html")
 

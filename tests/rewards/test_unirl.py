@@ -23,7 +23,7 @@ class Service(scripted_server.Server):
     super().start()
     owner = self
 
-    class Handler(scripted_server._Handler):
+    class Handler(self.http.RequestHandlerClass):
       def do_GET(self):
         self.answer(200, owner.health)
 

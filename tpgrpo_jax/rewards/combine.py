@@ -113,6 +113,8 @@ def make_weighted_sum(
     maker = registry.lookup(table, name, field=f"rewards.{label}")
     kind = "latent" if name in latent else "device" if name in device else "host"
     given = {} if kind == "host" else {"placement": placement}
+    if getattr(maker, "is_told_the_label", False):
+      given = {"run_label": label if label in table and label != name else ""}
     functions[kind][label] = _make(label, maker, options, given)
   weights = {label: weight for label, (weight, _, _) in specs.items()}
   patience = _Patience(timeout, retries, backoff)

@@ -9,7 +9,7 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from tpgrpo_jax import types
-from tpgrpo_jax.rewards import judge_templates, servers, wire
+from tpgrpo_jax.rewards import addresses, judge_templates, servers, wire
 from tpgrpo_jax.rewards.combine import RewardError
 
 _PATH = "/v1/chat/completions"
@@ -80,7 +80,7 @@ def make(
   for name, value in (("tries", tries), ("max_tokens", max_tokens)):
     if type(value) is not int or value < 1:
       raise ValueError(f"{name}={value!r}: must be an integer >= 1.")
-  urls = [each.removesuffix("/v1") for each in servers.check_urls(url)]
+  urls = [each.removesuffix("/v1") for each in addresses.check_urls(url)]
   pool = servers.Servers(
     urls,
     token_file=token_file,
@@ -106,9 +106,10 @@ def make(
       except judge_templates.Unreadable as error:
         answer = str(error)
         continue
-      if not chosen.low <= score <= chosen.high:
+      wrong = [each for each in (*axes.values(), score) if not chosen.low <= each <= chosen.high]
+      if wrong:
         answer = (
-          f"the score {score:g}, outside {chosen.low:g} to {chosen.high:g}, in: {_said(choice)}"
+          f"the score {wrong[0]:g}, outside {chosen.low:g} to {chosen.high:g}, in: {_said(choice)}"
         )
         continue
       return Verdict(question, _said(choice), score, axes)

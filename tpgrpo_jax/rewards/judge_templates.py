@@ -125,7 +125,7 @@ def read_yes(choice: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
   try:
     first = listed["content"][0]["top_logprobs"]  # pyright: ignore[reportOptionalSubscript]
     pairs = [(str(each["token"]), float(each["logprob"])) for each in first]
-  except (TypeError, KeyError, IndexError, ValueError) as error:
+  except (TypeError, KeyError, IndexError, ValueError, OverflowError) as error:
     raise Unreadable("no top_logprobs: does the server give them?") from error
   sums = {"yes": 0.0, "no": 0.0}
   for token, logprob in pairs:
@@ -140,7 +140,7 @@ def read_yes(choice: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
 def _number(text, answer):
   try:
     number = float(text)
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, OverflowError) as error:
     raise Unreadable(answer) from error
   if not math.isfinite(number):
     raise Unreadable(answer)
@@ -162,9 +162,11 @@ def _last_object(text):
   return found
 
 
-_ALIGNMENT = r"Alignment Score \(1-5\):\s*(?P<alignment>[1-5](?:\.\d+)?)"
-_COHERENCE = r"Coherence Score \(1-5\):\s*(?P<coherence>[1-5](?:\.\d+)?)"
-_STYLE = r"Style Score \(1-5\):\s*(?P<style>[1-5](?:\.\d+)?)"
+# All of what stands for a number, so that 45 is not read as 4, nor "2,5" as 2, nor "3-4" and "3 to 4" as 3.
+_NUMBER = r"-?\d(?:[\d.,–-]*\d)?(?:[ \t]*(?:[–-]|to)[ \t]*\d+)?"
+_ALIGNMENT = rf"Alignment Score \(1-5\):\s*(?P<alignment>{_NUMBER})"
+_COHERENCE = rf"Coherence Score \(1-5\):\s*(?P<coherence>{_NUMBER})"
+_STYLE = rf"Style Score \(1-5\):\s*(?P<style>{_NUMBER})"
 
 # The questions that these models were trained on, word for word: they answer no others as well.
 TEMPLATES: dict[str, Template] = {
@@ -177,7 +179,7 @@ TEMPLATES: dict[str, Template] = {
     "this image, including clarity, detail preservation, color accuracy, and overall aesthetic appeal.\n"
     "Based on the above criteria, assign a score from 1 to 5 after 'Final Score:'.\n"
     "Your task is provided as follows:\nText Caption: [{prompt}]",
-    make_pattern_reader(r"Final Score:\s*([1-5](?:\.\d+)?)"),
+    make_pattern_reader(rf"Final Score:\s*({_NUMBER})"),
     1.0,
     5.0,
   ),
@@ -208,9 +210,7 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def choose(
-  template: str, pattern: str, json_path: str, low: float | None, high: float | None
-) -> Template:
+def choose(template: str, pattern: str, json_path: str, low: Any, high: Any) -> Template:
   """One of TEMPLATES, or that of a file with the user's own reading.
 
   Args:
@@ -231,13 +231,18 @@ def choose(
         "of your own in a file."
       )
     chosen = TEMPLATES[template]
-    return chosen._replace(
-      low=chosen.low if low is None else low, high=chosen.high if high is None else high
-    )
+    low, high = chosen.low if low is None else low, chosen.high if high is None else high
+    _check_range(template, low, high)
+    return chosen._replace(low=low, high=high)
   file = pathlib.Path(template).expanduser()
   if not file.is_file():
     registry.check(template, TEMPLATES, field="template")
-  text = file.read_text(encoding="utf-8")
+  try:
+    text = file.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f"template={template!r}: is no text in UTF-8 that can be read ({error}). Save it as UTF-8."
+    ) from error
   if "{prompt}" not in text:
     raise ValueError(
       f"template={template!r}: has no {{prompt}}. Write {{prompt}} where the prompt goes."
@@ -246,9 +251,19 @@ def choose(
     raise ValueError(
       f"template={template!r}: set one of pattern and json_path, which says where the score is in an answer."
     )
-  if low is None or high is None or not low < high:
+  if low is None or high is None:
     raise ValueError(
       f"template={template!r}: low={low!r} and high={high!r} must say between which a score lies."
     )
+  _check_range(template, low, high)
   read = make_pattern_reader(pattern) if pattern else make_json_reader(json_path)
   return Template(text, read, low, high)
+
+
+def _check_range(template, low, high):
+  numbers = all(isinstance(each, int | float) and type(each) is not bool for each in (low, high))
+  if not numbers or not low < high:
+    raise ValueError(
+      f"template={template!r}: low={low!r} and high={high!r} must say between which a score lies: two "
+      "numbers, the lower one first."
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import json
+import sys
 from typing import Any
 from urllib import parse
 
@@ -12,6 +13,8 @@ from tpgrpo_jax import registry, types
 from tpgrpo_jax.rewards import canary as canary_lib
 from tpgrpo_jax.rewards import flow_grpo_wire, servers, unirl_wire, wire
 from tpgrpo_jax.rewards.combine import RewardError
+
+_TEXT = 8192  # bytes of a request that a prompt and its metadata are taken to need, pictures aside
 
 
 def make(
@@ -26,17 +29,18 @@ def make(
   connections: int = 4,
   low: float = -np.inf,
   high: float = np.inf,
+  run_label: str = "",
 ) -> types.RewardFn:
   """Makes the reward that `python -m tpgrpo_jax.serve`, or a server of Flow-Factory's form, computes.
 
-  The servers are asked who they are when it is made, and whenever one was away: /health, that they have
-  the reward, and the canary.
+  The servers are asked who they are when it is made, and whenever one was away or is another process:
+  /health, that they have the reward, and the canary.
 
   Args:
     url: of the server, such as "http://localhost:8090"; of several, which take turns.
     reward: its label there; "" where the server has one alone.
     canary: a name of canary.CANARIES or a folder, for servers that have none of their own; by default that
-      of `reward`, if there is one.
+      of `reward`, or of `run_label`, if there is one.
     token_file: file of the token that the server asks for.
     ca_file: PEM file of the authority that signed the server's certificate, where it is not a public one.
     timeout: seconds for the answer to one request.
@@ -44,6 +48,8 @@ def make(
     connections: requests on their way at the same time.
     low: the lowest score that can be true.
     high: the highest.
+    run_label: what the run calls it, where that is the name of a reward that ships: without `reward`, the
+      server's own must then be that one. The run says it; it is no option of the user's.
 
   Returns:
     (images uint8 [N, H, W, 3], prompts, metadata) -> (scores float32 [N], info of the server's reward).
@@ -54,12 +60,12 @@ def make(
     OSError: (the reward) no answer; another try may go well.
   """
   _check_options(batch, low, high)
-  pair = _canary(canary, reward)
+  pair = _canary(canary, reward or run_label)
   query = f"?reward={parse.quote(reward)}" if reward else ""
   multipart: dict[str, bool] = {}  # by server
-  most: dict[str, int] = {}
+  limits: dict[str, dict[str, int]] = {}
 
-  def score(send, images, prompts, metadata, as_parts):
+  def score(send, images, prompts, metadata, *, as_parts):
     body, kind = wire.encode_request(images, prompts, metadata, multipart=as_parts)
     answer = send("POST", f"/compute{query}", body, kind)
     with _naming(answer.url):
@@ -69,17 +75,26 @@ def make(
   def verify(pool, address):
     about = _health(pool, address)
     if about.get("service") == "tpgrpo_jax":
-      _check_served(about, reward, address)
-    multipart[address] = "multipart" in about.get("forms", ())
-    limit = about.get("limits", {}).get("images", batch)
-    most[address] = limit if isinstance(limit, int) and limit > 0 else batch
+      _check_served(about, reward, run_label, address)
+    forms, instance = about.get("forms"), about.get("instance")
+    multipart[address] = isinstance(forms, list | tuple) and "multipart" in forms
+    limits[address] = _read_limits(about)
+    found = [instance if isinstance(instance, str) else ""]
+
+    def send(*args):
+      answer = pool.ask(address, *args)
+      if found[
+        0
+      ]:  # behind a balancer this may be another process: the canary says more of it than /health
+        found[0] = answer.instance
+      return answer
+
     if pair is not None:
-      send = lambda *args: pool.ask(address, *args)
-      ask = lambda images, prompts, metadata: score(
-        send, images, prompts, metadata, multipart[address]
-      )[0]
+      as_parts = multipart[address]
+      ask = lambda *given: score(send, *given, as_parts=as_parts)[0]
       if problem := canary_lib.problem(ask, pair):
         raise RewardError(f"{address} {problem}. Is it another reward's server?")
+    return found[0]
 
   pool = servers.Servers(
     url,
@@ -92,10 +107,15 @@ def make(
 
   def call(images, prompts, metadata):
     as_parts = bool(multipart) and all(multipart.values())
-    return score(pool.send, images, prompts, metadata, as_parts)
+    return score(pool.send, images, prompts, metadata, as_parts=as_parts)
 
-  size = lambda: min([batch, *most.values()])
+  def size(images, prompts, metadata):
+    return max(1, min([batch, *(_fits(each, images, metadata) for each in limits.values())]))
+
   return _in_requests(call, size, connections)
+
+
+make.is_told_the_label = True  # pyright: ignore[reportFunctionMemberAccess]  (combine looks for it)
 
 
 def make_flow_grpo(
@@ -151,7 +171,7 @@ def make_flow_grpo(
 
   pool = servers.Servers(url, timeout=timeout, connections=connections, verify=verify)
   call = lambda *given: score(pool.send, *given)
-  return _in_requests(call, lambda: batch, connections)
+  return _in_requests(call, lambda *_: batch, connections)
 
 
 def make_unirl(
@@ -210,11 +230,11 @@ def make_unirl(
 
   pool = servers.Servers(url, timeout=timeout, connections=connections, verify=verify)
   call = lambda *given: score(pool.send, *given)
-  return _in_requests(call, lambda: batch, connections)
+  return _in_requests(call, lambda *_: batch, connections)
 
 
-def _in_requests(call, size: Callable[[], int], connections: int) -> types.RewardFn:
-  """The reward that sends at most size() pictures in a request, several of them at once, in order."""
+def _in_requests(call, size: Callable[..., int], connections: int) -> types.RewardFn:
+  """The reward that sends at most size(images, prompts, metadata) pictures in a request, several at once."""
 
   def reward(
     images: UInt8[np.ndarray, "N H W 3"],
@@ -223,7 +243,7 @@ def _in_requests(call, size: Callable[[], int], connections: int) -> types.Rewar
   ) -> tuple[Float32[np.ndarray, " N"], dict[str, Any]]:
     if not len(prompts):
       return np.zeros(0, np.float32), {}
-    step = size()
+    step = size(images, prompts, metadata)
     rows = [slice(first, first + step) for first in range(0, len(prompts), step)]
     calls = ((images[r], prompts[r], metadata[r]) for r in rows)
     results = servers.in_parallel(call, calls, connections)
@@ -270,8 +290,8 @@ def _health(pool, address) -> dict[str, Any]:
   return about
 
 
-def _check_served(about, reward, address):
-  """Raises RewardError unless the server has the reward, or one alone where none is named."""
+def _check_served(about, reward, label, address):
+  """Raises RewardError unless the server has the reward; or, where none is named, one alone of the label."""
   served = about.get("rewards")
   if about.get("protocol") != wire.PROTOCOL:
     raise RewardError(
@@ -284,6 +304,33 @@ def _check_served(about, reward, address):
     raise RewardError(f"{address} has no reward {reward!r}.{registry.nearest(reward, served)}")
   if not reward and len(served) != 1:
     raise RewardError(f"{address} has {', '.join(served)}: set reward to one of them.")
+  if not reward and label:
+    ((name, said),) = served.items()
+    made = said.get("make", name) if isinstance(said, dict) else name
+    if label not in (name, made):
+      raise RewardError(
+        f"{address} has the reward {name!r}, and the run's label is {label!r}. If that is meant, set reward "
+        f"to {name!r}."
+      )
+
+
+def _read_limits(about) -> dict[str, int]:
+  """What a server of ours says that it takes in one request; what is no number above 0 is left out."""
+  said = about.get("limits")
+  said = said if isinstance(said, dict) else {}
+  return {name: value for name, value in said.items() if type(value) is int and value > 0}
+
+
+def _fits(limits, images, metadata) -> int:
+  """How many of these pictures a request can hold, each as large as a PNG in base64 can be."""
+  pixels = images.shape[1] * images.shape[2]
+  given = [sum(v.nbytes for v in row.values() if isinstance(v, np.ndarray)) for row in metadata]
+  each = (3 * pixels + max(given, default=0)) * 1.01 * 4 / 3 + _TEXT
+  return min(
+    limits.get("images", len(images)),
+    limits.get("all_pixels", sys.maxsize) // pixels,
+    int(limits.get("body", sys.maxsize) / each),
+  )
 
 
 class _naming:

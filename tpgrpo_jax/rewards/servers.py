@@ -3,27 +3,31 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
-import ipaddress
 import logging
 import os
 import pathlib
 import threading
 import time
 from typing import Any, NamedTuple
-from urllib import parse
-import warnings
 
-from tpgrpo_jax.rewards import tokens
+from tpgrpo_jax.rewards import addresses, tokens
+from tpgrpo_jax.rewards import connections as connections_lib
 from tpgrpo_jax.rewards.combine import RewardError
 
 log = logging.getLogger(__name__)
 
 _MOST = 64 * 2**20  # bytes of an answer
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0  # seconds that a server is left out
+_HELLO = 10.0  # seconds within which a server says who it is, when a run starts
+_ROUNDS = 8  # how often an answer of a process that nobody verified is thrown away
 
 
 class ServerError(OSError):
   """A server did not answer, or not with an answer; another try may go well."""
+
+
+class _Opens(Exception):
+  """A request needs a new connection, at the end of which may be another server than before."""
 
 
 class Answer(NamedTuple):
@@ -33,21 +37,38 @@ class Answer(NamedTuple):
     url: of the server.
     status: of HTTP.
     body: whole.
+    instance: of the server's process, by its header X-Instance; "" where it has none.
   """
 
   url: str
   status: int
   body: bytes
+  instance: str = ""
 
 
 @dataclasses.dataclass
 class _Server:
-  """One address; `retry_at` is when it may be asked again, after it was down."""
+  """One address.
+
+  Attributes:
+    url: of it.
+    retry_at: when it may be asked again, after it was down.
+    pause: for how long it is left out the next time.
+    verified: whether it said who it is, since it was down.
+    verified_at: when the last such question was asked.
+    instances: the processes that did; several behind a balancer, none where the server does not tell.
+    failure: of the last such question, and when that was known.
+    lock: held by the thread that asks who it is.
+  """
 
   url: str
   retry_at: float = 0.0
   pause: float = 0.0
   verified: bool = False
+  verified_at: float = 0.0
+  instances: frozenset[str] = frozenset()
+  failure: tuple[float, Exception | None] = (0.0, None)
+  lock: Any = dataclasses.field(default_factory=threading.Lock)
 
 
 class Servers:
@@ -61,7 +82,7 @@ class Servers:
     ca_file: str = "",
     timeout: float = 120.0,
     connections: int = 4,
-    verify: Callable[["Servers", str], None] = lambda servers, url: None,
+    verify: Callable[["Servers", str], str | None] = lambda servers, url: None,
   ):
     """Checks the addresses, and asks each server who it is.
 
@@ -73,7 +94,8 @@ class Servers:
       connections: requests on their way at the same time.
       verify: of the pool and an address, which raises ServerError where nobody is, and RewardError where
         somebody else is; it is called before a server is asked anything else, at the start and whenever
-        one was down.
+        one was down. It returns the instance that it found: an answer of another is thrown away, and the
+        server verified again. Where it returns none, that is done for each new connection.
 
     Raises:
       ValueError: an option out of its range; a server that is another; or no server at all.
@@ -84,14 +106,16 @@ class Servers:
       raise ValueError(f"connections={connections!r}: must be an integer >= 1.")
     self.timeout, self.connections = timeout, connections
     self._verify, self._lock, self._turn = verify, threading.Lock(), 0
-    self._servers = [_Server(each) for each in check_urls(url)]
+    self._servers = [_Server(each) for each in addresses.check_urls(url)]
     self.urls = [server.url for server in self._servers]
     token = tokens.read_token(token_file) if token_file else ""
     if token:
-      _warn_of_open_roads(self._servers)
+      addresses.warn_of_open_roads(self.urls)
     self._headers = tokens.bearer(token)
+    self._clock, self._started = connections_lib.Clock(), False
     self._client = self._open(ca_file)
     self._start()
+    self._started = True
 
   def send(self, method: str, path: str, body: bytes = b"", kind: str = "") -> Answer:
     """The answer of the server whose turn it is, or of the next one that lives.
@@ -105,10 +129,7 @@ class Servers:
     while (server := self._next(tried)) is not None:
       tried.add(server.url)
       try:
-        if not server.verified:
-          self._verify(self, server.url)
-          server.verified = True
-        answer = self.ask(server.url, method, path, body, kind)
+        answer = self._ask_known(server, method, path, body, kind)
       except ServerError as error:
         problem = error
         self._left_out(server, error)
@@ -117,25 +138,92 @@ class Servers:
       return answer
     raise problem or ServerError("no server is left")
 
+  def _ask_known(self, server, *request) -> Answer:
+    """The answer of a process that was verified; what another says is thrown away."""
+    fresh = False
+    for _ in range(_ROUNDS):
+      asked = time.monotonic()
+      if not server.verified:
+        self._introduce(server, asked)
+        fresh = True
+      known, stranger = server.instances, ""
+      try:
+        answer = self.ask(server.url, *request, opens=fresh or bool(known))
+        if not known or answer.instance in known | server.instances:
+          return answer
+        stranger = answer.instance
+      except _Opens:
+        pass
+      self._introduce(server, asked)
+      for _ in range(_ROUNDS):  # a balancer may give the question to each of its processes in turn
+        if not stranger or not server.instances or stranger in server.instances:
+          break
+        self._introduce(server, time.monotonic())
+      fresh = True
+    raise ServerError(
+      f"{server.url} answers with ever new processes, which its /health does not name"
+    )
+
+  def _introduce(self, server, asked):
+    """Asks a server who it is, unless another thread did so since `asked`: then that is how it went."""
+    with server.lock:
+      if server.verified and server.verified_at >= asked:
+        return
+      known_at, failure = server.failure
+      if failure is not None and known_at >= asked:
+        raise type(failure)(*failure.args)
+      try:
+        began = time.monotonic()
+        found = self._verify(self, server.url)
+      except (ServerError, RewardError) as error:
+        server.failure = time.monotonic(), error
+        raise
+      server.instances = server.instances | {found} if found else frozenset()
+      server.verified, server.verified_at = True, began
+
   def ask(
-    self, url: str, method: str, path: str, body: bytes = b"", kind: str = "", *, statuses=(200,)
+    self,
+    url: str,
+    method: str,
+    path: str,
+    body: bytes = b"",
+    kind: str = "",
+    *,
+    statuses=(200,),
+    opens: bool = True,
   ) -> Answer:
     """The answer of this one server, which is waited for while it says that it is busy.
+
+    Args:
+      url: of the server.
+      method: of HTTP.
+      path: behind the address.
+      body: of the request.
+      kind: of the body.
+      statuses: of answers that are returned.
+      opens: whether a new connection may be opened; where it may not and must be, _Opens is raised before
+        anything is sent.
 
     Raises:
       ServerError: it did not answer, or with a status that may pass.
       RewardError: it answered with a status that stays what it is (4xx).
     """
-    deadline, said = time.monotonic() + self.timeout, ""
+    # A server that hangs is found out at the start, not after the first sampling's worth of waiting.
+    patience = self.timeout if self._started or body else min(self.timeout, _HELLO)
+    deadline, said = time.monotonic() + patience, ""
     while True:
       try:
-        status, headers, content = self._exchange(url, method, path, body, kind, deadline)
+        with self._clock.until(deadline):
+          status, headers, content = self._exchange(method, url + path, body, kind, opens)
       except ServerError as error:
         if said:  # why it was asked again says more than that the time was over then
           raise ServerError(f"{said}; then {error}") from error
         raise
+      except TimeoutError as error:
+        said = f"{said}; then " if said else ""
+        raise ServerError(f"{said}{url}{path}: no whole answer within {patience:g} s") from error
       if status in statuses:
-        return Answer(url, status, content)
+        return Answer(url, status, content, headers.get("x-instance", ""))
       said = f"{url}{path} answered {status}: {_message(content)}"
       if status in (429, 503) and "retry-after" in headers:
         wait = _seconds(headers["retry-after"])
@@ -147,62 +235,57 @@ class Servers:
       hint = _HINTS.get(status, "It does not take this request.")
       raise RewardError(f"{said} {hint} Then start the same command again.")
 
-  def _exchange(self, url, method, path, body, kind, deadline):
-    """(status, headers, content) of one request."""
+  def _exchange(self, method, address, body, kind, opens):
+    """(status, headers, content) of one request; TimeoutError at the deadline of this thread's clock."""
     import httpx2
 
-    left = max(deadline - time.monotonic(), 0.001)
+    left = max(self._clock.deadline - time.monotonic(), 0.001)
     headers = {**self._headers, **({"Content-Type": kind} if kind else {})}
     options: dict[str, Any] = {
       "timeout": httpx2.Timeout(left, connect=min(left, 10.0)), "headers": headers,
+      "extensions": {} if opens else {"trace": _refuse_to_open},
     }  # fmt: skip
     try:
-      with self._client.stream(method, url + path, content=body or None, **options) as response:
+      with self._client.stream(method, address, content=body or None, **options) as response:
         parts: list[bytes] = []
         size = 0
         for part in response.iter_raw():
           parts.append(part)
           size += len(part)
           if size > _MOST:
-            raise ServerError(f"{url}{path} answers with more than {_MOST} bytes")
-          if time.monotonic() > deadline:
-            raise ServerError(f"{url}{path}: no whole answer within {self.timeout:g} s")
+            raise ServerError(f"{address} answers with more than {_MOST} bytes")
         return response.status_code, response.headers, b"".join(parts)
+    except httpx2.ConnectTimeout as error:
+      raise ServerError(f"{address}: no connection within {min(left, 10.0):.3g} s") from error
     except httpx2.TimeoutException as error:
-      raise ServerError(f"{url}{path}: no answer within {self.timeout:g} s") from error
+      raise TimeoutError from error
     except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
-      raise ServerError(f"{url}{path}: {type(error).__name__}: {error}") from error
+      raise ServerError(f"{address}: {type(error).__name__}: {error}") from error
 
   def _open(self, ca_file):
+    import ssl
+
+    secure: ssl.SSLContext | bool = True
+    if ca_file:
+      if not pathlib.Path(ca_file).is_file():
+        raise ValueError(f"ca_file={ca_file!r}: no such file. Give a PEM file.")
+      secure = ssl.create_default_context(cafile=os.fspath(ca_file))
     try:
-      import httpx2
+      return connections_lib.open_client(
+        verify=secure, connections=self.connections + 2, clock=self._clock
+      )
     except ImportError as error:
       raise ImportError(
         f"rewards of other machines need a package that is not installed ({error}). "
         "Run: pip install 'tpgrpo_jax[remote]'"
       ) from error
-    import ssl
-
-    secure: Any = True
-    if ca_file:
-      if not pathlib.Path(ca_file).is_file():
-        raise ValueError(f"ca_file={ca_file!r}: no such file. Give a PEM file.")
-      secure = ssl.create_default_context(cafile=os.fspath(ca_file))
-    limits = httpx2.Limits(
-      max_connections=self.connections + 2, max_keepalive_connections=self.connections + 2
-    )
-    # No proxy of the environment: a token must not go where nobody said that it should.
-    return httpx2.Client(
-      verify=secure, limits=limits, trust_env=False, headers={"Accept-Encoding": "identity"}
-    )
 
   def _start(self):
     """Asks every server who it is; one at least must be there."""
     problems = []
     for server in self._servers:
       try:
-        self._verify(self, server.url)
-        server.verified = True
+        self._introduce(server, time.monotonic())
       except ServerError as error:
         problems.append(str(error))
         self._left_out(server, error)
@@ -242,6 +325,11 @@ class Servers:
       log.warning("reward server is back: %s", server.url)
 
 
+def _refuse_to_open(event, _):
+  if event == "connection.connect_tcp.started":
+    raise _Opens
+
+
 _HINTS = {
   401: "Set token_file to the token that the server was started with.",
   403: "Set token_file to the token that the server was started with.",
@@ -261,51 +349,6 @@ def in_parallel(
     finally:
       for each in sent:
         each.cancel()
-
-
-def check_urls(url: str | Sequence[str], field: str = "url") -> list[str]:
-  """The addresses without a slash at their end.
-
-  Raises:
-    ValueError: none, one twice, or one that is no http:// or https:// address.
-  """
-  urls = [url] if isinstance(url, str) else list(url)
-  if not urls:
-    raise ValueError(f"{field}={url!r}: names no server. Use 'http://localhost:8090'.")
-  for each in urls:
-    if not isinstance(each, str) or "://" not in each:
-      raise ValueError(
-        f"{field}={each!r}: must begin with http:// or https://. Use {f'http://{each}'!r}."
-      )
-    try:
-      parts = parse.urlsplit(each)
-      parts.port  # noqa: B018  (raises)
-    except ValueError as error:
-      raise ValueError(f"{field}={each!r}: is no address ({error}).") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-      raise ValueError(
-        f"{field}={each!r}: must be http:// or https://, a host and a port. Use 'http://localhost:8090'."
-      )
-    if parts.username or parts.password:
-      raise ValueError(f"{field}: has a password in it. Put a token in a file, and set token_file.")
-  urls = [each.rstrip("/") for each in urls]
-  if len(set(urls)) < len(urls):
-    raise ValueError(f"{field}={urls}: has a server twice. Name each once.")
-  return urls
-
-
-def _warn_of_open_roads(servers):
-  for server in servers:
-    parts = parse.urlsplit(server.url)
-    try:
-      near = ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:
-      near = parts.hostname == "localhost"
-    if parts.scheme == "http" and not near:
-      warnings.warn(
-        f"url={server.url!r}: the token travels unencrypted. Use https, or a tunnel (ssh -L).",
-        stacklevel=4,
-      )
 
 
 def _seconds(retry_after):
