@@ -267,7 +267,7 @@ def test_every_template_has_a_place_for_the_prompt():
 
 def test_one_picture_from_the_command_line(serve, tmp_path):
   server = serve(lambda brightness, _: f"Bright. Final Score: {brightness / 50}")
-  Image.fromarray(IMAGES[1]).save(tmp_path / "picture.png")
+  Image.fromarray(np.tile(IMAGES[1], (4, 4, 1))).save(tmp_path / "picture.png")
   options = {"url": server.url, "model": "sees", "template": "unified_reward"}
   run = lambda *more: subprocess.run(
     [sys.executable, "-m", "tpgrpo_jax.judge", f"--picture={tmp_path / 'picture.png'}", *more],
