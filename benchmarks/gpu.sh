@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-gpu_figures}
 mkdir -p "$out"
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"  # the figures are those of one GPU
 export PYTHONPATH="$PWD:$PWD/benchmarks:$PWD/$out/packages${PYTHONPATH:+:$PYTHONPATH}"
 
 if [[ -n ${WHEELS:-} ]]; then
