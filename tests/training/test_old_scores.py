@@ -179,7 +179,7 @@ BFLOAT16 = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_bfloat16_rounds_alike_in_rollout_and_update(config_in, one_device, tmp_path, monkeypatch):
   """At this microbatch XLA's own choice of kernels differs between the two."""
   config = config_in(tmp_path / "run", BFLOAT16)
@@ -193,7 +193,7 @@ def test_bfloat16_rounds_alike_in_rollout_and_update(config_in, one_device, tmp_
   assert row[FIRST] == 0.0 and row[GAP] > config.loss.clip_range
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_scores_on_a_mesh_come_from_one_program(config_in, tmp_path):
   fields = {"train.microbatch": 8, "model.dtype": "bfloat16", "mesh": config_lib.Mesh(2, 2, 2)}
   session = session_lib.open_session(config_in(tmp_path / "run", fields))
