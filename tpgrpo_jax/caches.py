@@ -42,7 +42,7 @@ def writing(what: str, folder: os.PathLike[str], field: str) -> Iterator[None]:
   except OSError as error:
     raise ValueError(
       f"{field}={os.fspath(folder)!r}: the cache of {what} cannot be written to ({error.strerror or error}). "
-      f"Name a folder with room, such as --config.{field}=/tmp/tpgrpo_jax."
+      f"Name a folder with room, such as --config.{field}=FOLDER."
     ) from error
 
 
