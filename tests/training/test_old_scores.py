@@ -180,7 +180,7 @@ BFLOAT16 = {
 }
 
 
-@pytest.mark.exhaustive
+@pytest.mark.slow
 def test_bfloat16_rounds_alike_in_rollout_and_update(config_in, one_device, tmp_path, monkeypatch):
   """At this microbatch XLA's own choice of kernels differs between the two."""
   config = config_in(tmp_path / "run", BFLOAT16)
@@ -194,13 +194,15 @@ def test_bfloat16_rounds_alike_in_rollout_and_update(config_in, one_device, tmp_
   assert row[FIRST] == 0.0 and row[GAP] > config.loss.clip_range
 
 
-@pytest.mark.exhaustive
-def test_scores_on_a_mesh_come_from_one_program(config_in, tmp_path, caplog):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "source, program", [("update", "rescoring_step"), ("rollout", "train_step")]
+)
+def test_updates_on_a_mesh_come_from_one_program(config_in, tmp_path, caplog, source, program):
   fields = {"train.microbatch": 8, "model.dtype": "bfloat16", "mesh": config_lib.Mesh(2, 2, 2)}
-  session = session_lib.open_session(config_in(tmp_path / "run", fields))
-  asked_for = asked(session, "update")
+  session = asked(session_lib.open_session(config_in(tmp_path / "run", fields)), source)
   with jax.set_mesh(session.mesh), jax.log_compiles(), caplog.at_level(logging.WARNING):
-    _, row = one_epoch(asked_for)
-  assert row[FIRST] == 0.0 and row["grad_norm"] > 0
-  compiled = [m for m in caplog.messages if "XLA compilation of jit(rescoring_step)" in m]
+    _, row = one_epoch(session)
+  assert row["grad_norm"] > 0 and (row[FIRST] == 0.0 or source == "rollout")
+  compiled = [m for m in caplog.messages if f"XLA compilation of jit({program})" in m]
   assert len(compiled) == 1, compiled

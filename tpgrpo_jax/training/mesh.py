@@ -145,6 +145,15 @@ def param_shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def laid_out(tree: Any) -> Any:
+  """Inside a jitted function: the tree laid out by RULES on the mesh in use, as it is where there is none.
+
+  A state that leaves a program as it came in does not make the next call another program.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, param_shardings(mesh, tree))
+
+
 def make_placement(mesh: jax.sharding.Mesh) -> types.Placement:
   """How weights and batches of device rewards come onto the mesh: as the transformer's own do."""
   return types.Placement(

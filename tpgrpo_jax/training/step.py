@@ -14,6 +14,7 @@ from tpgrpo_jax.credit import advantages
 from tpgrpo_jax.flow import schedule, steps
 from tpgrpo_jax.objective import surrogate
 from tpgrpo_jax.training import build, losses
+from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -210,14 +211,13 @@ def _learn(config, method, state, grads, metrics, weight_sum):
   squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]
   metrics["grad_norm"] = jnp.sqrt(sum(squares))
   after = state_lib.apply_gradients(state, grads, method.optimizer, config.ema)
-  learned = weight_sum > 0
-  keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(learned, a, b))
-  return dataclasses.replace(
-    after,
+  keep = functools.partial(jax.tree.map, lambda a, b: jnp.where(weight_sum > 0, a, b))
+  kept = dict(
     trainable=keep(after.trainable, state.trainable),
     opt_state=keep(after.opt_state, state.opt_state),
     ema=keep(after.ema, state.ema),  # of the weights that are not kept
   )
+  return dataclasses.replace(after, **mesh_lib.laid_out(kept))
 
 
 _REDUCE = {
