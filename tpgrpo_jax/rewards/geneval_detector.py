@@ -89,7 +89,7 @@ def import_torch() -> Any:
     ImportError: it is not installed.
   """
   try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     return torch
   except ImportError as error:
@@ -218,7 +218,7 @@ def _instances(class_logits, mask_logits, sizes, labels, least) -> list[geneval_
     labels: of `read_labels`.
     least: as of `load_detector`.
   """
-  from torch.nn import functional
+  from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
   whole, seen, shape = sizes
   scores = class_logits.softmax(-1)[:, :-1]

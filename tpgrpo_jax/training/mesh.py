@@ -130,7 +130,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH))
 
 
-def param_shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+def param_shardings(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, tree: Any) -> Any:
   """A NamedSharding for every leaf of a tree of weights, moments or averages, by RULES.
 
   Args:
