@@ -33,11 +33,8 @@ _TEST_SHARE = 6  # one combination in so many is held out
 _SALT = "shapes 35 "  # chosen so that every kind of combination has some of both splits
 _NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 _PLURALS = {"cross": "crosses"}
-CELL = (
-  4  # pixels; the sides of a scene's shapes lie on a grid of so many, with a cell between shapes
-)
-# Half a shape's side in pixels, by how many there are.
-_RADII = {1: (6.0,), 2: (4.0, 6.0), 3: (4.0,), 4: (4.0,)}
+CELL = 8  # pixels a side; a shape of a scene fills a cell, and no shape lies in the eight around it
+RADIUS = CELL / 2  # half a shape's side in pixels
 ARM = 0.4  # half the width of a cross's arms, in radii
 
 
@@ -165,16 +162,12 @@ def _fulfils(scene, metadata):
 
 def _place(rng, kinds):
   """The shapes at places drawn evenly, apart from each other; None where one finds no place."""
-  radii = _RADII[len(kinds)]
   placed: list[Shape] = []
   for kind, color in kinds:
     for _ in range(20):
-      radius = radii[rng.integers(len(radii))]
-      across, down = rng.integers((SIZE - 2 * int(radius)) // CELL + 1, size=2).tolist()
-      x, y = CELL * across + radius, CELL * down + radius
-      apart = (max(abs(x - s.x), abs(y - s.y)) - radius - s.radius for s in placed)
-      if all(distance >= CELL for distance in apart):
-        placed.append(Shape(kind, color, x, y, radius))
+      x, y = (CELL * rng.integers(SIZE // CELL, size=2) + RADIUS).tolist()
+      if all(max(abs(x - s.x), abs(y - s.y)) >= 2 * CELL for s in placed):
+        placed.append(Shape(kind, color, x, y, RADIUS))
         break
     else:
       return None

@@ -35,18 +35,18 @@ class BuiltIn(NamedTuple):
 
 
 def _sizes(
-  side: int, channels: int, text_width: int, *, patch: int, heads: int
+  side: int, channels: int, text_width: int, *, layers: int, heads: int
 ) -> mmdit.MMDiTConfig:
-  """Sizes of a transformer for images of at most side x side pixels.
+  """Sizes of a transformer for images of at most side x side pixels, 8 x 8 of which are a token.
 
-  A token is wider than a patch has numbers: narrower ones cannot carry the noise that they predict.
+  A token is as wide as a patch has numbers: narrower ones cannot carry the noise that they predict.
   """
-  head_dim = 32
+  head_dim, patch = 32, 8
   return mmdit.MMDiTConfig(
     sample_size=side,
     patch_size=patch,
     in_channels=channels,
-    num_layers=4,
+    num_layers=layers,
     attention_head_dim=head_dim,
     num_attention_heads=heads,
     joint_attention_dim=text_width,
@@ -79,14 +79,14 @@ WORDS = 8  # of a prompt for shapes, each of at most 10 bytes
 TEXT = BuiltIn(
   ASSETS / "tiny_text",
   (24, 48, 1),
-  _sizes(48, 1, byte_text.embedding_dim(6), patch=8, heads=4),
+  _sizes(48, 1, byte_text.embedding_dim(6), layers=4, heads=4),
   _reads_bytes,
   _encode_bytes,
 )
 SHAPES = BuiltIn(
   ASSETS / "tiny_shapes",
   (32, 32, 3),
-  _sizes(32, 3, byte_text.word_embedding_dim(WORDS, 10), patch=4, heads=3),
+  _sizes(32, 3, byte_text.word_embedding_dim(WORDS, 10), layers=2, heads=6),
   _reads_words,
   _encode_words,
 )

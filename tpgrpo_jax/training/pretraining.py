@@ -58,12 +58,10 @@ def flow_matching_loss(
   key: jax.Array,
   data: jax.Array,
   condition: types.Condition,
-  *,
-  logit_mean: float = 0.0,
 ) -> jax.Array:
   """mean (v(x, sigma) - (noise - data))^2 at x = (1 - sigma) data + sigma noise.
 
-  sigma is logit-normal(logit_mean, 1), as SD3 was trained (arXiv 2403.03206).
+  sigma is logit-normal(0, 1), as SD3 was trained (arXiv 2403.03206).
 
   Args:
     velocity_fn: the model.
@@ -71,10 +69,9 @@ def flow_matching_loss(
     key: for sigma and noise.
     data: [B, h, w, c].
     condition: leading axis B.
-    logit_mean: more than 0 trains high noise levels more.
   """
   sigma_key, noise_key = jax.random.split(key)
-  sigma = jax.nn.sigmoid(logit_mean + jax.random.normal(sigma_key, data.shape[:1]))
+  sigma = jax.nn.sigmoid(jax.random.normal(sigma_key, data.shape[:1]))
   noise = jax.random.normal(noise_key, data.shape)
   s = sigma.reshape(-1, *(1,) * (data.ndim - 1))
   velocity = velocity_fn(params, (1 - s) * data + s * noise, sigma, condition)
@@ -94,7 +91,7 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
   mesh_lib.check_divides("train.batch", config.train.batch, mesh)
   run_dir, output = pathlib.Path(config.run.dir), pathlib.Path(config.output)
   run_dir.mkdir(parents=True, exist_ok=True)
-  optimizer = state_lib.make_optimizer(config.optimizer)
+  optimizer = state_lib.make_optimizer(config.optimizer, total_updates=config.train.updates)
   sizes = tiny.BUILT_IN[config.model.variant].config
   model = models.build_transformer(
     sizes, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
@@ -159,8 +156,7 @@ def _update(velocity_fn, optimizer, config, state, buffers, key, pixels, conditi
 
   def loss_fn(params):
     split = {"trainable": params, "frozen": buffers}
-    mean = config.train.logit_mean
-    return flow_matching_loss(velocity_fn, split, key, data, condition, logit_mean=mean)
+    return flow_matching_loss(velocity_fn, split, key, data, condition)
 
   loss, grads = jax.value_and_grad(loss_fn)(state.trainable)
   return state_lib.apply_gradients(state, grads, optimizer, config.ema), loss
