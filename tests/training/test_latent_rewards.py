@@ -122,15 +122,13 @@ def test_evaluation_paints_its_pictures_and_scores_their_latents(session):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_reward_of_latents_is_resumed_bit_for_bit(make_config, single_mesh, tmp_path):
+def test_a_run_with_a_reward_of_latents_is_resumed_bit_for_bit(make_config, one_device, tmp_path):
   sizes = {"train.epochs": 2, "checkpoint.every": 1, "eval.every": 0}
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mesh_lib, "make_mesh", lambda config: single_mesh)
-    whole = make_config(tmp_path / "whole", **sizes)
-    loop.train(whole)
-    loop.train(make_config(tmp_path / "cut", **(sizes | {"train.epochs": 1})))
-    resumed = make_config(tmp_path / "cut", **sizes)
-    loop.train(resumed)
+  whole = make_config(tmp_path / "whole", **sizes)
+  loop.train(whole)
+  loop.train(make_config(tmp_path / "cut", **(sizes | {"train.epochs": 1})))
+  resumed = make_config(tmp_path / "cut", **sizes)
+  loop.train(resumed)
   trained = [[r for r in left_behind.rows(run) if r["kind"] == "train"] for run in (resumed, whole)]
   assert trained[0] == trained[1] and [row["epoch"] for row in trained[0]] == [1, 2]
   found, wanted = (left_behind.final_state(run)[0] for run in (resumed, whole))
