@@ -237,3 +237,9 @@ def test_load_on_a_reward_server_loses_and_swaps_nothing():
   (line,) = run("serve_load", "--clients=4", "--requests=20", "--pictures=2")
   assert (line["requests"], line["pictures"]) == (80, 160)
   assert line["lost"] == line["wrong"] == 0 and line["p50_ms"] <= line["p99_ms"]
+
+
+@pytest.mark.exhaustive
+def test_a_run_behind_a_server_has_the_same_numbers():
+  (line,) = run("served", "--method=flow_grpo", "--epochs=3", "--rounds=1")
+  assert line["same_metrics"] and line["ratio"] > 0

@@ -66,7 +66,8 @@ class Transitions:
   Attributes:
     x: [W, S, h, w, c] states before each step.
     x_next: [W, S, M, h, w, c] states after it.
-    velocity: [W, S, h, w, c] the model's output at x, of the weights that sampled.
+    velocity: [W, S, h, w, c] the model's output at x, of the weights that sampled; None where no update
+      reads it.
     log_prob: [W, S, M] mean over latent dims of the log-density of x_next.
     sigma: [W] noise level of x.
     sigma_next: [W] noise level of x_next.
@@ -75,7 +76,7 @@ class Transitions:
 
   x: jax.Array
   x_next: jax.Array
-  velocity: jax.Array
+  velocity: jax.Array | None
   log_prob: jax.Array
   sigma: jax.Array
   sigma_next: jax.Array

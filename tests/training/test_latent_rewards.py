@@ -6,6 +6,7 @@ import sys
 import jax
 from jax.extend import core
 import jax.numpy as jnp
+import left_behind
 import numpy as np
 import pytest
 import stored_diffusers as stored
@@ -18,9 +19,9 @@ from tpgrpo_jax.credit import stepwise
 from tpgrpo_jax.models import dina
 from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import epoch as epoch_lib
+from tpgrpo_jax.training import loop, rollout
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
-from tpgrpo_jax.training import rollout
 from tpgrpo_jax.training import session as session_lib
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "rewards"))
@@ -118,6 +119,22 @@ def test_evaluation_paints_its_pictures_and_scores_their_latents(session):
     found = session.evaluate(session.model.params(session.model.trainable))
   assert np.ptp(found.scores["dina_lrm"]) > 0 and found.images.shape == (2, 48, 80, 3)
   assert found.row["reward/mean"] == pytest.approx(2.0 * found.scores["dina_lrm"].mean())
+
+
+@pytest.mark.slow
+def test_a_run_with_a_reward_of_latents_is_resumed_bit_for_bit(make_config, one_device, tmp_path):
+  sizes = {"train.epochs": 2, "checkpoint.every": 1, "eval.every": 0}
+  whole = make_config(tmp_path / "whole", **sizes)
+  loop.train(whole)
+  loop.train(make_config(tmp_path / "cut", **(sizes | {"train.epochs": 1})))
+  resumed = make_config(tmp_path / "cut", **sizes)
+  loop.train(resumed)
+  trained = [[r for r in left_behind.rows(run) if r["kind"] == "train"] for run in (resumed, whole)]
+  assert trained[0] == trained[1] and [row["epoch"] for row in trained[0]] == [1, 2]
+  found, wanted = (left_behind.final_state(run)[0] for run in (resumed, whole))
+  assert found.keys() == wanted.keys()
+  for name in wanted:
+    np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
 
 
 def primitives(jaxpr, tally):

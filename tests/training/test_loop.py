@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,6 +22,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import rewards
 from tpgrpo_jax.flow import schedule
 from tpgrpo_jax.runs import checkpoint, preemption
+from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import loop
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
@@ -369,6 +371,24 @@ def test_every_program_is_compiled_once(make_config, one_device, caplog):
   for program in ("sample_microbatch", "train_step", "assign", "sample"):
     compiled = [line for line in lines if f"Finished XLA compilation of jit({program})" in line]
     assert len(compiled) == 1, program
+
+
+def test_trajectories_of_an_epoch_are_gone_before_the_next_one_samples(
+  make_config, one_device, monkeypatch
+):
+  made, alive = [], []
+  sample = epoch_lib.sample_epoch
+
+  def watched(*args):
+    alive.extend(ref() for ref in made if ref() is not None)
+    sampled = sample(*args)
+    made.extend(weakref.ref(a) for t in sampled.rollout.transitions for a in (t.x, t.x_next))
+    assert all(t.velocity is None for t in sampled.rollout.transitions)  # no loss reads it
+    return sampled
+
+  monkeypatch.setattr(epoch_lib, "sample_epoch", watched)
+  loop.train(make_config())
+  assert len(made) == 2 * CHUNKS * 3 and not alive
 
 
 def test_windows_of_seed_one_differ_between_epochs(make_config):

@@ -195,6 +195,7 @@ def complete(
     [segments, B, h, w, c] the completed latents of x[0] ... x[W-1], for each stride in turn. The
     trajectory's own `final` is the completion of its last state.
   """
+  assert trajectory.velocity is not None
   wide = lambda levels: jnp.asarray(levels)[:, None, None, None, None]
   sigma, sigma_next = map(wide, plan.first)
   # What a multistep solver remembers of a step: its data prediction.

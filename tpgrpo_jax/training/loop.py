@@ -153,6 +153,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
         epoch_lib.save_rollout(run_dir, epoch + 1, sampled)
       totals["evaluations"] += round(sampled.evaluations * len(sampled.rollout.prompts))
       totals["samples"] += len(sampled.rollout.prompts)
+      del sampled  # its trajectories leave the devices before the next ones are made
       totals["flops"] = totals.get("flops", 0.0) + session.meter.total()
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
       sink.write({"epoch": epoch + 1, "kind": "train", **totals_row(totals), **train_row})

@@ -16,7 +16,7 @@ from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.credit import branch, stepwise
 from tpgrpo_jax.flow import branching, completion, sampler
 from tpgrpo_jax.runs import metrics, preemption, processes
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import build, losses
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
@@ -227,8 +227,9 @@ def sample_microbatch(
     latents = jnp.concatenate([transitions.x.swapaxes(0, 1), latents], axis=1)
     levels = jnp.concatenate([transitions.sigma, levels])
   kept = lambda x: x.astype(config.sampler.latents)  # without loss: they were rounded to it
+  velocity = transitions.velocity if losses.reads_old_velocity(config) else None
   transitions = dataclasses.replace(
-    transitions, x=kept(transitions.x), x_next=kept(transitions.x_next)
+    transitions, x=kept(transitions.x), x_next=kept(transitions.x_next), velocity=velocity
   )
   seen = rewards.reads(config.rewards)
   if not seen.pictures:

@@ -360,7 +360,8 @@ def _shares(config, chunks, rows):
 def _take_steps(transitions, rows):
   """The Transitions of some of the steps."""
   names = ("x", "x_next", "velocity", "log_prob", "sigma", "sigma_next")
-  return dataclasses.replace(transitions, **{n: getattr(transitions, n)[rows] for n in names})
+  taken = jax.tree.map(lambda a: a[rows], {n: getattr(transitions, n) for n in names})
+  return dataclasses.replace(transitions, **taken)
 
 
 def _row_weights(asked, rng, rows, batch):
