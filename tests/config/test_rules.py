@@ -328,10 +328,13 @@ def test_missing_prompt_folder_is_refused(tmp_path):
 
 
 def test_bad_pretraining_config_is_refused():
-  config = config_lib.PretrainConfig(train=config_lib.PretrainTrain(text_dropout=1.0, updates=0))
+  config = config_lib.PretrainConfig(
+    train=config_lib.PretrainTrain(text_dropout=1.0, updates=0, output_dtype="float8")
+  )
   message = message_of(rules.validate_pretrain, config)
   assert_line(message, ("train.text_dropout=1.0:", "must be in [0, 1)"))
   assert_line(message, ("train.updates=0:", "must be at least 1"))
+  assert_line(message, ("train.output_dtype='float8'", "bfloat16"))
   config = config_lib.PretrainConfig(model=config_lib.Model(path="somewhere"))
   message = message_of(rules.validate_pretrain, config)
   assert_line(message, ("model.path='somewhere':", "must be empty", "`output`"))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.config import names
@@ -62,16 +63,17 @@ def test_loss_of_the_true_velocity_is_zero():
   assert float(loss) == pytest.approx(0.0, abs=1e-9)
 
 
-def test_noise_levels_are_logit_normal():
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_noise_levels_are_logit_normal_about_the_mean(mean):
   def as_given(params, x, sigma, condition):
     return x  # of data 0: sigma noise, so the loss is that of (1 - sigma)^2
 
   loss = pretraining.flow_matching_loss(
-    as_given, {}, jax.random.key(0), jnp.zeros((8192, 2, 2, 3)), None
+    as_given, {}, jax.random.key(0), jnp.zeros((8192, 2, 2, 3)), None, logit_mean=mean
   )
   z = np.linspace(-8, 8, 20001)
   weights = np.exp(-(z**2) / 2)
-  wanted = np.average((1 - 1 / (1 + np.exp(-z))) ** 2, weights=weights)
+  wanted = np.average((1 - 1 / (1 + np.exp(-(mean + z)))) ** 2, weights=weights)
   assert float(loss) == pytest.approx(wanted, rel=0.05)  # 8,192 levels: a standard error of 1 %
 
 
@@ -81,7 +83,7 @@ def test_a_run_writes_a_model_that_a_recipe_opens(tmp_path, single_mesh, one_dev
     run=config_lib.Run(str(tmp_path / "run")),
     output=str(tmp_path / "model"),
     model=config_lib.Model("tiny_shapes"),
-    train=config_lib.PretrainTrain(updates=2, batch=4, log_every=1),
+    train=config_lib.PretrainTrain(updates=2, batch=4, log_every=1, output_dtype="bfloat16"),
     eval=config_lib.Eval(every=2, num_steps=1, prompts=6, batch=6, rewards=("shapes",)),
   )
   assert pretraining.pretrain(config) == tmp_path / "model"
@@ -89,6 +91,10 @@ def test_a_run_writes_a_model_that_a_recipe_opens(tmp_path, single_mesh, one_dev
   assert [row["update"] for row in rows] == [1, 2, 2]
   assert "reward/shapes/exact" in rows[-1]
   assert hf.load_config(tmp_path / "model") == tiny.SHAPES.config
+  with safetensors.safe_open(
+    tmp_path / "model" / "diffusion_pytorch_model.safetensors", "np"
+  ) as file:
+    assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
   used = config_lib.Config(model=config_lib.Model("tiny_shapes", str(tmp_path / "model")))
   model = build.build_model(used, single_mesh, ["a red circle"])
   assert model.pipeline.latent_shape == (32, 32, 3)

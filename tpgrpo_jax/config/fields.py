@@ -350,11 +350,16 @@ class PretrainTrain:
 
   Attributes:
     text_dropout: share of samples whose text is dropped, so that guidance works afterwards.
+    logit_mean: of the noise levels, sigma = 1 / (1 + exp(-(logit_mean + z))) with z ~ N(0, 1). More than 0
+      trains the high ones more, where large plain pictures are laid out (SD3's shift by resolution).
+    output_dtype: of the weights as they are written: float32, or bfloat16 in half of the bytes.
   """
 
   updates: int = 2150
   batch: int = 128
   text_dropout: float = 0.1
+  logit_mean: float = 0.0
+  output_dtype: str = "float32"
   log_every: int = 50
 
 

@@ -381,6 +381,9 @@ def _pretrain(config) -> Iterator[str]:
     )
   if not 0 <= t.text_dropout < 1:
     yield f"train.text_dropout={t.text_dropout}: must be in [0, 1)."
+  if not math.isfinite(t.logit_mean):
+    yield f"train.logit_mean={t.logit_mean}: must be finite. 0 trains all noise levels alike."
+  yield from _check_names([("train.output_dtype", t.output_dtype, names.DTYPES, False)])
   yield from _check_names(
     ("eval.rewards", name, names.REWARD_NAMES, True) for name in config.eval.rewards
   )

@@ -86,7 +86,7 @@ TEXT = BuiltIn(
 SHAPES = BuiltIn(
   ASSETS / "tiny_shapes",
   (32, 32, 3),
-  _sizes(32, 3, byte_text.word_embedding_dim(WORDS, 10), layers=2, heads=6),
+  _sizes(32, 3, byte_text.word_embedding_dim(WORDS, 10), layers=3, heads=6),
   _reads_words,
   _encode_words,
 )

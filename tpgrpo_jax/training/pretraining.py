@@ -58,10 +58,12 @@ def flow_matching_loss(
   key: jax.Array,
   data: jax.Array,
   condition: types.Condition,
+  *,
+  logit_mean: float = 0.0,
 ) -> jax.Array:
   """mean (v(x, sigma) - (noise - data))^2 at x = (1 - sigma) data + sigma noise.
 
-  sigma is logit-normal(0, 1), as SD3 was trained (arXiv 2403.03206).
+  sigma is logit-normal(logit_mean, 1), as SD3 was trained (arXiv 2403.03206).
 
   Args:
     velocity_fn: the model.
@@ -69,9 +71,10 @@ def flow_matching_loss(
     key: for sigma and noise.
     data: [B, h, w, c].
     condition: leading axis B.
+    logit_mean: more than 0 trains high noise levels more.
   """
   sigma_key, noise_key = jax.random.split(key)
-  sigma = jax.nn.sigmoid(jax.random.normal(sigma_key, data.shape[:1]))
+  sigma = jax.nn.sigmoid(logit_mean + jax.random.normal(sigma_key, data.shape[:1]))
   noise = jax.random.normal(noise_key, data.shape)
   s = sigma.reshape(-1, *(1,) * (data.ndim - 1))
   velocity = velocity_fn(params, (1 - s) * data + s * noise, sigma, condition)
@@ -115,7 +118,7 @@ def pretrain(config: config_lib.PretrainConfig) -> pathlib.Path:
           metrics.write(json.dumps({"update": step, "loss": float(loss)}) + "\n")
           metrics.flush()
         if step % config.eval.every == 0 or step == config.train.updates:
-          _save(output, sizes, lora.merge_trees(state.ema, buffers))
+          _save(output, sizes, lora.merge_trees(state.ema, buffers), config.train.output_dtype)
           result = evaluate(state.ema)
           metrics.write(json.dumps({"update": step, "kind": "eval", **result.row}) + "\n")
           sheet = evaluation.grid(result.images[:32], [p.text for p in result.prompts[:32]])
@@ -156,14 +159,16 @@ def _update(velocity_fn, optimizer, config, state, buffers, key, pixels, conditi
 
   def loss_fn(params):
     split = {"trainable": params, "frozen": buffers}
-    return flow_matching_loss(velocity_fn, split, key, data, condition)
+    mean = config.train.logit_mean
+    return flow_matching_loss(velocity_fn, split, key, data, condition, logit_mean=mean)
 
   loss, grads = jax.value_and_grad(loss_fn)(state.trainable)
   return state_lib.apply_gradients(state, grads, optimizer, config.ema), loss
 
 
-def _save(output, config, params):
+def _save(output, config, params, dtype):
   """Writes beside the target and swaps, so that a cut never leaves half a model."""
+  params = jax.tree.map(lambda a: a.astype(dtype), params)
   beside = output.with_name(output.name + ".new")
   hf.save_transformer(beside, config, jax.device_get(params))
   shutil.rmtree(output, ignore_errors=True)
