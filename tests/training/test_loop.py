@@ -232,6 +232,28 @@ def test_finished_run_started_again_changes_nothing(uninterrupted, one_device):
   assert path.read_bytes() == before
 
 
+def test_shorter_run_is_refused_and_nothing_is_rewritten(uninterrupted, make_config, one_device):
+  folder = pathlib.Path(uninterrupted.run.dir)
+  files = lambda: {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+  before = files()
+  with pytest.raises(ValueError, match="train.epochs=2: the run in .* has finished 3"):
+    loop.train(make_config({"run.dir": uninterrupted.run.dir, "train.epochs": 2}))
+  assert files() == before
+
+
+@pytest.mark.parametrize("done, why", [(0, "of a run without a checkpoint"), (1, "after epoch 1")])
+def test_rows_that_a_resume_drops_are_said(
+  done, why, make_config, one_device, monkeypatch, tmp_path, capsys
+):
+  (tmp_path / "run").mkdir()
+  rows = [{"epoch": e, "kind": "train"} for e in range(3)]
+  (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+  monkeypatch.setattr(loop, "_restore_or_start", lambda *_: ({}, {"epoch": done}))
+  monkeypatch.setattr(loop, "_train", lambda *_: {})
+  loop.train(make_config())
+  assert f"drops {3 - 2 * done} rows of metrics.jsonl {why}" in capsys.readouterr().err
+
+
 def test_metrics_hold_every_row_once(uninterrupted):
   rows = [(row["kind"], row["epoch"]) for row in left_behind.rows(uninterrupted)]
   wanted = [("eval", 0)]

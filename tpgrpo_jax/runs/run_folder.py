@@ -25,12 +25,13 @@ from tpgrpo_jax.runs import processes
 
 RESUMABLE_FIELDS = (
     "run.*", "train.epochs", "train.updates", "train.log_every", "output",
-    "eval.every", "eval.patience", "eval.judge_prompts", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
+    "eval.*", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
     "text.cache", "prompts.cache", "text.device", "vae.images_per_chunk", "scoring.*",
 )  # fmt: skip
 """Config fields that may differ when a run is resumed: they do not change what is learned.
 
-`train.epochs` does where the learning rate falls towards the last of them: see `check_config`.
+`train.epochs` does where the learning rate falls towards the last of them: see `check_config`. Scores of another
+`eval` cannot be compared, so the best weights are then chosen anew (runs.best). docs/launch.md lists them.
 """
 
 _LOCK_FILE = ".lock"
@@ -222,6 +223,21 @@ def check_config(
       f"run.dir={os.fspath(run_dir)!r}: this folder was made by another config.\n"
       + "\n".join(lines)
       + "\nTo resume it, set the old value; to start anew, use another run.dir."
+    )
+
+
+def check_length(run_dir: os.PathLike | str, epochs: int, finished: int | None) -> None:
+  """Raises ValueError for a run that is to be shorter than it is.
+
+  Args:
+    run_dir: the run's folder.
+    epochs: train.epochs, asked for now.
+    finished: of its newest checkpoint; None where it has none.
+  """
+  if finished is not None and epochs < finished:
+    raise ValueError(
+      f"train.epochs={epochs}: the run in {os.fspath(run_dir)} has finished {finished}; must be as many or "
+      f"more. Leave it {finished}, or use another run.dir."
     )
 
 

@@ -60,25 +60,37 @@ def train(config: config_lib.Config) -> dict[str, float]:
 def _train_in_folder(session, notice):
   """Resumes or starts, and trains to the end, or until it is asked to end."""
   config, run_dir = session.config, epath.Path(session.config.run.dir)
-  run_folder.save_config(run_dir, config)
   with (
     jax.set_mesh(session.mesh),
     _open_checkpoints(run_dir, config.checkpoint) as checkpoints,
   ):
+    run_folder.check_length(run_dir, config.train.epochs, checkpoints.latest())
+    run_folder.save_config(run_dir, config)
     on_chunk = functools.partial(preemption.agree, notice)
     session = calibration.calibrated(session, on_chunk)
     session.old_scores.load(run_dir)
     state, totals = _restore_or_start(session, checkpoints)
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
     done = int(totals["epoch"])
-    run_folder.truncate_metrics(run_dir / "metrics.jsonl", done + 1 if done else 0)
+    dropped = run_folder.truncate_metrics(run_dir / "metrics.jsonl", done + 1 if done else 0)
+    if dropped:
+      why = f"after epoch {done}, its newest checkpoint" if done else "of a run without a checkpoint"
+      notices.say(f"{run_dir}: drops {dropped} rows of metrics.jsonl {why}; they will come again")
     with (
       metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink,
       contextlib.closing(
-        best_lib.BestWeights(run_dir, config.checkpoint.best, start=not done)
+        best_lib.BestWeights(
+          run_dir, config.checkpoint.best, start=not done, kind=_kind_of_evaluation(config)
+        )
       ) as best,
     ):
       return _train(session, state, totals, checkpoints, best, sink, run_dir, notice)
+
+
+def _kind_of_evaluation(config):
+  """What makes scores of two evaluations comparable."""
+  settings = config.eval
+  return {"prompts": settings.prompts, "num_steps": settings.num_steps, "rewards": settings.rewards}
 
 
 def _open_checkpoints(run_dir, settings):
