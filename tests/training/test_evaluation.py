@@ -142,3 +142,19 @@ def test_eval_rewards_by_name_are_those_of_the_config(config_in, single_mesh, tm
   reward_fn = session_lib.build_eval_rewards(config, single_mesh)
   _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])()
   assert scores.keys() == {"jpeg_compressibility", "coarse"}
+
+
+def test_captions_hold_prompt_reading_and_named_scores_a_line_each():
+  prompts = [Prompt("a CAT", {}), Prompt("a DOG", {})]
+  scores = {"ocr": np.array([0.2124, 1.0]), "pickscore": np.array([21.5, -0.25])}
+  found = evaluation.Evaluation({}, scores, np.zeros((2, 40, 96, 3), np.uint8), prompts, ["CA", ""])
+  captions = evaluation.captions(found)
+  assert captions == [
+    ("a CAT", "CA", "ocr=.212 pickscore=21.500"), ("a DOG", "", "ocr=1.000 pickscore=-.250"),
+  ]  # fmt: skip
+  three = evaluation.grid(found.images, captions, columns=1, scale=1)
+  one = evaluation.grid(found.images, ["a CAT", "a DOG"], columns=1, scale=1)
+  assert len(three) - len(one) == 2 * 2 * 14  # two more lines under each of two pictures
+  written = lambda sheet, top: bool((sheet[top : top + 14] < 128).any())
+  assert [written(three, 44 + 14 * line) for line in range(3)] == [True] * 3
+  assert evaluation.captions(found._replace(readings=()))[0][1] == ""

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import pathlib
+import re
 import tempfile
 import time
 from typing import Any
@@ -16,7 +17,7 @@ import tqdm
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.runs import best as best_lib
-from tpgrpo_jax.runs import checkpoint, metrics, preemption, processes, run_folder
+from tpgrpo_jax.runs import boards, checkpoint, metrics, preemption, processes, run_folder
 from tpgrpo_jax.training import calibration, evaluation, judging, notices
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
@@ -36,7 +37,7 @@ def train(config: config_lib.Config) -> dict[str, float]:
     Preempted: the process was asked to end; the finished epochs are saved.
   """
   config = config_lib.name_run(config)
-  metrics.check_sinks(config.log)
+  boards.check(config.log)
   run_dir = config.run.dir
   with (
     run_folder.named_errors(run_dir),
@@ -72,12 +73,17 @@ def _train_in_folder(session, notice):
     state, totals = _restore_or_start(session, checkpoints)
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
     done = int(totals["epoch"])
-    dropped = run_folder.truncate_metrics(run_dir / "metrics.jsonl", done + 1 if done else 0)
+    next_epoch = done + 1 if done else 0
+    dropped = run_folder.truncate_metrics(run_dir / "metrics.jsonl", next_epoch)
     if dropped:
-      why = f"after epoch {done}, its newest checkpoint" if done else "of a run without a checkpoint"
+      why = (
+        f"after epoch {done}, its newest checkpoint" if done else "of a run without a checkpoint"
+      )
       notices.say(f"{run_dir}: drops {dropped} rows of metrics.jsonl {why}; they will come again")
     with (
-      metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink,
+      metrics.MetricsLog(
+        run_dir, config.log, dataclasses.asdict(config), next_epoch=next_epoch
+      ) as sink,
       contextlib.closing(
         best_lib.BestWeights(
           run_dir, config.checkpoint.best, start=not done, kind=_kind_of_evaluation(config)
@@ -277,18 +283,16 @@ def _evaluate(session, state, totals, best, sink, run_dir, on_chunk):
   sink.write(row)
   if not processes.is_first():
     return row
-  captions = [p.text for p in result.prompts[:GRID_IMAGES]]
-  sheet = evaluation.grid(result.images[:GRID_IMAGES], captions)
+  images, captions = result.images[:GRID_IMAGES], evaluation.captions(result)[:GRID_IMAGES]
+  sheet = evaluation.grid(images, captions)
   content = io.BytesIO()
   Image.fromarray(sheet).save(content, "PNG")
   run_folder.write(run_dir / "images" / f"eval_{number:05d}.png", content.getvalue())
-  sink.image("eval/samples", sheet, number)
+  lines = [" | ".join(filter(None, caption)) for caption in captions]
+  sink.pictures("eval/samples", sheet, images, lines, number)
   return row
 
 
 def _shown(row):
-  return " ".join(
-    f"{k.split('/')[1]}={v:.3f}".replace("=0.", "=.")
-    for k, v in row.items()
-    if k.startswith("reward/") and k.endswith("/mean") and k != "reward/mean"
-  )
+  means = {k.split("/")[1]: v for k, v in row.items() if re.fullmatch(r"reward/[^/]+/mean", k)}
+  return evaluation.named(means)
