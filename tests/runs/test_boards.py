@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases show a resumed run as one curve, read back from the files that they keep."""
+"""TensorBoard and Weights & Biases show a resumed run as one curve, read back from their own files."""
 
 import json
 import pathlib

@@ -56,7 +56,7 @@ class TensorBoard:
 class WandB:
   """Sends rows to Weights & Biases, or keeps them below <run_dir>/wandb where WANDB_MODE=offline.
 
-  Its steps are epochs. They only grow: of rows that are written again the first ones stay, which are the same.
+  Its steps are epochs. They only grow: of rows that are written again the first ones stay.
   """
 
   def __init__(self, run_dir: os.PathLike | str, log: config_lib.Log, config: Any):
@@ -115,7 +115,7 @@ def check(log: config_lib.Log) -> None:
 
 
 def keep_id(run_dir: os.PathLike | str, asked: str) -> str:
-  """The run's id: as asked, else the one in the run folder, else $WANDB_RUN_ID, else a new one; kept there."""
+  """The run's id: as asked, else the run folder's, else $WANDB_RUN_ID, else a new one; kept there."""
   path = epath.Path(run_dir) / ID_FILE
   kept = path.read_text().strip() if path.exists() else ""
   found = asked or kept or os.environ.get("WANDB_RUN_ID", "") or secrets.token_hex(4)

@@ -30,8 +30,9 @@ RESUMABLE_FIELDS = (
 )  # fmt: skip
 """Config fields that may differ when a run is resumed: they do not change what is learned.
 
-`train.epochs` does where the learning rate falls towards the last of them: see `check_config`. Scores of another
-`eval` cannot be compared, so the best weights are then chosen anew (runs.best). docs/launch.md lists them.
+`train.epochs` does where the learning rate falls towards the last of them: see `check_config`. Scores of
+another `eval` cannot be compared, so the best weights are then chosen anew (runs.best). docs/launch.md lists
+the fields.
 """
 
 _LOCK_FILE = ".lock"

@@ -18,7 +18,7 @@ from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import build, progress
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
@@ -87,18 +87,21 @@ def make_sample_fn(
     shards = mesh_lib.batch_shards(mesh)
     size = -(-min(config.eval.batch, len(prompts)) // shards) * shards
     images = []
-    for first in range(0, len(prompts), size):
-      on_chunk(None)
-      index = np.arange(first, first + size, dtype=np.int32)
-      # The last batch is filled up with its own last prompt, so that one program serves all.
-      asked = [prompts[min(int(i), len(prompts) - 1)] for i in index]
-      group = np.stack([index, np.zeros_like(index)], axis=1)
-      placed = (group, method_lib.build_condition(config, model, asked))
-      placed = processes.put_batch(mesh, placed)
-      painted, latents, is_finite = sample(params, jax.random.key(seed), *placed)
-      _check_finite(processes.fetch(is_finite), types.texts_of(asked))
-      look(latents, method_lib.positive(placed[1]))
-      images.append(processes.fetch(painted))
+    with progress.Bar("pictures", len(prompts), "pictures") as bar:
+      for first in range(0, len(prompts), size):
+        on_chunk(None)
+        index = np.arange(first, first + size, dtype=np.int32)
+        # The last batch is filled up with its own last prompt, so that one program serves all.
+        asked = [prompts[min(int(i), len(prompts) - 1)] for i in index]
+        group = np.stack([index, np.zeros_like(index)], axis=1)
+        placed = (group, method_lib.build_condition(config, model, asked))
+        placed = processes.put_batch(mesh, placed)
+        with progress.first("the evaluation", sample):
+          painted, latents, is_finite = sample(params, jax.random.key(seed), *placed)
+        _check_finite(processes.fetch(is_finite), types.texts_of(asked))
+        look(latents, method_lib.positive(placed[1]))
+        images.append(processes.fetch(painted))
+        bar.advance(min(size, len(prompts) - first))
     return np.concatenate(images)[: len(prompts)]
 
   return run

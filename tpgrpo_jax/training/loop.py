@@ -18,7 +18,7 @@ import tqdm
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.runs import best as best_lib
 from tpgrpo_jax.runs import boards, checkpoint, metrics, preemption, processes, run_folder
-from tpgrpo_jax.training import calibration, evaluation, judging, notices
+from tpgrpo_jax.training import calibration, evaluation, judging, notices, progress
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -51,9 +51,9 @@ def train(config: config_lib.Config) -> dict[str, float]:
         run_folder.check_config(run_dir, config)
 
     processes.on_first(open_folder)
-    notices.say(notices.start(config))
+    progress.say(notices.start(config))
     session = session_lib.open_session(config)
-    notices.say(notices.opened(config, session.model, session.method))
+    progress.say(notices.opened(config, session.model, session.method))
     with preemption.watch() as notice:
       return _train_in_folder(session, notice)
 
@@ -79,7 +79,7 @@ def _train_in_folder(session, notice):
       why = (
         f"after epoch {done}, its newest checkpoint" if done else "of a run without a checkpoint"
       )
-      notices.say(f"{run_dir}: drops {dropped} rows of metrics.jsonl {why}; they will come again")
+      progress.say(f"{run_dir}: drops {dropped} rows of metrics.jsonl {why}; they will come again")
     with (
       metrics.MetricsLog(
         run_dir, config.log, dataclasses.asdict(config), next_epoch=next_epoch
@@ -187,7 +187,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
       bar.set_postfix_str(shown, refresh=False)
       bar.update()
       if bar.disable:  # a log file has whole lines
-        notices.say(
+        progress.say(
           f"epoch {epoch + 1}/{config.train.epochs}: {shown}, {train_row['time/epoch']:.1f} s"
         )
   with saved_on_failure(state, totals):
