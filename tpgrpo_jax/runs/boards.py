@@ -80,7 +80,7 @@ class WandB:
         resume="allow",
         allow_val_change=True,  # a resume may change some fields
       )
-    except wandb.errors.Error as error:
+    except wandb.Error as error:
       raise ValueError(
         f"log.wandb=True: wandb says: {error}. Run wandb login, or set WANDB_MODE=offline."
       ) from error

@@ -36,6 +36,7 @@ the fields.
 """
 
 _LOCK_FILE = ".lock"
+_A_FILE = "it, or a part of it, is a file; must be a folder. Name another run.dir."
 _OF_STORAGE = {
   errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG
 }  # fmt: skip
@@ -92,9 +93,7 @@ def hold(run_dir: os.PathLike | str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / _LOCK_FILE, "a+")
   except (FileExistsError, NotADirectoryError) as error:
-    raise ValueError(
-      f"{field}: it, or a part of it, is a file; must be a folder. Name another run.dir."
-    ) from error
+    raise ValueError(f"{field}: {_A_FILE}") from error
   except OSError as error:
     raise ValueError(
       f"{field}: cannot be written to ({error.strerror}). Mend its permissions, or name another run.dir."
@@ -111,15 +110,41 @@ def hold(run_dir: os.PathLike | str) -> Iterator[None]:
         )
         yield
         return
-      lock.seek(0)
-      raise ValueError(
-        f"{field}: {lock.read().strip() or 'another process'} is training in it: must be one run at "
-        "a time. Wait for it or stop it, or name another run.dir."
-      ) from error
+      raise _taken(field, lock) from error
     lock.truncate(0)
     lock.write(owner)
     lock.flush()
     yield
+
+
+def check_free(run_dir: os.PathLike | str) -> None:
+  """Raises what `hold` would, as far as one sees it without making or writing anything."""
+  if is_remote(run_dir):
+    return
+  folder, field = pathlib.Path(run_dir), f"run.dir={os.fspath(run_dir)!r}"
+  nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+  if not nearest.is_dir():
+    raise ValueError(f"{field}: {_A_FILE}")
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    raise ValueError(
+      f"{field}: cannot be written to ({nearest}). Mend its permissions, or name another run.dir."
+    )
+  if not (folder / _LOCK_FILE).is_file():
+    return
+  with open(folder / _LOCK_FILE) as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno not in _WITHOUT_LOCKS:
+        raise _taken(field, lock) from error
+
+
+def _taken(field, lock):
+  lock.seek(0)
+  return ValueError(
+    f"{field}: {lock.read().strip() or 'another process'} is training in it: must be one run at "
+    "a time. Wait for it or stop it, or name another run.dir."
+  )
 
 
 def _claim_remote(run_dir, field, owner):

@@ -96,8 +96,8 @@ def sample_epoch(
     )
   credit, advantage, weight = _assign_credit(session, rolled, key)
   _check_credit_is_finite(config, credit, prompts)
-  evaluations, peak = float(np.mean(evaluations)), memory.peak_row("rollout")
-  return Sampled(rolled, credit, advantage, weight, evaluations, began, peak)
+  peak = memory.peak_row("rollout")
+  return Sampled(rolled, credit, advantage, weight, float(np.mean(evaluations)), began, peak)
 
 
 def _sample_order(config, epoch):

@@ -108,26 +108,16 @@ def _open_checkpoints(run_dir, settings):
 def _restore_or_start(session, checkpoints):
   """(state, totals) of the newest checkpoint, or of a run that begins."""
   config, run_dir = session.config, session.config.run.dir
-  model = f"model.path={config.model.path!r}"
-  weights = {part: (model, name) for part, name in session.model.identity.items()}
-  files = weights | {
-    "prompts": (f"prompts.path={config.prompts.path!r}", session.train_prompts.identity)
-  }
   if checkpoints.latest() is None:
     state = session_lib.init_state(session)
     spent = calibration.evaluations(session)
     totals = {"epoch": 0, "evaluations": spent, "samples": 0, "seconds": 0.0}
   else:
     state, totals = checkpoints.restore(session_lib.abstract_state(session))
-    for name, (field, identity) in files.items():
-      if totals.get(name, identity) != identity:
-        raise ValueError(
-          f"{field}: its files ({name}) have changed since the run in {run_dir} began. To resume it, "
-          "bring them back; to train on the new ones, use another run.dir."
-        )
+    session_lib.check_files(session, totals)
     if processes.is_first():
       tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")
-  return state, totals | {name: identity for name, (_, identity) in files.items()}
+  return state, totals | {k: identity for k, (_, identity) in session_lib.files_of(session).items()}
 
 
 def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
@@ -149,13 +139,13 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
   first, row = totals["epoch"], _last_row(run_dir, "eval")
   clock = time.perf_counter() - totals["seconds"]
   # The row is missing at the start, and where a run was cut between a checkpoint and its evaluation.
-  if _is_due(config, first) and row.get("epoch") != first:
+  if is_due(config, first) and row.get("epoch") != first:
     row = evaluate()
   quiet = not processes.is_first()
   hidden = True if quiet else None  # None: where stderr is no terminal
   with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs", disable=hidden) as bar:
     for epoch in range(first, config.train.epochs):
-      if _is_due(config, epoch) and has_stalled(epoch):
+      if is_due(config, epoch) and has_stalled(epoch):
         checkpoints.save(epoch, state, totals, force=True)
         if not quiet:
           tqdm.tqdm.write(
@@ -180,7 +170,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
       if checkpoints.preempted:
         checkpoints.wait()
         raise preemption.Preempted
-      if _is_due(config, epoch + 1):
+      if is_due(config, epoch + 1):
         row = evaluate()
         totals["seconds"] = time.perf_counter() - clock
       shown = f"reward {train_row['reward/mean']:.3f}, held_out {_shown(row)}"
@@ -195,7 +185,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
   return {name: value for name, value in row.items() if name.startswith(("reward/", "image/"))}
 
 
-def _is_due(config, done):
+def is_due(config, done):
   """Whether the weights after `done` epochs are evaluated."""
   every = config.eval.every
   return done in (0, config.train.epochs) or bool(every and done % every == 0)
