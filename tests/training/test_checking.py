@@ -4,10 +4,11 @@ import dataclasses
 import pathlib
 import re
 
+import jax
 import pytest
 import scripted_rewards
 
-from tpgrpo_jax import rewards
+from tpgrpo_jax import rewards, version
 from tpgrpo_jax.cost import hardware
 from tpgrpo_jax.forecasting import checking
 from tpgrpo_jax.runs import metrics, run_folder
@@ -50,7 +51,13 @@ def test_a_new_run_is_counted_and_its_rewards_are_asked(make_config, one_mesh, t
   }
   text = checked(make_config(ONE_EPOCH | fields | {"train.epochs": 5}))
   assert not (tmp_path / "run").exists()
+  assert (
+    f"tpgrpo_jax {version.installed()}, jax {jax.__version__}: " in text and "mesh data" in text
+  )
   assert "5 epochs of 4 prompts x 4 samples" in text
+  assert re.search(
+    r"trains [\d,]+ parameters .* an epoch is 16 samples, \d+ evaluations of the model", text
+  )
   # 128 / 255, in thousandths; a plain picture is a small file.
   assert re.search(
     r"gray picture of 48 x 24 for '[A-Z]{3}': coarse=\.502 jpeg_compressibility=", text
@@ -124,3 +131,12 @@ def test_on_known_devices_memory_and_least_time_are_said(make_config, one_mesh, 
   monkeypatch.setattr(hardware, "find_chip", lambda *_: dataclasses.replace(chip, hbm=1e4))
   with pytest.raises(ValueError, match="GiB of each device, which has 0.00"):
     checked(make_config(ONE_EPOCH))
+
+
+def test_a_run_says_what_it_is_before_it_opens_anything(make_config, monkeypatch, capsys):
+  monkeypatch.setattr(loop.session_lib, "open_session", lambda _: 1 / 0)
+  config = make_config(ONE_EPOCH)
+  with pytest.raises(ZeroDivisionError):
+    loop.train(config)
+  said = capsys.readouterr().err
+  assert version.installed() in said and f"{config.run.dir}: 1 epochs of 4 prompts" in said
