@@ -530,8 +530,9 @@ def test_interrupted_command_saves_and_the_same_one_goes_on(command, whole_comma
 
 # The real command in a terminal. It says when the moment has come, and gives the user a second to type.
 AT_A_TERMINAL = """
-import fcntl, os, runpy, sys, termios, time
+import fcntl, os, runpy, signal, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
 moment = sys.argv.pop()
 
 from jax import monitoring
