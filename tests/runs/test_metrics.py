@@ -173,14 +173,6 @@ def test_number_that_json_cannot_hold_becomes_text(tmp_path):
   assert (strict["a"], strict["b"]) == ("nan", "inf")
 
 
-def test_tensorboard_gets_the_numbers_by_kind(tmp_path, monkeypatch):
-  written = []
-  with open_log(tmp_path, tensorboard=True) as log:
-    monkeypatch.setattr(log._board, "add_scalar", lambda *arguments: written.append(arguments))
-    log.write({"epoch": 3, "kind": "eval", "reward/mean": 0.5})
-  assert written == [("eval/reward/mean", 0.5, 3)]
-
-
 def test_missing_wandb_is_named_with_the_pip_command(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
   with pytest.raises(ValueError, match="log.wandb=True: wandb is missing. pip install wandb"):

@@ -1,12 +1,16 @@
 """Evaluation paints the same images whatever the batch, and its grid shows all of them."""
 
+import json
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from tpgrpo_jax.training import build, evaluation
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.runs import metrics
+from tpgrpo_jax.training import build, evaluation, loop, scoring
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.types import Prompt
 
@@ -142,3 +146,41 @@ def test_eval_rewards_by_name_are_those_of_the_config(config_in, single_mesh, tm
   reward_fn = session_lib.build_eval_rewards(config, single_mesh)
   _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])()
   assert scores.keys() == {"jpeg_compressibility", "coarse"}
+
+
+def test_captions_hold_prompt_reading_and_named_scores_a_line_each():
+  prompts = [Prompt("a CAT", {}), Prompt("a DOG", {})]
+  scores = {"ocr": np.array([0.2124, 1.0]), "pickscore": np.array([21.5, -0.25])}
+  found = evaluation.Evaluation({}, scores, np.zeros((2, 40, 96, 3), np.uint8), prompts, ["CA", ""])
+  captions = evaluation.captions(found)
+  assert captions == [
+    ("a CAT", "CA", "ocr=.212 pickscore=21.500"), ("a DOG", "", "ocr=1.000 pickscore=-.250"),
+  ]  # fmt: skip
+  three = evaluation.grid(found.images, captions, columns=1, scale=1)
+  one = evaluation.grid(found.images, ["a CAT", "a DOG"], columns=1, scale=1)
+  assert len(three) - len(one) == 2 * 2 * 14  # two more lines under each of two pictures
+  written = lambda sheet, top: bool((sheet[top : top + 14] < 128).any())
+  assert [written(three, 44 + 14 * line) for line in range(3)] == [True] * 3
+  assert evaluation.captions(found._replace(readings=()))[0][1] == ""
+
+
+def test_scores_are_kept_before_pictures_are_drawn(tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluation, "grid", lambda *_, **__: 1 / 0)
+  images, prompts = np.zeros((2, 8, 16, 3), np.uint8), WORDS[:2]
+  scores = {"a": np.array([0.25, 0.75], np.float32)}
+  result = {"rewards": {}, "samples": [{"prompt": "ANT", "scores": {"a": 0.25}}]}
+  with pytest.raises(ZeroDivisionError):
+    scoring.save_evaluation(result, images, tmp_path)
+  assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+  found = evaluation.Evaluation({"reward/mean": 0.5, "reward/std": 0.25}, scores, images, prompts)
+  session = SimpleNamespace(
+    config=config_lib.Config(),
+    model=SimpleNamespace(params=lambda _: {}),
+    evaluate=lambda *_: found,
+  )
+  best = SimpleNamespace(offer=lambda *_: True)
+  totals = {"epoch": 3, "evaluations": 0, "samples": 0, "seconds": 0.0}
+  with metrics.MetricsLog(tmp_path, config_lib.Log(tensorboard=False), {}) as sink:
+    with pytest.raises(ZeroDivisionError):
+      loop._evaluate(session, SimpleNamespace(ema={}), totals, best, sink, tmp_path, None)
+  assert metrics.rows_of(tmp_path)[0]["reward/mean"] == 0.5

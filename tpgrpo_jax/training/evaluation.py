@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import build, progress
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
@@ -32,12 +33,14 @@ class Evaluation(NamedTuple):
     scores: label -> [N].
     images: uint8 [N, H, W, 3].
     prompts: [N].
+    readings: [N] what a reward that reads has read; () where none does, or several processes share them.
   """
 
   row: dict[str, float]
   scores: dict[str, np.ndarray]
   images: np.ndarray
   prompts: list[types.Prompt]
+  readings: Sequence[str] = ()
 
 
 def make_sample_fn(
@@ -84,18 +87,21 @@ def make_sample_fn(
     shards = mesh_lib.batch_shards(mesh)
     size = -(-min(config.eval.batch, len(prompts)) // shards) * shards
     images = []
-    for first in range(0, len(prompts), size):
-      on_chunk(None)
-      index = np.arange(first, first + size, dtype=np.int32)
-      # The last batch is filled up with its own last prompt, so that one program serves all.
-      asked = [prompts[min(int(i), len(prompts) - 1)] for i in index]
-      group = np.stack([index, np.zeros_like(index)], axis=1)
-      placed = (group, method_lib.build_condition(config, model, asked))
-      placed = processes.put_batch(mesh, placed)
-      painted, latents, is_finite = sample(params, jax.random.key(seed), *placed)
-      _check_finite(processes.fetch(is_finite), types.texts_of(asked))
-      look(latents, method_lib.positive(placed[1]))
-      images.append(processes.fetch(painted))
+    with progress.Bar("pictures", len(prompts), "pictures") as bar:
+      for first in range(0, len(prompts), size):
+        on_chunk(None)
+        index = np.arange(first, first + size, dtype=np.int32)
+        # The last batch is filled up with its own last prompt, so that one program serves all.
+        asked = [prompts[min(int(i), len(prompts) - 1)] for i in index]
+        group = np.stack([index, np.zeros_like(index)], axis=1)
+        placed = (group, method_lib.build_condition(config, model, asked))
+        placed = processes.put_batch(mesh, placed)
+        with progress.first("the evaluation", sample):
+          painted, latents, is_finite = sample(params, jax.random.key(seed), *placed)
+        _check_finite(processes.fetch(is_finite), types.texts_of(asked))
+        look(latents, method_lib.positive(placed[1]))
+        images.append(processes.fetch(painted))
+        bar.advance(min(size, len(prompts) - first))
     return np.concatenate(images)[: len(prompts)]
 
   return run
@@ -156,9 +162,10 @@ def _evaluate(sample, reward_fn, weights, prompts, show, params, on_chunk=preemp
     exact = infos[label].get("exact")
     if exact is not None:
       row[f"reward/{label}/exact"] = float(np.mean(exact))
-  return Evaluation(
-    row | metrics.image_statistics(metrics.statistics_of_each(images)), scores, images, prompts
-  )
+  row |= metrics.image_statistics(metrics.statistics_of_each(images))
+  texts = (info["text"] for info in infos.values() if "text" in info)
+  readings = [str(text) for text in next(texts, ())]
+  return Evaluation(row, scores, images, prompts, readings if len(readings) == len(images) else ())
 
 
 class Watched:
@@ -240,6 +247,19 @@ def _numbers(info, count):
   return {n: a for n, a in arrays.items() if a.shape == (count,) and a.dtype.kind in "biuf"}
 
 
+def named(scores: Mapping[str, float]) -> str:
+  """Scores with their names: "ocr=.212 jpeg=.557"."""
+  each = (f"{label}={score:.3f}" for label, score in scores.items())
+  return " ".join(re.sub(r"=(-?)0\.", r"=\1.", line) for line in each)
+
+
+def captions(found: Evaluation) -> list[tuple[str, str, str]]:
+  """[N] (prompt, reading, scores with their names); the reading is "" where there is none."""
+  readings = found.readings or [""] * len(found.prompts)
+  each = [{label: float(s[i]) for label, s in found.scores.items()} for i in range(len(readings))]
+  return [(p.text, r, named(s)) for p, r, s in zip(found.prompts, readings, each)]
+
+
 def _cut(caption, width, draw, font):
   """As much of a caption as one line of `width` pixels holds."""
   line = " ".join(caption[: 16 * width].split())[:width]  # no letter is narrower than a pixel
@@ -248,28 +268,36 @@ def _cut(caption, width, draw, font):
 
 
 def grid(
-  images: np.ndarray, captions: Sequence[str], *, columns: int = 8, scale: int = 0
+  images: np.ndarray,
+  captions: Sequence[str | Sequence[str]],
+  *,
+  columns: int = 8,
+  scale: int = 0,
 ) -> np.ndarray:
   """Lays images uint8 [N, H, W, 3] out with a caption under each; uint8 [H', W', 3].
 
   Args:
     images: to show.
-    captions: N texts, cut to the image's width.
+    captions: N texts, or N tuples of such, one a line; each is cut to the image's width.
     columns: in a row.
     scale: enlargement; 0 chooses one that makes small images about 96 pixels wide.
   """
   count, height, width, _ = images.shape
   scale = scale or max(1, round(96 / width))
-  height, width, margin, line = height * scale, width * scale, 4, 14
+  height, width, margin = height * scale, width * scale, 4
+  texts = [(each,) if isinstance(each, str) else tuple(filter(None, each)) for each in captions]
+  line = 14 * max(map(len, texts), default=1)
   rows = -(-count // columns)
   size = (columns * (width + margin) + margin, rows * (height + line + margin) + margin)
   sheet = Image.new("RGB", size, "white")
   draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-  for i, (image, caption) in enumerate(zip(images, captions)):
+  for i, (image, lines) in enumerate(zip(images, texts)):
     left = margin + (i % columns) * (width + margin)
     top = margin + (i // columns) * (height + line + margin)
     sheet.paste(
       Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
     )
-    draw.text((left, top + height), _cut(caption, width, draw, font), fill="black", font=font)
+    for j, text in enumerate(lines):
+      place = (left, top + height + 14 * j)
+      draw.text(place, _cut(text, width, draw, font), fill="black", font=font)
   return np.asarray(sheet)
