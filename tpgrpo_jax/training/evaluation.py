@@ -32,12 +32,14 @@ class Evaluation(NamedTuple):
     scores: label -> [N].
     images: uint8 [N, H, W, 3].
     prompts: [N].
+    readings: label -> [N] texts that a reward has read in the images; empty where none reads.
   """
 
   row: dict[str, float]
   scores: dict[str, np.ndarray]
   images: np.ndarray
   prompts: list[types.Prompt]
+  readings: Mapping[str, Sequence[str]] = {}
 
 
 def make_sample_fn(
@@ -153,12 +155,14 @@ def _evaluate(sample, reward_fn, weights, prompts, show, params, on_chunk=preemp
       f"reward/{label}/mean": float(values.mean()),
       f"reward/{label}/std": float(values.std()),
     }
+    if len(values) > 1:
+      row[f"reward/{label}/standard_error"] = float(values.std(ddof=1) / np.sqrt(len(values)))
     exact = infos[label].get("exact")
     if exact is not None:
       row[f"reward/{label}/exact"] = float(np.mean(exact))
-  return Evaluation(
-    row | metrics.image_statistics(metrics.statistics_of_each(images)), scores, images, prompts
-  )
+  row |= metrics.image_statistics(metrics.statistics_of_each(images))
+  readings = {label: [*map(str, info["text"])] for label, info in infos.items() if "text" in info}
+  return Evaluation(row, scores, images, prompts, readings)
 
 
 class Watched:
@@ -258,18 +262,37 @@ def grid(
     columns: in a row.
     scale: enlargement; 0 chooses one that makes small images about 96 pixels wide.
   """
+  size, boxes = _lay_out(images, columns, scale)
+  sheet = Image.new("RGB", size, "white")
+  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+  for image, caption, (left, top, right, bottom) in zip(images, captions, boxes):
+    shown = Image.fromarray(image).resize((right - left, bottom - top), Image.Resampling.NEAREST)
+    sheet.paste(shown, (left, top))
+    draw.text((left, bottom), _cut(caption, right - left, draw, font), fill="black", font=font)
+  return np.asarray(sheet)
+
+
+def _lay_out(images, columns=8, scale=0):
+  """((width, height) of a grid's sheet, [N] boxes (left, top, right, bottom) of its pictures)."""
   count, height, width, _ = images.shape
   scale = scale or max(1, round(96 / width))
   height, width, margin, line = height * scale, width * scale, 4, 14
-  rows = -(-count // columns)
-  size = (columns * (width + margin) + margin, rows * (height + line + margin) + margin)
-  sheet = Image.new("RGB", size, "white")
-  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-  for i, (image, caption) in enumerate(zip(images, captions)):
-    left = margin + (i % columns) * (width + margin)
-    top = margin + (i // columns) * (height + line + margin)
-    sheet.paste(
-      Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
-    )
-    draw.text((left, top + height), _cut(caption, width, draw, font), fill="black", font=font)
-  return np.asarray(sheet)
+  across, down = width + margin, height + line + margin
+  corners = [(margin + i % columns * across, margin + i // columns * down) for i in range(count)]
+  size = (columns * across + margin, -(-count // columns) * down + margin)
+  return size, [(left, top, left + width, top + height) for left, top in corners]
+
+
+def describe(result: Evaluation, count: int) -> dict[str, Any]:
+  """What belongs to the first `count` pictures of `grid`, for JSON: their place, prompt, scores and readings.
+
+  Returns:
+    {"boxes": [N] of (left, top, right, bottom) in the sheet, "prompts": [N], "scores": label -> [N],
+    "readings": label -> [N]}.
+  """
+  return {
+    "boxes": _lay_out(result.images[:count])[1],
+    "prompts": [p.text for p in result.prompts[:count]],
+    "scores": {label: [*map(float, each[:count])] for label, each in result.scores.items()},
+    "readings": {label: [*each[:count]] for label, each in result.readings.items()},
+  }

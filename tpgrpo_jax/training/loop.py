@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import pathlib
 import tempfile
 import time
@@ -269,6 +270,8 @@ def _evaluate(session, state, totals, best, sink, run_dir, on_chunk):
   sheet = evaluation.grid(result.images[:GRID_IMAGES], captions)
   content = io.BytesIO()
   Image.fromarray(sheet).save(content, "PNG")
+  said = json.dumps(evaluation.describe(result, GRID_IMAGES), ensure_ascii=False)
+  run_folder.write(run_dir / "images" / f"eval_{number:05d}.json", said.encode())
   run_folder.write(run_dir / "images" / f"eval_{number:05d}.png", content.getvalue())
   sink.image("eval/samples", sheet, number)
   return row
