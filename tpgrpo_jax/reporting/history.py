@@ -328,7 +328,9 @@ def load_rollouts(run: Run) -> list[Rollout]:
       continue
     found = None
     if not run.config.advantage.per_reward:  # there the credit is of each reward for itself
-      found = credit.find_turning_points(run.config.credit.method, jnp.asarray(arrays["completion_reward"]))
+      found = credit.find_turning_points(
+        run.config.credit.method, jnp.asarray(arrays["completion_reward"])
+      )
     found = None if found is None else np.asarray(found)
     branched = run.config.sampler.rollout == "branch"
     epoch = int(path.stem.removeprefix("epoch_"))
