@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import io
 import json
+import pathlib
 
 import numpy as np
 from PIL import Image
@@ -28,6 +29,25 @@ def train_row(epoch, completions=True, **more):
   if completions:
     row |= {f"completion_reward/{k}": 0.1 * k for k in range(WINDOW)}
   return row
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+  """Plots of few pixels: drawing takes most of the time."""
+  monkeypatch.setitem(plots.STYLE, "savefig.dpi", 40)
+
+
+@pytest.fixture
+def written(monkeypatch):
+  """The seconds of refresh of the pages that watch has written, without their plots."""
+  seconds = []
+
+  def write_report(groups, output, *, refresh=0.0):
+    seconds.append(refresh)
+    return pathlib.Path(output) / "report.html"
+
+  monkeypatch.setattr(page, "write_report", write_report)
+  return seconds
 
 
 @pytest.fixture
@@ -319,7 +339,8 @@ def test_config_of_another_version_is_named(make_run, tmp_path):
 
 def test_one_seed_has_the_standard_error_over_its_prompts(make_run):
   error = {"reward/ocr/standard_error": 0.02}
-  judged = {"epoch": 4, "kind": "judge", "prompts": 9, "base/reward/ocr/mean": 0.2, "base/reward/ocr/standard_error": 0.03}  # fmt: skip
+  judged = {"epoch": 4, "kind": "judge", "prompts": 9}
+  judged |= {"base/reward/ocr/mean": 0.2, "base/reward/ocr/standard_error": 0.03}
   judged |= {"last/reward/ocr/mean": 0.6, "last/reward/ocr/standard_error": 0.04}
   judged |= {"last/gain/ocr/mean": 0.4, "last/gain/ocr/standard_error": 0.01}
   rows = [eval_row(0, 0.25, **error), eval_row(4, 0.5, **error), judged]
@@ -468,36 +489,45 @@ def test_each_picture_has_its_score_and_reading_under_it(make_run, tmp_path):
   assert colors == [(255, 0, 0), (255, 0, 0), (0, 0, 255), (0, 0, 255)]
 
 
-def test_page_renews_itself_until_the_runs_have_ended(make_run, tmp_path):
-  train = config_lib.Train(epochs=2)
-  folder = make_run("a", [], train=train)
-  metrics, lines, looks = tmp_path / "a" / "metrics.jsonl", [], []
+def test_page_is_written_again_when_the_run_has_changed_until_it_has_ended(
+  make_run, tmp_path, written
+):
+  folder = make_run("a", [], train=config_lib.Train(epochs=2))
+  rows, seen = tmp_path / "a" / "metrics.jsonl", []
   judged = {"epoch": 2, "kind": "judge", "prompts": 4}
   comes = [eval_row(0, 0.125), None, train_row(1), train_row(2), judged]
 
   def sleep(seconds):
-    looks.append(seconds)
-    path = tmp_path / "out" / "report.html"
-    lines.append('http-equiv="refresh" content="7"' in path.read_text() if path.exists() else None)
+    assert seconds == 7.0
+    seen.append(len(written))
     if (row := comes.pop(0)) is not None:
-      with metrics.open("a") as file:
+      with rows.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
   said = []
   path = watch.watch([folder], tmp_path / "out", every=7.0, say=said.append, sleep=sleep)
-  # Waits, then writes at each of the four rows and not at the look at which nothing had changed.
-  assert said[0] == "waits for the first evaluation" and len(said) == 5
-  assert lines == [None, True, True, True, True] and looks == [7.0] * 5
-  assert "0.125" in path.read_text() and "http-equiv" not in path.read_text()
-  assert not [p for p in (tmp_path / "out").iterdir() if p.suffix == ".part"]
+  # Waits for the first row, writes at each of the four, and not at the look at which nothing was new.
+  assert seen == [0, 1, 1, 2, 3] and written == [7.0, 7.0, 7.0, 0.0]
+  assert said[0] == "waits for the first evaluation"
+  assert said[-1] == f"{path}: 2 epochs; all runs have ended"
 
 
-def test_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(make_run, tmp_path):
+def test_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(make_run, tmp_path, written):
   def interrupt(seconds):
     raise KeyboardInterrupt
 
   folder = make_run("a", [eval_row(0, 0.125)])
-  path = watch.watch([folder], tmp_path / "out", every=7.0, say=lambda line: None, sleep=interrupt)
-  assert "http-equiv" not in path.read_text()
+  watch.watch([folder], tmp_path, every=7.0, say=lambda line: None, sleep=interrupt)
+  assert written == [7.0, 0.0]
   with pytest.raises(ValueError, match="nowhere"):
-    watch.watch(["nowhere"], tmp_path / "out", every=7.0)
+    watch.watch(["nowhere"], tmp_path, every=7.0)
+
+
+def test_page_of_a_running_run_loads_itself_again(make_run, tmp_path):
+  groups = history.load_runs([make_run("a", [eval_row(0, 0.125)])])
+  page.write_report(groups, tmp_path / "out", refresh=7.0)
+  path = tmp_path / "out" / "report.html"
+  assert '<meta http-equiv="refresh" content="7">' in path.read_text()
+  page.write_report(groups, tmp_path / "out")
+  assert "http-equiv" not in path.read_text()
+  assert not [*tmp_path.glob("out/*.part"), *tmp_path.glob("out/.*")]

@@ -63,7 +63,7 @@ class Log:
   Attributes:
     tensorboard: writes TensorBoard's files into the run folder.
     wandb: sends rows to Weights & Biases (pip install wandb).
-    images_every: epochs between the rollouts that the report shows, kept with rewards and pictures; 0 for none.
+    images_every: epochs between the rollouts that are kept for the report, with pictures; 0 for none.
     profile: the epoch, from 1, of which <run.dir>/profile gets an XProf trace; 0 for none.
   """
 
