@@ -72,12 +72,15 @@ def test_evaluation_reports_every_reward_with_its_exact_share(config_in, single_
     assert rows.all()
     assert texts == [p.text for p in WORDS]
     scores = {"a": np.arange(5, dtype=np.float32), "b": np.zeros(5, np.float32)}
-    return lambda: (None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1])}})
+    return lambda: (None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1]), "text": [*"UVWXY"]}})
 
   with jax.set_mesh(single_mesh):
     evaluate = evaluation.make_evaluate(config, model, single_mesh, reward_fn, WORDS)
     result = evaluate(model.params(model.trainable))
   assert result.row["reward/a/mean"] == 2.0
+  # Of 0 ... 4: sqrt(10 / 4) / sqrt(5).
+  assert result.row["reward/a/standard_error"] == pytest.approx(0.5**0.5)
+  assert result.readings == {"b": ["U", "V", "W", "X", "Y"]}
   assert result.row["reward/b/exact"] == pytest.approx(0.4)
   assert "reward/a/exact" not in result.row
   assert result.images.shape == (5, 24, 48, 3)
@@ -142,3 +145,18 @@ def test_eval_rewards_by_name_are_those_of_the_config(config_in, single_mesh, tm
   reward_fn = session_lib.build_eval_rewards(config, single_mesh)
   _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])()
   assert scores.keys() == {"jpeg_compressibility", "coarse"}
+
+
+def test_what_is_said_of_a_picture_stands_beside_its_place_in_the_grid():
+  images = np.arange(1, 11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 24, 48, 3), np.uint8)
+  prompts = [Prompt(f"P{i}", {}) for i in range(10)]
+  scores, readings = {"ocr": np.arange(10, dtype=np.float32)}, {"ocr": [f"R{i}" for i in range(10)]}
+  said = evaluation.describe(evaluation.Evaluation({}, scores, images, prompts, readings), 9)
+  sheet = evaluation.grid(images[:9], [""] * 9)
+  assert said["prompts"] == [f"P{i}" for i in range(9)]
+  assert said["scores"] == {"ocr": [*map(float, range(9))]}
+  assert said["readings"] == {"ocr": [f"R{i}" for i in range(9)]}
+  for i, (left, top, right, bottom) in enumerate(said["boxes"]):
+    assert (sheet[top:bottom, left:right] == i + 1).all()
+    assert (sheet[top - 1, left:right] != i + 1).all() and (sheet[top:bottom, right] != i + 1).all()
+  assert len(said["boxes"]) == 9
