@@ -14,9 +14,8 @@ import pytest
 import yaml
 
 from tpgrpo_jax import __main__ as front
-from tpgrpo_jax import command
+from tpgrpo_jax import command, version
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import version
 from tpgrpo_jax.config import describe, presets
 
 ROOT = pathlib.Path(__file__).parents[1]

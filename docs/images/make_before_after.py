@@ -53,7 +53,9 @@ def main(run_dir: str, output: str) -> None:
       pictures = cells(grid.path, len(words))
       each, info = reward(pictures, words, [{}] * len(words))
       when = "Before training" if grid.epoch == 0 else f"After {grid.epoch} epochs"
-      half.suptitle(f"{when}: OCR score {score[0]:.3f} ± {error[0]:.3f}", fontsize=13, x=0.02, ha="left")
+      half.suptitle(
+        f"{when}: OCR score {score[0]:.3f} ± {error[0]:.3f}", fontsize=13, x=0.02, ha="left"
+      )
       for axis, i in zip(half.subplots(ROWS, COLUMNS).flat, chosen):
         axis.imshow(pictures[i], interpolation="nearest")
         axis.set_axis_off()

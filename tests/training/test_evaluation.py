@@ -72,7 +72,11 @@ def test_evaluation_reports_every_reward_with_its_exact_share(config_in, single_
     assert rows.all()
     assert texts == [p.text for p in WORDS]
     scores = {"a": np.arange(5, dtype=np.float32), "b": np.zeros(5, np.float32)}
-    return lambda: (None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1]), "text": [*"UVWXY"]}})
+    return lambda: (
+      None,
+      scores,
+      {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1]), "text": [*"UVWXY"]}},
+    )
 
   with jax.set_mesh(single_mesh):
     evaluate = evaluation.make_evaluate(config, model, single_mesh, reward_fn, WORDS)
