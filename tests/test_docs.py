@@ -158,6 +158,12 @@ def test_notebook_of_the_reward_maths_prints_what_it_shows():
 
 @pytest.mark.slow
 def test_notebook_of_a_run_runs(tmp_path, monkeypatch):
+  import jax
+
+  from tpgrpo_jax.training import mesh as mesh_lib
+
+  make_mesh = mesh_lib.make_mesh  # a user has one device; these tests have eight
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
   monkeypatch.chdir(tmp_path)
   scope, text = {}, io.StringIO()
   with contextlib.redirect_stdout(text):
