@@ -261,7 +261,7 @@ def torch_functions(model: true_models.TrueModel, batch: int) -> dict[str, Any]:
     import diffusers
     import torch
   except ImportError as error:
-    print(f"torch is left out: {error}. pip install 'tpgrpo_jax[parity]'", flush=True)
+    print(f"torch is left out: {error}. pip install -e '.[parity]'", flush=True)
     return {}
   device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend(), "")
   if not device or (device == "cuda" and not torch.cuda.is_available()):

@@ -120,6 +120,15 @@ def test_turning_point_density_is_reported_by_step():
   assert row["turning_point/mean"] == 0.25
 
 
+def test_turning_points_are_counted_before_balancing_too():
+  # The first sample turns at step 1, the second at step 0 (Def. 4.1).
+  reward = np.asarray([[0.5, 0.0], [0.0, 0.5], [1.0, 1.0]], np.float32)
+  found = metrics.found_turning_points("tp_grpo", reward)
+  assert found == {"turning_point_found/0": 0.5, "turning_point_found/1": 0.5}
+  assert not metrics.found_turning_points("increments", reward)
+  assert not metrics.found_turning_points("my_credit:function", reward)
+
+
 def test_completions_that_were_not_made_have_no_rows():
   row = row_of([[np.nan, np.nan], [1, 3]])
   assert "completion_reward/0" not in row and "increment/0" not in row

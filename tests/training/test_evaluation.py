@@ -76,12 +76,19 @@ def test_evaluation_reports_every_reward_with_its_exact_share(config_in, single_
     assert rows.all()
     assert texts == [p.text for p in WORDS]
     scores = {"a": np.arange(5, dtype=np.float32), "b": np.zeros(5, np.float32)}
-    return lambda: (None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1])}})
+    return lambda: (
+      None,
+      scores,
+      {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1]), "text": [*"UVWXY"]}},
+    )
 
   with jax.set_mesh(single_mesh):
     evaluate = evaluation.make_evaluate(config, model, single_mesh, reward_fn, WORDS)
     result = evaluate(model.params(model.trainable))
   assert result.row["reward/a/mean"] == 2.0
+  # Of 0 ... 4: sqrt(10 / 4) / sqrt(5).
+  assert result.row["reward/a/standard_error"] == pytest.approx(0.5**0.5)
+  assert result.readings == {"b": ["U", "V", "W", "X", "Y"]}
   assert result.row["reward/b/exact"] == pytest.approx(0.4)
   assert "reward/a/exact" not in result.row
   assert result.images.shape == (5, 24, 48, 3)
@@ -151,7 +158,8 @@ def test_eval_rewards_by_name_are_those_of_the_config(config_in, single_mesh, tm
 def test_captions_hold_prompt_reading_and_named_scores_a_line_each():
   prompts = [Prompt("a CAT", {}), Prompt("a DOG", {})]
   scores = {"ocr": np.array([0.2124, 1.0]), "pickscore": np.array([21.5, -0.25])}
-  found = evaluation.Evaluation({}, scores, np.zeros((2, 40, 96, 3), np.uint8), prompts, ["CA", ""])
+  readings = {"ocr": ["CA", ""]}
+  found = evaluation.Evaluation({}, scores, np.zeros((2, 40, 96, 3), np.uint8), prompts, readings)
   captions = evaluation.captions(found)
   assert captions == [
     ("a CAT", "CA", "ocr=.212 pickscore=21.500"), ("a DOG", "", "ocr=1.000 pickscore=-.250"),
@@ -161,7 +169,7 @@ def test_captions_hold_prompt_reading_and_named_scores_a_line_each():
   assert len(three) - len(one) == 2 * 2 * 14  # two more lines under each of two pictures
   written = lambda sheet, top: bool((sheet[top : top + 14] < 128).any())
   assert [written(three, 44 + 14 * line) for line in range(3)] == [True] * 3
-  assert evaluation.captions(found._replace(readings=()))[0][1] == ""
+  assert evaluation.captions(found._replace(readings={}))[0][1] == ""
 
 
 def test_scores_are_kept_before_pictures_are_drawn(tmp_path, monkeypatch):
@@ -184,3 +192,19 @@ def test_scores_are_kept_before_pictures_are_drawn(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
       loop._evaluate(session, SimpleNamespace(ema={}), totals, best, sink, tmp_path, None)
   assert metrics.rows_of(tmp_path)[0]["reward/mean"] == 0.5
+
+
+def test_what_is_said_of_a_picture_stands_beside_its_place_in_the_grid():
+  images = np.arange(1, 11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 24, 48, 3), np.uint8)
+  prompts = [Prompt(f"P{i}", {}) for i in range(10)]
+  scores, readings = {"ocr": np.arange(10, dtype=np.float32)}, {"ocr": [f"R{i}" for i in range(10)]}
+  result = evaluation.Evaluation({}, scores, images, prompts, readings)
+  said = evaluation.describe(result, 9)
+  sheet = evaluation.grid(images[:9], evaluation.captions(result)[:9])
+  assert said["prompts"] == [f"P{i}" for i in range(9)]
+  assert said["scores"] == {"ocr": [*map(float, range(9))]}
+  assert said["readings"] == {"ocr": [f"R{i}" for i in range(9)]}
+  for i, (left, top, right, bottom) in enumerate(said["boxes"]):
+    assert (sheet[top:bottom, left:right] == i + 1).all()
+    assert (sheet[top - 1, left:right] != i + 1).all() and (sheet[top:bottom, right] != i + 1).all()
+  assert len(said["boxes"]) == 9

@@ -67,7 +67,7 @@ class Log:
     name: of the run there; "" is the run folder's.
     group: of runs there, such as the seeds of one experiment; "" is none.
     id: of the run there. The run folder keeps it, so that a resumed run is one curve; "" makes one.
-    images_every: epochs between rollouts whose pictures are kept; 0 for none.
+    images_every: epochs between the rollouts that are kept for the report, with pictures; 0 for none.
     profile: the epoch, from 1, of which <run.dir>/profile gets an XProf trace; 0 for none.
   """
 

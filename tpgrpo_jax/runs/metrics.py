@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import credit as credit_lib
 from tpgrpo_jax.credit import advantages
 from tpgrpo_jax.runs import boards, processes, run_folder
 
@@ -45,6 +46,22 @@ def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, floa
     row |= image_statistics(rollout.statistics)
   # Without completions or states R[0] ... R[W-1] do not exist: no row rather than NaN.
   return {name: float(value) for name, value in row.items() if np.isfinite(value)}
+
+
+def found_turning_points(method: str, completion_reward: np.ndarray) -> dict[str, float]:
+  """turning_point_found/k: share of samples with a turning point at step k, before any balancing.
+
+  Args:
+    method: credit.method; {} for one that looks for no turning points.
+    completion_reward: [W+1, B].
+  """
+  found = credit_lib.find_turning_points(method, jnp.asarray(completion_reward))
+  if found is None:
+    return {}
+  return {
+    f"turning_point_found/{k}": float(share)
+    for k, share in enumerate(np.asarray(found).mean(axis=1))
+  }
 
 
 def variance_shares(

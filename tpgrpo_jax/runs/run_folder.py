@@ -20,6 +20,7 @@ import warnings
 
 from etils import epath
 
+from tpgrpo_jax import version
 from tpgrpo_jax.config import bridge
 from tpgrpo_jax.runs import processes
 
@@ -152,7 +153,7 @@ def _claim_remote(run_dir, field, owner):
     write(epath.Path(run_dir) / _LOCK_FILE, owner.encode())
   except ImportError as error:
     raise ValueError(
-      f"{field}: gcsfs is missing, which writes to buckets. pip install 'tpgrpo_jax[gcs]'"
+      f"{field}: gcsfs is missing, which writes to buckets. {version.install('gcs')}"
     ) from error
   except Exception as error:  # of whatever kind the store's library has
     raise ValueError(

@@ -164,6 +164,8 @@ def update_epoch(
   compared = {"prompt": config.train.group_size, "state": config.sampler.branches}
   group_size = compared[config.advantage.group]
   result = metrics.epoch_metrics(rolled, sampled.credit, sampled.advantage, group_size)
+  if not config.advantage.per_reward:  # there the credit is of each reward for itself
+    result |= metrics.found_turning_points(config.credit.method, rolled.completion_reward[0])
   result |= metrics.variance_shares(
     {label: each[0, rolled.compared] for label, each in rolled.rewards.items()},
     combine.weights_of(config.rewards),

@@ -22,6 +22,7 @@ from tpgrpo_jax.training import build, progress
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
+_LINE = 14  # pixels of a line of a caption
 NOISE_SEED = 20260206  # of the fixed noise: the same images to compare in every run
 
 
@@ -33,14 +34,15 @@ class Evaluation(NamedTuple):
     scores: label -> [N].
     images: uint8 [N, H, W, 3].
     prompts: [N].
-    readings: [N] what a reward that reads has read; () where none does, or several processes share them.
+    readings: label -> [N] texts that a reward has read in the images; empty where none reads, or several
+      processes share the images.
   """
 
   row: dict[str, float]
   scores: dict[str, np.ndarray]
   images: np.ndarray
   prompts: list[types.Prompt]
-  readings: Sequence[str] = ()
+  readings: Mapping[str, Sequence[str]] = {}
 
 
 def make_sample_fn(
@@ -159,13 +161,15 @@ def _evaluate(sample, reward_fn, weights, prompts, show, params, on_chunk=preemp
       f"reward/{label}/mean": float(values.mean()),
       f"reward/{label}/std": float(values.std()),
     }
+    if len(values) > 1:
+      row[f"reward/{label}/standard_error"] = float(values.std(ddof=1) / np.sqrt(len(values)))
     exact = infos[label].get("exact")
     if exact is not None:
       row[f"reward/{label}/exact"] = float(np.mean(exact))
   row |= metrics.image_statistics(metrics.statistics_of_each(images))
-  texts = (info["text"] for info in infos.values() if "text" in info)
-  readings = [str(text) for text in next(texts, ())]
-  return Evaluation(row, scores, images, prompts, readings if len(readings) == len(images) else ())
+  texts = {label: [*map(str, info["text"])] for label, info in infos.items() if "text" in info}
+  readings = {label: each for label, each in texts.items() if len(each) == len(images)}
+  return Evaluation(row, scores, images, prompts, readings)
 
 
 class Watched:
@@ -254,8 +258,8 @@ def named(scores: Mapping[str, float]) -> str:
 
 
 def captions(found: Evaluation) -> list[tuple[str, str, str]]:
-  """[N] (prompt, reading, scores with their names); the reading is "" where there is none."""
-  readings = found.readings or [""] * len(found.prompts)
+  """[N] (prompt, reading, scores with their names); the reading is the first reward's, "" if none reads."""
+  readings = next(iter(found.readings.values()), [""] * len(found.prompts))
   each = [{label: float(s[i]) for label, s in found.scores.items()} for i in range(len(readings))]
   return [(p.text, r, named(s)) for p, r, s in zip(found.prompts, readings, each)]
 
@@ -282,22 +286,42 @@ def grid(
     columns: in a row.
     scale: enlargement; 0 chooses one that makes small images about 96 pixels wide.
   """
+  texts = [(each,) if isinstance(each, str) else tuple(filter(None, each)) for each in captions]
+  size, boxes = _lay_out(images, texts, columns, scale)
+  sheet = Image.new("RGB", size, "white")
+  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+  for image, lines, (left, top, right, bottom) in zip(images, texts, boxes):
+    shown = Image.fromarray(image).resize((right - left, bottom - top), Image.Resampling.NEAREST)
+    sheet.paste(shown, (left, top))
+    for i, text in enumerate(lines):
+      place = (left, bottom + _LINE * i)
+      draw.text(place, _cut(text, right - left, draw, font), fill="black", font=font)
+  return np.asarray(sheet)
+
+
+def _lay_out(images, texts, columns=8, scale=0):
+  """((width, height) of a grid's sheet, [N] boxes (left, top, right, bottom) of its pictures)."""
   count, height, width, _ = images.shape
   scale = scale or max(1, round(96 / width))
   height, width, margin = height * scale, width * scale, 4
-  texts = [(each,) if isinstance(each, str) else tuple(filter(None, each)) for each in captions]
-  line = 14 * max(map(len, texts), default=1)
-  rows = -(-count // columns)
-  size = (columns * (width + margin) + margin, rows * (height + line + margin) + margin)
-  sheet = Image.new("RGB", size, "white")
-  draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-  for i, (image, lines) in enumerate(zip(images, texts)):
-    left = margin + (i % columns) * (width + margin)
-    top = margin + (i // columns) * (height + line + margin)
-    sheet.paste(
-      Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
-    )
-    for j, text in enumerate(lines):
-      place = (left, top + height + 14 * j)
-      draw.text(place, _cut(text, width, draw, font), fill="black", font=font)
-  return np.asarray(sheet)
+  across, down = width + margin, height + _LINE * max(map(len, texts), default=1) + margin
+  corners = [(margin + i % columns * across, margin + i // columns * down) for i in range(count)]
+  size = (columns * across + margin, -(-count // columns) * down + margin)
+  return size, [(left, top, left + width, top + height) for left, top in corners]
+
+
+def describe(result: Evaluation, count: int) -> dict[str, Any]:
+  """What belongs to the first `count` pictures of a `grid` with `captions`, for JSON.
+
+  Returns:
+    {"boxes": [N] of (left, top, right, bottom) in the sheet, "prompts": [N], "scores": label -> [N],
+    "readings": label -> [N]}.
+  """
+  return {
+    "boxes": _lay_out(
+      result.images[:count], [[*filter(None, c)] for c in captions(result)[:count]]
+    )[1],
+    "prompts": [p.text for p in result.prompts[:count]],
+    "scores": {label: [*map(float, each[:count])] for label, each in result.scores.items()},
+    "readings": {label: [*each[:count]] for label, each in result.readings.items()},
+  }

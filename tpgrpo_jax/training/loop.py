@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import pathlib
 import re
 import tempfile
@@ -278,6 +279,8 @@ def _evaluate(session, state, totals, best, sink, run_dir, on_chunk):
   sheet = evaluation.grid(images, captions)
   content = io.BytesIO()
   Image.fromarray(sheet).save(content, "PNG")
+  said = json.dumps(evaluation.describe(result, GRID_IMAGES), ensure_ascii=False)
+  run_folder.write(run_dir / "images" / f"eval_{number:05d}.json", said.encode())
   run_folder.write(run_dir / "images" / f"eval_{number:05d}.png", content.getvalue())
   lines = [" | ".join(filter(None, caption)) for caption in captions]
   sink.pictures("eval/samples", sheet, images, lines, number)
