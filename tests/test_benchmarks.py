@@ -45,6 +45,7 @@ def test_compile_time_compares_scanned_with_unrolled_blocks():
   assert line["ratio"] > 0 and line["phases"].keys() == {"scanned", "unrolled"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd35_medium", "flux_dev", "flux2_klein", "z_image"])
 def test_true_models_of_every_family_are_whole_runs(monkeypatch, name):
   monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
