@@ -36,7 +36,7 @@ import true_models
 from tpgrpo_jax import types
 from tpgrpo_jax.cost import flops
 from tpgrpo_jax.flow import completion, sampler
-from tpgrpo_jax.models import flux
+from tpgrpo_jax.models import flux, mmdit
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
@@ -102,7 +102,7 @@ def open_subject(model: true_models.TrueModel, args: argparse.Namespace) -> Subj
   params = jax.tree.map(draw_weight, shapes, mesh_lib.param_shardings(mesh, shapes))
   spread = lambda leaf: draw(leaf, mesh_lib.batch_sharding(mesh))
   x = spread(jax.ShapeDtypeStruct((args.batch, *model.latent), jnp.float32))
-  condition = jax.tree.map(spread, true_models.conditions(model, args.batch))
+  condition = true_models.draw_condition(model, true_models.conditions(model, args.batch), spread)
   return Subject(args, model, run, mesh, peak, params, x, condition)
 
 
@@ -261,11 +261,14 @@ def torch_functions(model: true_models.TrueModel, batch: int) -> dict[str, Any]:
     import diffusers
     import torch
   except ImportError as error:
-    print(f"torch is left out: {error}. pip install 'tpgrpo_jax[parity]'", flush=True)
+    print(f"torch is left out: {error}. pip install -e '.[parity]'", flush=True)
     return {}
   device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend(), "")
   if not device or (device == "cuda" and not torch.cuda.is_available()):
     print(f"torch is left out: it has no {jax.default_backend()} here.", flush=True)
+    return {}
+  if not isinstance(model.config, flux.FluxConfig | mmdit.MMDiTConfig):
+    print("torch is left out: it is measured for SD3 and FLUX.1 alone.", flush=True)
     return {}
   is_flux = isinstance(model.config, flux.FluxConfig)
   kind = diffusers.FluxTransformer2DModel if is_flux else diffusers.SD3Transformer2DModel

@@ -22,7 +22,7 @@ import timing
 import true_models
 
 from tpgrpo_jax import models
-from tpgrpo_jax.models import flux, quantize
+from tpgrpo_jax.models import mmdit, quantize, z_image
 
 GIB = 2**30
 KINDS = ("int8", "nf4")
@@ -42,9 +42,8 @@ def main() -> None:
   true = true_models.TRUE_MODELS[args.model]
   if args.small:
     true = true_models.shrink(true, 2)
-  model = dataclasses.replace(
-    true, config=few_blocks(true.config, args.blocks), latent=(16, 16, 16)
-  )
+  latent = (16, 16, true.latent[-1])
+  model = dataclasses.replace(true, config=few_blocks(true.config, args.blocks), latent=latent)
   _, *shapes = model.shapes()
   weights = [jax.tree.map(lambda w: draw(w.shape), tree) for tree in shapes]
   wanted, half = (velocity(model, *weights, dtype) for dtype in (jnp.float32, jnp.bfloat16))
@@ -63,13 +62,15 @@ def main() -> None:
       bfloat16_error=error(half, wanted),
       model=args.model,
       blocks=args.blocks,
-      width=true.config.width,
+      width=getattr(true.config, "width", 0) or true.config.dim,
     )
 
 
 def few_blocks(config, count: int):
   """The sizes with `count` blocks of each kind."""
-  if isinstance(config, flux.FluxConfig):
+  if isinstance(config, z_image.ZImageConfig):
+    return dataclasses.replace(config, n_layers=count, n_refiner_layers=count)
+  if not isinstance(config, mmdit.MMDiTConfig):
     return dataclasses.replace(config, num_layers=count, num_single_layers=count)
   dual = tuple(range(count))
   return dataclasses.replace(config, num_layers=2 * count, dual_attention_layers=dual)
@@ -84,7 +85,8 @@ def draw(shape) -> jax.Array:
 def velocity(model: true_models.TrueModel, trainable, frozen, dtype) -> jax.Array:
   """The model's output for one sample, computed in `dtype`."""
   graphdef = model.shapes(dtype=dtype)[0]
-  condition = jax.tree.map(lambda leaf: draw(leaf.shape), model.condition(1))
+  normal = lambda leaf: draw(leaf.shape).astype(leaf.dtype)
+  condition = true_models.draw_condition(model, model.condition(1), normal)
   inputs = (draw((1, *model.latent)), jnp.full(1, 0.6), condition)
   params = {"frozen": frozen, "trainable": trainable}
   return jax.jit(functools.partial(models.velocity_fn, graphdef))(params, *inputs)

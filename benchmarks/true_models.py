@@ -1,5 +1,6 @@
 """The released models' sizes, and their updates as shapes, for the benchmarks beside this file."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -10,9 +11,9 @@ import jax.numpy as jnp
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
-from tpgrpo_jax.config import model_fields
+from tpgrpo_jax.config import model_fields, tasks
 from tpgrpo_jax.forecasting import lowering
-from tpgrpo_jax.models import flux, lora, mmdit
+from tpgrpo_jax.models import lora, mmdit, z_image
 from tpgrpo_jax.training import build, pipeline, step
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
@@ -28,6 +29,8 @@ class TrueModel:
     num_steps: T.
     guidance_scale: of classifier-free guidance; 1 is none.
     guidance: what the model is told (FLUX.1-dev), or None.
+    latent: [h, w, c].
+    targets: of the adapters.
   """
 
   config: Any
@@ -36,16 +39,13 @@ class TrueModel:
   guidance_scale: float
   guidance: float | None = None
   latent: tuple[int, int, int] = (64, 64, 16)
+  targets: tuple[str, ...] = model_fields.REFERENCE_LORA_TARGETS
 
   def create(self, key: jax.Array, *, dtype: Any = jnp.bfloat16, remat: str = "full") -> nnx.Module:
     """The model that computes in `dtype`, with the recipe's adapters; pure."""
-    kw = dict(dtype=dtype, remat=remat, rngs=nnx.Rngs(params=key))
-    if isinstance(self.config, flux.FluxConfig):
-      model = flux.Flux(self.config, guidance=self.guidance, **kw)
-    else:
-      model = mmdit.MMDiT(self.config, **kw)
-    targets = model_fields.REFERENCE_LORA_TARGETS
-    lora.add_lora(model, key, rank=32, alpha=64.0, init="gaussian", targets=targets)
+    options = dict(dtype=dtype, remat=remat, guidance=self.guidance)
+    model = models.build_transformer(self.config, **options)(key)
+    lora.add_lora(model, key, rank=32, alpha=64.0, init="gaussian", targets=self.targets)
     return model
 
   def shapes(self, **options: Any) -> tuple[Any, Any, Any]:
@@ -57,9 +57,12 @@ class TrueModel:
 
   def condition(self, batch: int) -> types.Condition:
     """The shapes of a batch's text."""
-    text = (batch, self.tokens, self.config.joint_attention_dim)
-    pooled = (batch, self.config.pooled_projection_dim)
-    return types.Condition(_float32(*text), _float32(*pooled))
+    text = _float32(batch, self.tokens, self.config.joint_attention_dim)
+    if isinstance(self.config, z_image.ZImageConfig):
+      return types.Condition(text, length=jax.ShapeDtypeStruct((batch,), jnp.int32))
+    if not hasattr(self.config, "pooled_projection_dim"):
+      return types.Condition(text)
+    return types.Condition(text, _float32(batch, self.config.pooled_projection_dim))
 
 
 TRUE_MODELS = {
@@ -76,21 +79,35 @@ TRUE_MODELS = {
     guidance_scale=1.0,
     guidance=3.5,
   ),
+  "flux2_klein": TrueModel(
+    lowering.HUB_SIZES["black-forest-labs/FLUX.2-klein-base-4B"][0],
+    tokens=512,
+    num_steps=8,
+    guidance_scale=4.0,
+    latent=(32, 32, 128),
+    targets=tasks.FLUX2_TARGETS,
+  ),
+  "z_image": TrueModel(
+    lowering.HUB_SIZES["Tongyi-MAI/Z-Image"][0],
+    tokens=256,
+    num_steps=10,
+    guidance_scale=5.0,
+    targets=tasks.Z_IMAGE_TARGETS,
+  ),
 }
 
 
 def shrink(model: TrueModel, blocks: int) -> TrueModel:
   """The same kind of model with few and narrow blocks, for tests."""
+  fields = {f.name for f in dataclasses.fields(model.config)}
   small = dict(num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32)
-  if isinstance(model.config, flux.FluxConfig):
-    small |= dict(num_layers=blocks, num_single_layers=blocks)
-  else:
-    width = 2 * model.config.attention_head_dim
-    dual = tuple(range(blocks // 2))
-    small |= dict(num_layers=blocks, caption_projection_dim=width, dual_attention_layers=dual)
-    small |= dict(pos_embed_max_size=16)
-  config = dataclasses.replace(model.config, **small)
-  return dataclasses.replace(model, config=config, tokens=9, latent=(8, 8, 16))
+  small |= dict(num_layers=blocks, num_single_layers=blocks)
+  small |= dict(dim=3 * 128, n_heads=3, n_kv_heads=3, n_layers=blocks, cap_feat_dim=32)
+  if isinstance(model.config, mmdit.MMDiTConfig):
+    small |= dict(caption_projection_dim=2 * model.config.attention_head_dim)
+    small |= dict(dual_attention_layers=tuple(range(blocks // 2)), pos_embed_max_size=16)
+  config = dataclasses.replace(model.config, **{k: v for k, v in small.items() if k in fields})
+  return dataclasses.replace(model, config=config, tokens=9, latent=(8, 8, model.latent[-1]))
 
 
 def recipe(model: TrueModel, batch: int) -> config_lib.Config:
@@ -151,6 +168,12 @@ def conditions(model: TrueModel, batch: int) -> Any:
   if model.guidance_scale == 1.0:
     return condition
   return types.GuidedCondition(condition, condition)
+
+
+def draw_condition(model: TrueModel, shapes: Any, draw: Callable[[Any], jax.Array]) -> Any:
+  """Values of a condition: every caption has all its tokens, and all else is drawn."""
+  whole = lambda leaf: jnp.full_like(draw(leaf), model.tokens)
+  return jax.tree.map(lambda leaf: (whole if leaf.dtype == jnp.int32 else draw)(leaf), shapes)
 
 
 def update(model: TrueModel, run: Run, *, batch: int) -> tuple[Any, tuple]:

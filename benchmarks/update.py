@@ -13,7 +13,7 @@ forward_*, forward_backward_*
                     weights, inputs, loss and number of threads; gradients of all weights. *_plain
                     is the same model with plain jax.numpy layers that JAX differentiates itself, in
                     place of the islands of tpgrpo_jax/models/layers.py; island_over_plain compares
-                    the two directly. Needs torch and diffusers (pip install 'tpgrpo_jax[parity]');
+                    the two directly. Needs torch and diffusers (pip install -e '.[parity]');
                     without them only island_over_plain is measured.
 
 The threads of torch's OpenMP spin when idle and would take the cores from XLA's, so OMP_WAIT_POLICY
@@ -358,7 +358,7 @@ def import_torch(threads: int):
     import diffusers  # noqa: F401
     import torch
   except ImportError as error:
-    print(f"torch is left out: {error}. pip install 'tpgrpo_jax[parity]'", flush=True)
+    print(f"torch is left out: {error}. pip install -e '.[parity]'", flush=True)
     return None
   torch.set_num_threads(threads)
   return torch

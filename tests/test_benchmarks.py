@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -42,6 +43,20 @@ def test_compile_time_compares_scanned_with_unrolled_blocks():
   (line,) = run("compile_time", *small)
   assert line["operations"]["unrolled"] > line["operations"]["scanned"]
   assert line["ratio"] > 0 and line["phases"].keys() == {"scanned", "unrolled"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd35_medium", "flux_dev", "flux2_klein", "z_image"])
+def test_true_models_of_every_family_are_whole_runs(monkeypatch, name):
+  monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+  true_models = importlib.import_module("true_models")
+  model = true_models.shrink(true_models.TRUE_MODELS[name], 2)
+  run = true_models.open_run(model, batch=2, remat="none")
+  assert {k for k, v in run.trainable.items() if v} <= run.frozen.keys()
+  x, sigma = (jax.ShapeDtypeStruct((2, *rest), jnp.float32) for rest in (model.latent, ()))
+  params = {"frozen": run.frozen, "trainable": run.trainable}
+  given = true_models.conditions(model, 2)
+  assert jax.eval_shape(run.method.velocity_fn, params, x, sigma, given).shape == x.shape
 
 
 @pytest.mark.slow

@@ -336,6 +336,21 @@ def test_train_says_in_one_line_what_it_cannot_use(work, arguments, part):
   assert part in done.stderr.strip().splitlines()[-1] and "Traceback" not in done.stderr
 
 
+def test_train_checks_a_run_and_starts_nothing(work):
+  sizes = (
+    "--config.train.prompts_per_epoch=2",
+    "--config.train.group_size=4",
+    "--config.train.microbatch=8",
+  )
+  done = run_command(
+    work, "train", "--check", "--config", "recipe.py", "--config.rewards={'mine:make': 1.0}",
+    "--config.train.updates_per_epoch=1", "--config.run.dir=unborn", *sizes,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "mine:make=.000" in done.stdout and "nothing was started" in done.stdout
+  assert "imported: []" in done.stdout and not (work / "unborn").exists()
+
+
 def test_an_error_that_is_not_the_users_keeps_its_traceback(work):
   (work / "broken.py").write_text("def make():\n  return lambda *_: int('one')\n")
   done = run_command(work, "evaluate", "--config", "recipe.py", "--rewards", "broken:make")

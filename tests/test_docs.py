@@ -2,11 +2,17 @@
 
 import ast
 import contextlib
+import importlib.util
 import io
+import json
+import os
 import pathlib
 import re
+import shlex
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
@@ -15,7 +21,8 @@ from tpgrpo_jax.config import bridge, names, presets, rules
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 sys.path.append(str(DOCS))
 import make_methods_table  # noqa: E402
 
@@ -94,11 +101,238 @@ def test_recipes_and_run_folders_that_a_page_names_exist(page):
     assert f"runs/{name}" in folders | {"runs/tiny_text_pretrain"}, name
 
 
+def anchors(page):
+  """Those that GitHub and the site give to the headings of a page."""
+  headings = re.findall(
+    r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M
+  )
+  plain = [re.sub(r"\]\([^)]*\)|[`*\[]", "", heading).lower() for heading in headings]
+  return {re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-") for text in plain}
+
+
+def links(page):
+  if page.suffix == ".ipynb":
+    cells = json.loads(page.read_text())["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+  else:
+    text = page.read_text()
+  return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
+def test_links_and_anchors_within_the_repository_lead_somewhere(page):
+  for target in links(page):
+    file, _, anchor = target.partition("#")
+    found = page.parent / file if file else page
+    assert found.exists(), target
+    if anchor:
+      assert anchor in anchors(found), target
+
+
 @every_page
-def test_links_within_the_repository_lead_somewhere(page):
-  for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-    if "://" not in target:
-      assert (page.parent / target).exists(), target
+def test_rows_of_tables_stand_below_a_head(page):
+  lines = ["", *page.read_text().splitlines()]
+  for before, line, after in zip(lines, lines[1:], [*lines[2:], ""]):
+    if line.startswith("|") and not before.startswith("|"):
+      assert re.match(r"\|( :?-+:? \|)+$", after), line
+      assert line.count(" | ") == after.count(" | "), line
+
+
+def code_of(notebook):
+  """(source, what it printed) of each cell of code."""
+  for cell in json.loads(notebook.read_text())["cells"]:
+    if cell["cell_type"] == "code":
+      printed = ["".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream"]
+      yield "".join(cell["source"]), "".join(printed)
+
+
+def test_notebook_of_the_reward_maths_prints_what_it_shows():
+  scope = {}
+  with np.printoptions():  # the notebook sets its own
+    for source, shown in code_of(DOCS / "notebooks" / "reward_maths.ipynb"):
+      printed = io.StringIO()
+      with contextlib.redirect_stdout(printed):
+        exec(source, scope)
+      assert printed.getvalue() == shown, source
+
+
+@pytest.mark.slow
+def test_notebook_of_a_run_runs(tmp_path, monkeypatch):
+  import jax
+
+  from tpgrpo_jax.training import mesh as mesh_lib
+
+  make_mesh = mesh_lib.make_mesh  # a user has one device; these tests have eight
+  monkeypatch.setattr(mesh_lib, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+  monkeypatch.chdir(tmp_path)
+  scope, text = {}, io.StringIO()
+  with contextlib.redirect_stdout(text):
+    for source, _ in code_of(DOCS / "notebooks" / "a_run.ipynb"):
+      exec(source, scope)
+  assert "[(0, 'eval'), (1, 'train'), (2, 'train'), (2, 'eval'), (2, 'judge')]" in text.getvalue()
+  assert "log-ratio of the first update: 0.0" in text.getvalue()
+  assert "data:image/png" in (tmp_path / "report" / "report.html").read_text()
+  assert scope["picture"].size[0] > 400
+
+
+@pytest.mark.slow
+def test_site_is_built_without_a_warning(tmp_path):
+  needed = ("mkdocs", "material", "mkdocstrings", "mkdocs_jupyter")
+  if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"{', '.join(missing)}: pip install -e '.[docs]'")
+  done = subprocess.run(
+    [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+    cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-4000:]
+  credit_page = (tmp_path / "site" / "api" / "credit" / "index.html").read_text()
+  assert "tpgrpo_jax.credit.turning_point.balance" in credit_page
+  assert (tmp_path / "site" / "notebooks" / "a_run" / "index.html").is_file()
+
+
+def commands(page):
+  """The commands of a page's shell blocks, each a list of words; what "&&" joins is told apart."""
+  found = []
+  for block in blocks(page, "sh"):
+    text = ""
+    for line in block.splitlines():
+      text += line + "\n"
+      try:
+        words = shlex.split(text, comments=True) if not line.endswith("\\") else None
+      except ValueError:  # within quotes that the next line closes
+        continue
+      if words is None:
+        continue
+      text, command = "", []
+      for word in [*words, "&&"]:
+        if word != "&&":
+          command.append(word)
+        elif command:
+          found.append(command)
+          command = []
+  return found
+
+
+# Commands that no test runs from the page, and why; the words of the command begin so, or hold it.
+ELSEWHERE = {
+  r"^(python3 -m venv|pip install|\.venv/bin/pip|\. \.venv)": "installs; .ci/run does it",
+  r"^\.venv/bin/python -m pytest": "these tests",
+  r"^(hf|git|curl|docker|kubectl|xpk) ": "the network",
+  r"^(mkdir|cp) .*datasets": "what the line before it fetched",
+  r"^(sbatch|export NAME|launch/tpu_pod\.sh) ?": "a cluster; tests/test_launch.py with stand-ins",
+  r"launch/local\.sh": "tests/test_launch.py",
+  r"sd35m|flux|geneval": "an accelerator, or weights of gigabytes",
+  r"--topology": "minutes of compilation; tests/forecasting",
+  r"^python benchmarks/": "hours; tests/test_benchmarks.py with small sizes",
+  r"tpgrpo_jax\.serve|tpgrpo_jax\.judge|XLA_PYTHON_CLIENT|'make': 'remote'": "a server; tests/serving",
+}
+
+
+def runs_here(command):
+  text = " ".join(command)
+  return not any(re.search(pattern, text) for pattern in ELSEWHERE)
+
+
+def test_every_command_is_run_or_has_a_reason():
+  texts = [" ".join(command) for page in PAGES for command in commands(page)]
+  for pattern in ELSEWHERE:
+    assert any(re.search(pattern, text) for text in texts), f"{pattern}: no page has it any more"
+  here = {page.name for page in PAGES if any(runs_here(c) for c in commands(page))}
+  assert here == {"README.md", "bring_your_own.md", "methods.md"}
+
+
+@every_page
+def test_flags_that_a_page_names_exist(page):
+  shared = (ROOT / "tpgrpo_jax" / "command.py").read_text()
+  for command in commands(page):
+    names = [word.partition("tpgrpo_jax.")[2] for word in command if word.startswith("tpgrpo_jax.")]
+    names += command[1:2] if command[0] == "tpgrpo" else []
+    if not names:
+      continue
+    source = shared + (ROOT / "tpgrpo_jax" / f"{names[0]}.py").read_text()
+    known = {*re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source), "verbosity"}
+    for word in command:
+      if asked := re.match(r"--(?:no)?(\w+)", word):
+        assert asked[1] in known or word[2:].partition("=")[0] in known or asked[1] == "config", (
+          word
+        )
+
+
+# What makes an epoch of the built-in task a matter of seconds.
+SMALL = {
+  "train": {
+    "train.epochs": 1, "train.prompts_per_epoch": 2, "train.microbatch": 16, "eval.prompts": 4,
+    "eval.judge_prompts": 4, "log.images_every": 1, "log.tensorboard": False,
+  },
+  "evaluate": ["--prompts=4"],
+}  # fmt: skip
+
+
+def run_here(command, work, *more):
+  """Runs a command of a page in a folder, as small as it gets."""
+  words = [*command]
+  env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{work}", "JAX_PLATFORMS": "cpu"}
+  while "=" in words[0]:  # PYTHONPATH=. and the like
+    words.pop(0)
+  python = [sys.executable, *(["-m", "tpgrpo_jax"] if words[0] == "tpgrpo" else [])]
+  name = next(w.partition(".")[2] for w in [*words, "tpgrpo_jax." + words[1]] if "tpgrpo_jax." in w)
+  small = SMALL.get(name, [])
+  if isinstance(small, dict):
+    small = [f"--config.{field}={value}" for field, value in small.items()]
+  done = subprocess.run(
+    [*python, *words[1:], *small, *more],
+    cwd=work,
+    env=env,
+    capture_output=True,
+    text=True,
+    timeout=3600,
+  )
+  assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
+  return done.stdout
+
+
+@pytest.fixture
+def work(tmp_path):
+  """A folder that looks like a clone."""
+  for name in ("configs", "tpgrpo_jax"):
+    (tmp_path / name).symlink_to(ROOT / name)
+  return tmp_path
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run(work):
+  for command in filter(runs_here, commands(ROOT / "README.md")):
+    run_here(command, work)
+  assert (work / "report" / "report.html").is_file()
+  assert {"0000_K7T.png", "0001_A4E.png", "0002_CLAY.png"} <= {
+    p.name for p in (work / "samples").iterdir()
+  }
+
+
+@pytest.mark.exhaustive
+def test_commands_of_the_methods_run(work):
+  for number, command in enumerate(filter(runs_here, commands(DOCS / "methods.md"))):
+    run_here(command, work, f"--config.run.dir=runs/{number}")
+
+
+@pytest.mark.exhaustive
+def test_commands_of_bring_your_own_run(work):
+  (work / "my_prompts").mkdir()
+  for name in ("train", "test"):
+    (work / "my_prompts" / f"{name}.txt").write_text(
+      "".join(f"{name[:2]}{i}\n".upper() for i in range(9))
+    )
+  for block in blocks(DOCS / "bring_your_own.md", "python"):
+    for mark, name in (
+      ("def make(", "my_rewards"), ("config.rewards = {", "my_recipe"), ("def forward_sum", "my_credit"),
+      ("def trust_region", "my_loss"),
+    ):  # fmt: skip
+      if mark in block:
+        (work / f"{name}.py").write_text(block)
+  for command in filter(runs_here, commands(DOCS / "bring_your_own.md")):
+    adapters = "my_recipe.py" in command and "--config.lora.path=lora" not in command
+    run_here(command, work, *["--config.lora.rank=32"] * adapters)
+  assert (work / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
 @every_page
@@ -107,7 +341,7 @@ def test_python_of_a_page_is_python(page):
     ast.parse(block)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/how_it_works.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/how_it_works.md", "docs/api/rewards.md"])
 def test_snippets_of_a_page_run_and_print_what_it_says(name):
   page, scope = ROOT / name, {}
   for block in blocks(page, "python"):

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tpgrpo_jax import __main__ as front
-from tpgrpo_jax import command
+from tpgrpo_jax import command, version
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.config import describe, presets
 
@@ -170,3 +170,16 @@ def test_the_wheel_has_recipes_weights_and_the_command_and_runs_in_another_folde
     cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=300, check=False,
   )  # fmt: skip
   assert done.returncode == 0 and "an epoch:" in done.stdout, done.stderr
+
+
+def test_a_missing_extra_is_installed_by_its_packages_names(monkeypatch):
+  asked = [
+    "jax>=1",
+    "rapidocr>=3; extra == 'ocr'",
+    'httpx2>=2; extra == "remote"',
+    'tpgrpo_jax[remote]; extra == "serve"',
+    "uvicorn>=1; extra == 'serve'",
+  ]
+  monkeypatch.setattr(version.importlib.metadata, "requires", lambda name: asked)
+  assert version.install("ocr") == "pip install 'rapidocr>=3'"
+  assert version.install("serve") == "pip install 'httpx2>=2' 'uvicorn>=1'"

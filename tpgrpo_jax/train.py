@@ -2,6 +2,7 @@
 
 import sys
 
+from absl import flags
 from ml_collections import config_flags
 
 from tpgrpo_jax import command
@@ -9,6 +10,11 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.config import rules
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file.", lock_config=True)
+_CHECK = flags.DEFINE_bool(
+  "check",
+  False,
+  "Open every file and reward, score one picture, say what the run would take, and start nothing.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -20,6 +26,13 @@ def main(argv: list[str]) -> None:
   from tpgrpo_jax.training import loop
 
   distributed.set_up(config)
+  if _CHECK.value:
+    from tpgrpo_jax.forecasting import checking
+
+    for line in checking.check(config):
+      if processes.is_first():
+        print(line, flush=True)
+    return
   try:
     row = loop.train(config)
   except preemption.Preempted as ended:

@@ -1,7 +1,7 @@
 """Draws docs/images/one_epoch.png from the model that ships: python docs/images/make_one_epoch.py
 
 Everything in it is computed by the functions that training calls, on one held-out word. Needs the
-OCR extra (pip install 'tpgrpo_jax[ocr]').
+OCR extra (pip install -e '.[ocr]').
 """
 
 import dataclasses

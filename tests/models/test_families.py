@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import families
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from tpgrpo_jax import models
-from tpgrpo_jax.models import hf
+from tpgrpo_jax.models import hf, lora
 
 # SD3 and FLUX.1 have modules of tests to themselves, which ask the same of them.
 NEW = ("flux2", "z_image")
@@ -123,6 +124,45 @@ def test_config_of_another_kind_of_model_is_refused(name, field, value, rule):
   with pytest.raises(ValueError, match=field) as caught:
     hf.ARCHITECTURES[case.name].read_config(case.raw | {field: value})
   assert rule in str(caught.value)
+
+
+def edit(folder, **changes):
+  path = folder / hf.CONFIG_FILE
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def lose_a_shard(folder):
+  next(folder.glob("*-00001-of-*.safetensors")).unlink()
+
+
+def read(folder):
+  """Sizes and weights, as a run reads them."""
+  model = nnx.eval_shape(models.build_transformer(hf.load_config(folder)), jax.random.key(0))
+  return hf.load_params(folder, lora.merge_trees(*lora.split_trainable(model, rank=0)[1:]))
+
+
+@pytest.mark.parametrize(
+  "name, axes, depth",
+  [("flux2", "axes_dims_rope", "num_layers"), ("z_image", "axes_dims", "n_layers")],
+)
+def test_broken_folder_ends_with_one_message(name, axes, depth, tmp_path):
+  config = families.config_of(families.FAMILIES[name])
+  params = families.random_like(families.weights_of(name), 0)
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  cases = {
+    "-00001-of-": lose_a_shard,
+    "UNet2DConditionModel": lambda folder: edit(folder, _class_name="UNet2DConditionModel"),
+    f"{axes}=(2, 2)": lambda folder: edit(folder, **{axes: [2, 2]}),
+    "pooled: not fields of": lambda folder: edit(folder, pooled=8),
+    "missing: ": lambda folder: edit(folder, **{depth: 3}),  # the sizes of a larger model
+  }
+  for i, (rule, break_it) in enumerate(cases.items()):
+    folder = tmp_path / str(i)
+    hf.save_transformer(folder, config, params, max_shard_bytes=size // 3)
+    break_it(folder)
+    with pytest.raises(ValueError) as caught:
+      read(folder)
+    assert rule in str(caught.value) and str(folder) in str(caught.value), rule
 
 
 # Z-Image.

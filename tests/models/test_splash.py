@@ -129,7 +129,7 @@ def test_kernel_and_fences_are_those_of_the_mesh_and_not_of_this_process(shape):
 def v5e():
   """A described TPU v5e slice of 2 x 2; samples and heads are divided."""
   if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("libtpu, the TPU's compiler, is not installed: pip install 'tpgrpo_jax[tpu]'")
+    pytest.skip("libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu]'")
   from jax.experimental import topologies
 
   with pytest.MonkeyPatch.context() as patch:

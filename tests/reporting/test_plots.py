@@ -1,15 +1,18 @@
 """The report shows what is in the run folders, whatever state they are in."""
 
+import base64
 import dataclasses
 import html.parser
+import io
 import json
+import pathlib
 
 import numpy as np
 from PIL import Image
 import pytest
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.reporting import history, page, plots
+from tpgrpo_jax.reporting import history, page, plots, tables, trajectories, watch
 
 WINDOW = 3
 
@@ -26,6 +29,25 @@ def train_row(epoch, completions=True, **more):
   if completions:
     row |= {f"completion_reward/{k}": 0.1 * k for k in range(WINDOW)}
   return row
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+  """Plots of few pixels: drawing takes most of the time."""
+  monkeypatch.setitem(plots.STYLE, "savefig.dpi", 40)
+
+
+@pytest.fixture
+def written(monkeypatch):
+  """The seconds of refresh of the pages that watch has written, without their plots."""
+  seconds = []
+
+  def write_report(groups, output, *, refresh=0.0):
+    seconds.append(refresh)
+    return pathlib.Path(output) / "report.html"
+
+  monkeypatch.setattr(page, "write_report", write_report)
+  return seconds
 
 
 @pytest.fixture
@@ -68,12 +90,13 @@ class _Page(html.parser.HTMLParser):
 
   def __init__(self, text):
     super().__init__()
-    self.sources, self.tags, self.shown = [], [], ""
+    self.sources, self.tags, self.shown, self.names = [], [], "", []
     self.feed(text)
 
   def handle_starttag(self, tag, attrs):
     self.tags.append(tag)
-    self.sources += [v for k, v in attrs if k in ("src", "href")]
+    self.names += [name for name, _ in attrs]
+    self.sources += [v for k, v in attrs if k in ("src", "href", "srcset")]
 
   def handle_data(self, data):
     self.shown += data
@@ -117,14 +140,15 @@ def test_table_says_what_the_runs_came_to_and_what_they_took(make_run):
     make_run(f"s{seed}", [eval_row(0, 0.1), eval_row(6, score, **spent)], seed=seed)
     for seed, score in enumerate((0.3, 0.5))
   ]
-  (row,) = page.table(history.load_runs(runs), "ocr")
-  assert dict(zip(page.COLUMNS, row, strict=True)) == {
+  (row,) = tables.table(history.load_runs(runs), "ocr")
+  # Of .3 and .5 the standard deviation is .1 sqrt(2), and the standard error .1.
+  assert dict(zip(tables.COLUMNS, row, strict=True)) == {
     "label": "tp_grpo",
     "seeds": "2",
     "epochs": "6 / 100",
     "base score": "0.100",
-    "final score": "0.400",
-    "gain": "+0.300 ± 0.141",
+    "final score": "0.400 ± 0.100",
+    "gain": "+0.300 ± 0.100",
     "edge density": "0.250",
     "evaluations": "600",
     "TFLOP": "0.5",
@@ -151,15 +175,16 @@ def test_gain_is_the_mean_of_each_seeds_own(make_run):
     make_run("a", [eval_row(0, 0.50), eval_row(10, 0.70)]),
     make_run("b", [eval_row(0, 0.40), eval_row(10, 0.80)], seed=1),
   ]
-  row = dict(zip(page.COLUMNS, page.table(history.load_runs(runs), "ocr")[0]))
-  # Gains .2 and .4: mean .3, standard deviation .1 sqrt(2).
-  assert row["gain"] == "+0.300 ± 0.141"
-  assert (row["base score"], row["final score"], row["seeds"]) == ("0.450", "0.750", "2")
+  row = dict(zip(tables.COLUMNS, tables.table(history.load_runs(runs), "ocr")[0]))
+  # Gains .2 and .4: mean .3, standard error .1 sqrt(2) / sqrt(2).
+  assert row["gain"] == "+0.300 ± 0.100"
+  assert row["base score"] == "0.450 ± 0.050"  # two bases
+  assert (row["final score"], row["seeds"]) == ("0.750 ± 0.050", "2")
 
 
 def test_run_without_a_base_score_has_no_gain(make_run):
   groups = history.load_runs([make_run("a", [eval_row(10, 0.7)])])
-  row = dict(zip(page.COLUMNS, page.table(groups, "ocr")[0]))
+  row = dict(zip(tables.COLUMNS, tables.table(groups, "ocr")[0]))
   assert (row["base score"], row["gain"]) == ("–", "–")
 
 
@@ -167,14 +192,14 @@ def test_page_refers_to_no_other_file(make_run, tmp_path):
   folder = make_run("a", [eval_row(0, 0.1), train_row(1), eval_row(1, 0.2)], rollout=RISING)
   result = write(history.load_runs([folder]), tmp_path / "out")
   assert result.sources and all(s.startswith("data:image/png;base64,") for s in result.sources)
-  assert not {"script", "link"} & set(result.tags)
+  assert not {"script", "link"} & set(result.tags) and "http-equiv" not in result.names
 
 
 def test_every_plot_is_also_a_png(make_run, tmp_path):
   folder = make_run("a", [eval_row(0, 0.1), train_row(1), eval_row(1, 0.2)], rollout=RISING)
   result = write(history.load_runs([folder]), tmp_path / "out")
   names = {p.stem for p in (tmp_path / "out").glob("*.png")}
-  assert names == {
+  drawn = {
     "held_out_ocr",
     "training_reward",
     "trajectories_tp_grpo",
@@ -182,6 +207,7 @@ def test_every_plot_is_also_a_png(make_run, tmp_path):
     "turning_point_density",
     "diagnostics",
   }
+  assert names == drawn | {f"{name}_narrow" for name in drawn}
   assert len(result.sources) == len(names)
 
 
@@ -201,7 +227,7 @@ def test_report_of_a_run_that_has_little(make_run, tmp_path, rows):
   groups = history.load_runs([folder])
   assert "tp_grpo" in write(groups, tmp_path / "out").shown
   assert "trajectories_tp_grpo.png" not in {p.name for p in (tmp_path / "out").iterdir()}
-  page.render_text_table(groups)
+  tables.render_text(groups)
 
 
 def test_report_leaves_out_what_is_half_written(make_run, tmp_path):
@@ -212,7 +238,9 @@ def test_report_leaves_out_what_is_half_written(make_run, tmp_path):
   (tmp_path / "a" / "images").mkdir()
   (tmp_path / "a" / "images" / "eval_00000.png").write_bytes(b"\x89PNG")
   result = write(history.load_runs([folder]), tmp_path / "out")
-  assert "0.125" in result.shown and len(result.sources) == 1
+  assert (
+    "0.125" in result.shown and len(result.sources) == 2
+  )  # one plot, for a desk and for a phone
 
 
 def test_sample_grids_are_the_first_and_the_last(make_run, tmp_path):
@@ -221,7 +249,7 @@ def test_sample_grids_are_the_first_and_the_last(make_run, tmp_path):
   for epoch in (0, 10, 20):
     path = tmp_path / "a" / "images" / f"eval_{epoch:05d}.png"
     Image.new("RGB", (4, 4)).save(path)
-  assert [epoch for epoch, _ in history.sample_grids(history.load_run(folder))] == [0, 20]
+  assert [grid.epoch for grid in history.sample_grids(history.load_run(folder))] == [0, 20]
 
 
 def test_text_from_users_is_escaped(make_run, tmp_path):
@@ -237,9 +265,9 @@ def test_examples_are_trajectories_with_turning_points_first():
   marks = np.zeros((3, 8))
   marks[1, 7] = 1
   with plots.style():
-    figure = plots.example_trajectories(make_rollout(reward, marks), count=2)
+    figure = trajectories.example_trajectories(make_rollout(reward, marks), count=2)
   titles = [axis.get_title(loc="left") for axis in figure.axes]
-  assert titles[0] == "P7"
+  assert titles[0] == "P7\nR[W] = 0.00"
 
 
 def test_examples_show_different_prompts():
@@ -247,10 +275,9 @@ def test_examples_show_different_prompts():
     np.arange(4.0)[:, None] * np.ones((4, 6)), np.zeros((3, 6)), list("AAABBC")
   )
   with plots.style():
-    figure = plots.example_trajectories(rollout, count=3)
-  assert {axis.get_title(loc="left") for axis in figure.axes if axis.get_title(loc="left")} == set(
-    "ABC"
-  )
+    figure = trajectories.example_trajectories(rollout, count=3)
+  titles = [axis.get_title(loc="left") for axis in figure.axes]
+  assert {title[0] for title in titles if title} == set("ABC")
 
 
 def test_labels_have_distinct_colors_that_do_not_depend_on_the_order():
@@ -308,3 +335,199 @@ def test_config_of_another_version_is_named(make_run, tmp_path):
   (tmp_path / "a" / "config.json").write_text('{"sed": 1}')
   with pytest.raises(ValueError, match=r"config\.json.*sed.*'seed'"):
     history.load_runs([folder])
+
+
+def test_one_seed_has_the_standard_error_over_its_prompts(make_run):
+  error = {"reward/ocr/standard_error": 0.02}
+  judged = {"epoch": 4, "kind": "judge", "prompts": 9}
+  judged |= {"base/reward/ocr/mean": 0.2, "base/reward/ocr/standard_error": 0.03}
+  judged |= {"last/reward/ocr/mean": 0.6, "last/reward/ocr/standard_error": 0.04}
+  judged |= {"last/gain/ocr/mean": 0.4, "last/gain/ocr/standard_error": 0.01}
+  rows = [eval_row(0, 0.25, **error), eval_row(4, 0.5, **error), judged]
+  groups = history.load_runs([make_run("a", rows)])
+  row = dict(zip(tables.COLUMNS, tables.table(groups, "ocr")[0]))
+  assert (row["base score"], row["final score"]) == ("0.250 ± 0.020", "0.500 ± 0.020")
+  assert row["gain"] == "+0.250"  # whose pairs the evaluations have not kept
+  (row,) = tables.judged(groups, "ocr")
+  wanted = ("tp_grpo", "1", "9", "0.200 ± 0.030", "0.600 ± 0.040", "+0.400 ± 0.010", "–", "–")
+  assert row == wanted
+  text = tables.render_text(groups)
+  assert all(cell in text for cell in wanted)
+
+
+def test_older_runs_get_the_standard_error_that_their_rows_imply(make_run):
+  judged = {"epoch": 1, "kind": "judge", "prompts": 4}
+  rows = [eval_row(0, 0.5, **{"reward/ocr/std": 0.4})]
+  settings = config_lib.Eval(prompts=17)
+  run = history.load_run(make_run("a", [*rows, judged], eval=settings))
+  # Over 17 prompts: .4 sqrt(17 / 16) / sqrt(17).
+  assert run.evals[0]["reward/ocr/standard_error"] == pytest.approx(0.1)
+  # Without further prompts behind them there may have been fewer.
+  assert "reward/ocr/standard_error" not in history.load_run(make_run("b", rows)).evals[0]
+
+
+def test_curve_of_one_seed_has_its_standard_error_and_the_base_a_line(make_run):
+  error = {"reward/ocr/standard_error": 0.05}
+  groups = history.load_runs(
+    [make_run("a", [eval_row(0, 0.25, **error), eval_row(1, 0.5, **error)])]
+  )
+  with plots.style():
+    axis = plots.held_out_reward(groups, "ocr").axes[0]
+  (base,) = [line for line in axis.lines if line.get_linestyle() == "--"]
+  assert base.get_ydata()[0] == 0.25
+  spans = [c.get_paths()[0].get_extents() for c in axis.collections]
+  assert any(np.allclose((s.y0, s.y1), (0.2, 0.55)) for s in spans)  # .25 - .05 ... .5 + .05
+
+
+def test_sums_of_other_rewards_have_axes_of_their_own(make_run):
+  rows = [eval_row(0, 0.1), train_row(1), train_row(2)]
+  groups = history.load_runs(
+    [
+      make_run("a", rows),
+      f"b={make_run('b', rows, seed=1)}",
+      f"c={make_run('c', rows, rewards={'ocr': 1.0, 'jpeg_compressibility': 0.1})}",
+    ]
+  )
+  with plots.style():
+    for width in (plots.WIDE, plots.NARROW):
+      axes = plots.training_reward(groups, width).axes
+      assert [axis.get_ylabel() for axis in axes[::2]] == [
+        "training reward: ocr",
+        "training reward: ocr + 0.1 jpeg_compressibility",
+      ]
+      shared = axes[0].get_shared_y_axes()
+      assert shared.joined(axes[0], axes[1]) and not shared.joined(axes[0], axes[2])
+    first, second, third = trajectories.mean_completion_reward(groups).axes
+    shared = first.get_shared_y_axes()
+    assert shared.joined(first, second) and not shared.joined(first, third)
+
+
+def test_reward_that_is_made_in_another_way_is_another_reward(make_run):
+  groups = history.load_runs(
+    [
+      make_run("a", [eval_row(0, 0.1)]),
+      f"b={make_run('b', [eval_row(0, 0.1)], rewards={'ocr': {'weight': 0.5}})}",
+      f"c={make_run('c', [eval_row(0, 0.1)], rewards={'ocr': {'weight': 1.0, 'detect': True}})}",
+    ]
+  )
+  assert [(title, [*part]) for title, _, part in tables.parts(groups)] == [
+    ("ocr, as tp_grpo, b makes it", ["tp_grpo", "b"]),
+    ("ocr, as c makes it", ["c"]),
+  ]
+
+
+def test_turning_points_that_balancing_dropped_are_drawn_apart(make_run, tmp_path):
+  # Of both samples step 0 falls and step 1 begins to rise; balancing has kept that of the first alone.
+  kept = np.zeros((3, 2), bool)
+  kept[1, 0] = True
+  rollout = make_rollout([[0.5, 0.5], [0, 0], [0.5, 0.5], [1, 1]], kept)
+  folder = make_run("a", [eval_row(0, 0.1)], rollout=rollout._replace(found=kept, branched=False))
+  (loaded,) = history.load_rollouts(history.load_run(folder))
+  assert loaded.found.tolist() == [[False, False], [True, True], [False, False]]
+  with plots.style():
+    first, second = trajectories.example_trajectories(loaded).axes[:2]
+  marks = lambda axis: [m.get_marker() for m in axis.lines if m.get_markersize() == 9]
+  assert (marks(first), marks(second)) == (["o"], ["s"])
+
+
+def test_found_and_paid_turning_points_have_panels_of_their_own(make_run):
+  found = {f"turning_point_found/{k}": 0.3 for k in range(WINDOW)}
+  groups = history.load_runs([make_run("a", [train_row(1, **found), train_row(2, **found)])])
+  with plots.style():
+    titles = [a.get_title(loc="left") for a in trajectories.turning_point_density(groups).axes]
+  assert titles[:2] == ["tp_grpo: found", "tp_grpo: paid after balancing"]
+
+
+def test_every_trajectory_that_is_shown_has_its_picture():
+  rollout = make_rollout(np.arange(4.0)[:, None] * np.arange(1, 9), np.zeros((3, 8)))
+  with plots.style():
+    figure = trajectories.example_trajectories(rollout._replace(images=rollout.images[:3]))
+  shown = [axis for axis in figure.axes if axis.get_title(loc="left")]
+  assert [axis.get_title(loc="left")[:2] for axis in shown] == ["P2", "P1", "P0"]
+  assert all(len(axis.child_axes[0].images) == 1 for axis in shown)
+
+
+def test_picture_of_a_branch_has_the_score_of_its_anchor():
+  rollout = make_rollout([[0.25], [0.5], [0], [0.25]], np.zeros((3, 1)))
+  with plots.style():
+    (axis,) = trajectories.example_trajectories(rollout._replace(branched=True)).axes
+  assert axis.get_title(loc="left") == "P0\nanchor = 0.25"
+  assert [line.get_ydata()[0] for line in axis.lines if line.get_marker() == "o"] == [0.5, 0, 0.25]
+
+
+def save_grid(folder, epoch, score, read):
+  """What an evaluation of two pictures keeps: 4 x 2 pixels each, side by side."""
+  (folder / "images").mkdir(exist_ok=True)
+  sheet = np.zeros((4, 20, 3), np.uint8)
+  sheet[1:3, 1:5], sheet[1:3, 10:14] = (255, 0, 0), (0, 0, 255)
+  Image.fromarray(sheet).save(folder / "images" / f"eval_{epoch:05d}.png")
+  said = {
+    "boxes": [(1, 1, 5, 3), (10, 1, 14, 3)],
+    "prompts": ["CAT", "<b>&"],
+    "scores": {"ocr": [score, 0.0], "jpeg": [-1.5, -2.0]},
+    "readings": {"ocr": [read, ""]},
+  }
+  (folder / "images" / f"eval_{epoch:05d}.json").write_text(json.dumps(said))
+
+
+def test_each_picture_has_its_score_and_reading_under_it(make_run, tmp_path):
+  folder = make_run("a", [eval_row(0, 0.1), eval_row(8, 0.2)])
+  save_grid(tmp_path / "a", 0, 0.25, "C<T")
+  save_grid(tmp_path / "a", 8, 1.0, "CAT")
+  result = write(history.load_runs([folder]), tmp_path / "out")
+  shown = " ".join(result.shown.split())
+  assert (
+    "CATbefore trainingocr 0.25reads “C<T”jpeg -1.5after epoch 8ocr 1reads “CAT”jpeg -1.5" in shown
+  )
+  assert "<b>&before trainingocr 0reads nothingjpeg -2" in shown
+  pictures = [s for s, name in zip(result.sources, result.tags) if s][-4:]
+  colors = []
+  for source in pictures:
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+      assert image.size == (4, 2)
+      colors.append(image.getpixel((0, 0)))
+  assert colors == [(255, 0, 0), (255, 0, 0), (0, 0, 255), (0, 0, 255)]
+
+
+def test_page_is_written_again_when_the_run_has_changed_until_it_has_ended(
+  make_run, tmp_path, written
+):
+  folder = make_run("a", [], train=config_lib.Train(epochs=2))
+  rows, seen = tmp_path / "a" / "metrics.jsonl", []
+  judged = {"epoch": 2, "kind": "judge", "prompts": 4}
+  comes = [eval_row(0, 0.125), None, train_row(1), train_row(2), judged]
+
+  def sleep(seconds):
+    assert seconds == 7.0
+    seen.append(len(written))
+    if (row := comes.pop(0)) is not None:
+      with rows.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+  said = []
+  path = watch.watch([folder], tmp_path / "out", every=7.0, say=said.append, sleep=sleep)
+  # Waits for the first row, writes at each of the four, and not at the look at which nothing was new.
+  assert seen == [0, 1, 1, 2, 3] and written == [7.0, 7.0, 7.0, 0.0]
+  assert said[0] == "waits for the first evaluation"
+  assert said[-1] == f"{path}: 2 epochs; all runs have ended"
+
+
+def test_watch_that_is_interrupted_leaves_a_page_that_stays_as_it_is(make_run, tmp_path, written):
+  def interrupt(seconds):
+    raise KeyboardInterrupt
+
+  folder = make_run("a", [eval_row(0, 0.125)])
+  watch.watch([folder], tmp_path, every=7.0, say=lambda line: None, sleep=interrupt)
+  assert written == [7.0, 0.0]
+  with pytest.raises(ValueError, match="nowhere"):
+    watch.watch(["nowhere"], tmp_path, every=7.0)
+
+
+def test_page_of_a_running_run_loads_itself_again(make_run, tmp_path):
+  groups = history.load_runs([make_run("a", [eval_row(0, 0.125)])])
+  page.write_report(groups, tmp_path / "out", refresh=7.0)
+  path = tmp_path / "out" / "report.html"
+  assert '<meta http-equiv="refresh" content="7">' in path.read_text()
+  page.write_report(groups, tmp_path / "out")
+  assert "http-equiv" not in path.read_text()
+  assert not [*tmp_path.glob("out/*.part"), *tmp_path.glob("out/.*")]

@@ -242,7 +242,7 @@ def test_missing_package_is_an_error_that_says_what_to_install(golden, tmp_path,
   monkeypatch.setitem(sys.modules, "ftfy", None)  # makes the import fail
   folder = stored_models.write_folder(golden, "hps", tmp_path)
   message = message_of("hpsv2", {"path": str(folder)}, ImportError)
-  assert "ftfy, which is not installed" in message and "pip install 'tpgrpo_jax[hps]'" in message
+  assert "ftfy, which is not installed" in message and "pip install 'ftfy>=6.1'" in message
 
 
 @pytest.mark.parametrize("exists", [False, True])

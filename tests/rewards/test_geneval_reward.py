@@ -180,7 +180,7 @@ def test_weights_in_a_pickle_are_refused(folders, tmp_path):
 
 def test_without_torch_the_extra_is_named(folders, monkeypatch):
   monkeypatch.setitem(sys.modules, "torch", None)
-  with pytest.raises(ImportError, match=r"pip install 'tpgrpo_jax\[geneval\]'"):
+  with pytest.raises(ImportError, match="pip install 'torch>=2.6'"):
     geneval.make(**folders)
 
 

@@ -245,7 +245,7 @@ def test_option_out_of_range_is_an_error(options, message):
 @pytest.mark.parametrize("package", ["rapidocr", "onnxruntime", "rapidfuzz"])
 def test_missing_package_is_an_error_that_says_what_to_install(monkeypatch, package):
   monkeypatch.setitem(sys.modules, package, None)  # makes the import fail
-  with pytest.raises(ImportError, match=r"pip install 'tpgrpo_jax\[ocr\]'"):
+  with pytest.raises(ImportError, match="pip install 'rapidocr>=3.10' 'onnxruntime"):
     ocr.make()
 
 

@@ -92,3 +92,17 @@ def test_a_run_has_stalled_when_as_many_evaluations_as_its_patience_were_no_bett
   kept.close()
   assert [stalled(epoch, 2) for epoch in (10, 15, 20, 25)] == [False, False, True, True]
   assert not stalled(1000, 0)
+
+
+def test_scores_of_another_evaluation_are_not_compared(tmp_path):
+  def offered(epoch, score, kind):
+    kept = best.BestWeights(tmp_path, METRIC, start=False, kind=kind)
+    said = kept.offer(epoch, weights(epoch), {METRIC: score})
+    kept.close()
+    return said
+
+  few = {"prompts": 8, "rewards": ()}
+  assert offered(10, 0.9, few) and not offered(20, 0.8, few)
+  with pytest.warns(UserWarning, match="after epoch 10.*chosen anew"):
+    assert offered(30, 0.5, few | {"prompts": 16})
+  assert stored(tmp_path) == (30, 30)

@@ -120,6 +120,15 @@ def test_turning_point_density_is_reported_by_step():
   assert row["turning_point/mean"] == 0.25
 
 
+def test_turning_points_are_counted_before_balancing_too():
+  # The first sample turns at step 1, the second at step 0 (Def. 4.1).
+  reward = np.asarray([[0.5, 0.0], [0.0, 0.5], [1.0, 1.0]], np.float32)
+  found = metrics.found_turning_points("tp_grpo", reward)
+  assert found == {"turning_point_found/0": 0.5, "turning_point_found/1": 0.5}
+  assert not metrics.found_turning_points("increments", reward)
+  assert not metrics.found_turning_points("my_credit:function", reward)
+
+
 def test_completions_that_were_not_made_have_no_rows():
   row = row_of([[np.nan, np.nan], [1, 3]])
   assert "completion_reward/0" not in row and "increment/0" not in row
@@ -171,14 +180,6 @@ def test_number_that_json_cannot_hold_becomes_text(tmp_path):
   text = (tmp_path / "metrics.jsonl").read_text()
   strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
   assert (strict["a"], strict["b"]) == ("nan", "inf")
-
-
-def test_tensorboard_gets_the_numbers_by_kind(tmp_path, monkeypatch):
-  written = []
-  with open_log(tmp_path, tensorboard=True) as log:
-    monkeypatch.setattr(log._board, "add_scalar", lambda *arguments: written.append(arguments))
-    log.write({"epoch": 3, "kind": "eval", "reward/mean": 0.5})
-  assert written == [("eval/reward/mean", 0.5, 3)]
 
 
 def test_missing_wandb_is_named_with_the_pip_command(tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def test_other_config_is_refused_field_by_field(tmp_path):
   [
     ("run", {"dir": "elsewhere"}),
     ("train", {"epochs": 999}),
-    ("eval", {"every": 1}),
+    ("eval", {"every": 1, "num_steps": 3, "prompts": 5, "batch": 7}),
     ("log", {"wandb": True}),
     ("checkpoint", {"every": 1, "keep": 9}),
     ("mesh", {"fsdp": 8}),
@@ -204,3 +204,10 @@ def test_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch, 
   monkeypatch.setattr(fcntl, "flock", flock)
   with pytest.warns(UserWarning, match="has no locks"), run_folder.hold(tmp_path / "run"):
     assert (tmp_path / "run" / ".lock").is_file()
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(tmp_path):
+  for epochs, finished in ((13, 13), (14, 13), (5, None)):
+    run_folder.check_length(tmp_path, epochs, finished)
+  with pytest.raises(ValueError, match="train.epochs=5: the run in .* has finished 13"):
+    run_folder.check_length(tmp_path, 5, 13)

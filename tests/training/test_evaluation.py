@@ -1,12 +1,16 @@
 """Evaluation paints the same images whatever the batch, and its grid shows all of them."""
 
+import json
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from tpgrpo_jax.training import build, evaluation
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.runs import metrics
+from tpgrpo_jax.training import build, evaluation, loop, scoring
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.types import Prompt
 
@@ -72,12 +76,19 @@ def test_evaluation_reports_every_reward_with_its_exact_share(config_in, single_
     assert rows.all()
     assert texts == [p.text for p in WORDS]
     scores = {"a": np.arange(5, dtype=np.float32), "b": np.zeros(5, np.float32)}
-    return lambda: (None, scores, {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1])}})
+    return lambda: (
+      None,
+      scores,
+      {"a": {}, "b": {"exact": np.asarray([1, 0, 0, 0, 1]), "text": [*"UVWXY"]}},
+    )
 
   with jax.set_mesh(single_mesh):
     evaluate = evaluation.make_evaluate(config, model, single_mesh, reward_fn, WORDS)
     result = evaluate(model.params(model.trainable))
   assert result.row["reward/a/mean"] == 2.0
+  # Of 0 ... 4: sqrt(10 / 4) / sqrt(5).
+  assert result.row["reward/a/standard_error"] == pytest.approx(0.5**0.5)
+  assert result.readings == {"b": ["U", "V", "W", "X", "Y"]}
   assert result.row["reward/b/exact"] == pytest.approx(0.4)
   assert "reward/a/exact" not in result.row
   assert result.images.shape == (5, 24, 48, 3)
@@ -142,3 +153,58 @@ def test_eval_rewards_by_name_are_those_of_the_config(config_in, single_mesh, tm
   reward_fn = session_lib.build_eval_rewards(config, single_mesh)
   _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])()
   assert scores.keys() == {"jpeg_compressibility", "coarse"}
+
+
+def test_captions_hold_prompt_reading_and_named_scores_a_line_each():
+  prompts = [Prompt("a CAT", {}), Prompt("a DOG", {})]
+  scores = {"ocr": np.array([0.2124, 1.0]), "pickscore": np.array([21.5, -0.25])}
+  readings = {"ocr": ["CA", ""]}
+  found = evaluation.Evaluation({}, scores, np.zeros((2, 40, 96, 3), np.uint8), prompts, readings)
+  captions = evaluation.captions(found)
+  assert captions == [
+    ("a CAT", "CA", "ocr=.212 pickscore=21.500"), ("a DOG", "", "ocr=1.000 pickscore=-.250"),
+  ]  # fmt: skip
+  three = evaluation.grid(found.images, captions, columns=1, scale=1)
+  one = evaluation.grid(found.images, ["a CAT", "a DOG"], columns=1, scale=1)
+  assert len(three) - len(one) == 2 * 2 * 14  # two more lines under each of two pictures
+  written = lambda sheet, top: bool((sheet[top : top + 14] < 128).any())
+  assert [written(three, 44 + 14 * line) for line in range(3)] == [True] * 3
+  assert evaluation.captions(found._replace(readings={}))[0][1] == ""
+
+
+def test_scores_are_kept_before_pictures_are_drawn(tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluation, "grid", lambda *_, **__: 1 / 0)
+  images, prompts = np.zeros((2, 8, 16, 3), np.uint8), WORDS[:2]
+  scores = {"a": np.array([0.25, 0.75], np.float32)}
+  result = {"rewards": {}, "samples": [{"prompt": "ANT", "scores": {"a": 0.25}}]}
+  with pytest.raises(ZeroDivisionError):
+    scoring.save_evaluation(result, images, tmp_path)
+  assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+  found = evaluation.Evaluation({"reward/mean": 0.5, "reward/std": 0.25}, scores, images, prompts)
+  session = SimpleNamespace(
+    config=config_lib.Config(),
+    model=SimpleNamespace(params=lambda _: {}),
+    evaluate=lambda *_: found,
+  )
+  best = SimpleNamespace(offer=lambda *_: True)
+  totals = {"epoch": 3, "evaluations": 0, "samples": 0, "seconds": 0.0}
+  with metrics.MetricsLog(tmp_path, config_lib.Log(tensorboard=False), {}) as sink:
+    with pytest.raises(ZeroDivisionError):
+      loop._evaluate(session, SimpleNamespace(ema={}), totals, best, sink, tmp_path, None)
+  assert metrics.rows_of(tmp_path)[0]["reward/mean"] == 0.5
+
+
+def test_what_is_said_of_a_picture_stands_beside_its_place_in_the_grid():
+  images = np.arange(1, 11, dtype=np.uint8)[:, None, None, None] * np.ones((1, 24, 48, 3), np.uint8)
+  prompts = [Prompt(f"P{i}", {}) for i in range(10)]
+  scores, readings = {"ocr": np.arange(10, dtype=np.float32)}, {"ocr": [f"R{i}" for i in range(10)]}
+  result = evaluation.Evaluation({}, scores, images, prompts, readings)
+  said = evaluation.describe(result, 9)
+  sheet = evaluation.grid(images[:9], evaluation.captions(result)[:9])
+  assert said["prompts"] == [f"P{i}" for i in range(9)]
+  assert said["scores"] == {"ocr": [*map(float, range(9))]}
+  assert said["readings"] == {"ocr": [f"R{i}" for i in range(9)]}
+  for i, (left, top, right, bottom) in enumerate(said["boxes"]):
+    assert (sheet[top:bottom, left:right] == i + 1).all()
+    assert (sheet[top - 1, left:right] != i + 1).all() and (sheet[top:bottom, right] != i + 1).all()
+  assert len(said["boxes"]) == 9

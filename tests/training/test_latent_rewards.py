@@ -16,6 +16,7 @@ from tpgrpo_jax import rewards, types
 from tpgrpo_jax.config import rules
 from tpgrpo_jax.cost import flops
 from tpgrpo_jax.credit import stepwise
+from tpgrpo_jax.forecasting import checking
 from tpgrpo_jax.models import dina
 from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import epoch as epoch_lib
@@ -95,6 +96,14 @@ def test_an_epoch_of_latent_increments_is_on_policy_and_costs_what_the_count_say
   assert row["grad_norm"] > 0 and row["advantage/std"] > 0 and row["reward/std"] > 0
   assert row["evaluations_per_sample"] == 2 * stored.NUM_STEPS  # guidance, and no completion
   assert not [name for name in row if name.startswith("image/")] and not len(sampled.rollout.images)
+
+
+def test_a_check_scores_latents_and_needs_no_picture(session):
+  with jax.set_mesh(session.mesh):
+    scores, size = checking.score_gray(session, session.reward_fn, session.train_prompts[0])
+  assert scores.keys() == {"dina_lrm"} and np.isfinite(scores["dina_lrm"])
+  height, width, _ = session.model.pipeline.latent_shape
+  assert size[0] / height == size[1] / width > 1
 
 
 def test_every_row_of_the_rewards_is_the_score_of_that_state(session, epoch):

@@ -4,10 +4,12 @@ import json
 import logging
 import os
 import pathlib
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 import weakref
 
@@ -234,6 +236,28 @@ def test_finished_run_started_again_changes_nothing(uninterrupted, one_device):
   assert path.read_bytes() == before
 
 
+def test_shorter_run_is_refused_and_nothing_is_rewritten(uninterrupted, make_config, one_device):
+  folder = pathlib.Path(uninterrupted.run.dir)
+  files = lambda: {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+  before = files()
+  with pytest.raises(ValueError, match="train.epochs=2: the run in .* has finished 3"):
+    loop.train(make_config({"run.dir": uninterrupted.run.dir, "train.epochs": 2}))
+  assert files() == before
+
+
+@pytest.mark.parametrize("done, why", [(0, "of a run without a checkpoint"), (1, "after epoch 1")])
+def test_rows_that_a_resume_drops_are_said(
+  done, why, make_config, one_device, monkeypatch, tmp_path, capsys
+):
+  (tmp_path / "run").mkdir()
+  rows = [{"epoch": e, "kind": "train"} for e in range(3)]
+  (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
+  monkeypatch.setattr(loop, "_restore_or_start", lambda *_: ({}, {"epoch": done}))
+  monkeypatch.setattr(loop, "_train", lambda *_: {})
+  loop.train(make_config())
+  assert f"drops {3 - 2 * done} rows of metrics.jsonl {why}" in capsys.readouterr().err
+
+
 def test_metrics_hold_every_row_once(uninterrupted):
   rows = [(row["kind"], row["epoch"]) for row in left_behind.rows(uninterrupted)]
   wanted = [("eval", 0)]
@@ -439,24 +463,34 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
 
 
 @pytest.fixture(scope="module")
-def command(small_model, prompt_folder, prepared_folder, tmp_path_factory):
-  """Returns (run_dir, reward script) -> the finished process of the real training command."""
-  recipe = tmp_path_factory.mktemp("recipe") / "recipe.py"
-  recipe.write_text(RECIPE.format(model=str(small_model), prompts=str(prompt_folder)))
-  environment = os.environ | {
+def recipe(small_model, prompt_folder, tmp_path_factory):
+  path = tmp_path_factory.mktemp("recipe") / "recipe.py"
+  path.write_text(RECIPE.format(model=str(small_model), prompts=str(prompt_folder)))
+  return path
+
+
+@pytest.fixture(scope="module")
+def environment(prepared_folder):
+  """Of the processes that train."""
+  return os.environ | {
     "JAX_PLATFORMS": "cpu",
     "TFDS_DATA_DIR": str(prepared_folder),
     "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(HERE)]),
   }
 
-  def run(run_dir, reward=""):
-    arguments = ["--config", str(recipe), f"--config.run.dir={run_dir}"]
+
+@pytest.fixture(scope="module")
+def command(recipe, environment):
+  """Returns (run_dir, reward script, arguments) -> the finished process of the real training command."""
+
+  def run(run_dir, reward="", arguments=()):
+    given = ["--config", str(recipe), f"--config.run.dir={run_dir}", *arguments]
     return subprocess.run(
-      [sys.executable, "-c", COMMAND, *arguments],
+      [sys.executable, "-c", COMMAND, *given],
       env=environment | {scripted_rewards.VARIABLE: reward},
       capture_output=True,
       text=True,
-      timeout=600,
+      timeout=1800,
       check=False,
     )
 
@@ -509,6 +543,123 @@ def test_interrupted_command_saves_and_the_same_one_goes_on(command, whole_comma
   assert resumed.returncode == 0, resumed.stderr
   folders = (run_dir, whole_command[0])
   trees = [json.loads((folder / "config.json").read_text()) for folder in folders]
+  left_behind.assert_same_run(
+    *(config_lib.from_config_dict(config_lib.Config, tree) for tree in trees)
+  )
+
+
+# The real command in a terminal. It says when the moment has come, and gives the user a second to type.
+AT_A_TERMINAL = """
+import fcntl, os, runpy, signal, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
+moment = sys.argv.pop()
+
+from jax import monitoring
+import scripted_rewards
+from tpgrpo_jax.runs import checkpoint
+from tpgrpo_jax.training import progress, step
+
+said = []
+
+def say(name):
+  if name == moment and not said:
+    said.append(name)
+    os.write(1, f"@{name}@".encode())
+    time.sleep(1.5)
+
+def before(owner, attribute, name):
+  function = getattr(owner, attribute)
+  def run(*args, **kwargs):
+    say(name(*args))
+    return function(*args, **kwargs)
+  setattr(owner, attribute, run)
+
+before(progress.Bar, "advance", lambda bar, count: bar._name)  # the rollout, between two microbatches
+before(step, "split_updates", lambda *_: "update")
+
+def under_way(event, seconds, **kwargs):  # lowered, and not compiled yet
+  if event.endswith("jaxpr_to_mlir_module_duration") and "train_step" in str(kwargs):
+    say("compiling")
+
+monitoring.register_event_duration_secs_listener(under_way)
+save = checkpoint.RunCheckpoints.save
+
+def saving(*args, **kwargs):
+  if begun := save(*args, **kwargs):
+    say("saving")  # while it is written
+  return begun
+
+checkpoint.RunCheckpoints.save = saving
+make = scripted_rewards.make
+
+def scoring():
+  reward = make()
+  def call(*args):
+    say("reward")
+    return reward(*args)
+  return call
+
+scripted_rewards.make = scoring
+runpy.run_module("tpgrpo_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def press_ctrl_c(arguments, environment, moment):
+  """(status, what the terminal showed) of the command, at which Ctrl-C is typed at that moment."""
+  ours, theirs = os.openpty()
+  termios.tcsetwinsize(theirs, (24, 120))
+  process = subprocess.Popen(
+    [sys.executable, "-c", AT_A_TERMINAL, *arguments, moment],
+    stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
+  )  # fmt: skip
+  os.close(theirs)
+  shown, typed, end = b"", False, time.monotonic() + 1800
+  try:
+    while time.monotonic() < end:
+      if not select.select([ours], [], [], 1.0)[0]:
+        continue
+      try:
+        shown += os.read(ours, 4096)
+      except OSError:  # the terminal is closed: the process has ended
+        break
+      if not typed and f"@{moment}@".encode() in shown:
+        typed = True
+        os.write(ours, b"\x03")
+    return process.wait(timeout=60), shown.decode()
+  finally:
+    process.kill()
+    process.wait()
+    os.close(ours)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_at_any_moment_saves_and_the_same_command_goes_on(
+  command, recipe, environment, tmp_path
+):
+  longer = ["--config.train.epochs=4", "--config.checkpoint.every=3"]
+  whole = command(tmp_path / "whole", arguments=longer)
+  assert whole.returncode == 0, whole.stderr
+  run_dir = tmp_path / "run"
+  arguments = ["--config", str(recipe), f"--config.run.dir={run_dir}", *longer]
+  moments = {
+    "compiling": 1,
+    "rollout": 1,
+    "reward": 1,
+    "update": 2,
+    "saving": 3,
+  }  # epochs that are kept
+  for moment, kept in moments.items():
+    status, shown = press_ctrl_c(arguments, environment, moment)
+    assert status == 128 + signal.SIGINT, shown
+    assert f"@{moment}@" in shown and "Traceback" not in shown, shown
+    assert "Ctrl-C: saves the finished epochs and ends." in shown, shown
+    assert "The same command goes on." in shown, shown
+    with checkpoint.RunCheckpoints(run_dir, read_only=True) as checkpoints:
+      assert checkpoints.latest() == kept, moment
+  done = command(run_dir, arguments=longer)
+  assert done.returncode == 0, done.stderr
+  trees = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("run", "whole")]
   left_behind.assert_same_run(
     *(config_lib.from_config_dict(config_lib.Config, tree) for tree in trees)
   )

@@ -63,11 +63,19 @@ class Log:
   Attributes:
     tensorboard: writes TensorBoard's files into the run folder.
     wandb: sends rows to Weights & Biases (pip install wandb).
-    images_every: epochs between rollouts whose pictures are kept; 0 for none.
+    project: where Weights & Biases puts the run; "" is $WANDB_PROJECT, or its own default.
+    name: of the run there; "" is the run folder's.
+    group: of runs there, such as the seeds of one experiment; "" is none.
+    id: of the run there. The run folder keeps it, so that a resumed run is one curve; "" makes one.
+    images_every: epochs between the rollouts that are kept for the report, with pictures; 0 for none.
     profile: the epoch, from 1, of which <run.dir>/profile gets an XProf trace; 0 for none.
   """
 
   tensorboard: bool = True
   wandb: bool = False
+  project: str = ""
+  name: str = ""
+  group: str = ""
+  id: str = ""
   images_every: int = 10
   profile: int = 0

@@ -200,6 +200,7 @@ def z_image() -> Config:
     lora=dataclasses.replace(base.lora, targets=Z_IMAGE_TARGETS),
     sampler=dataclasses.replace(base.sampler, schedule="shifted", shift=6.0, guidance_scale=5.0),
     text=dataclasses.replace(base.text, max_sequence_length=256),
+    vae=dataclasses.replace(base.vae, images_per_chunk=2),  # a v5e-16 holds it: docs/scaling.md
     eval=dataclasses.replace(base.eval, num_steps=28),
   )
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from tpgrpo_jax import version
+
 GIB = 2**30
 
 
@@ -116,7 +118,7 @@ def _described(name, slices):
   except ImportError as error:
     raise ImportError(
       f"--topology={name!r} needs libtpu, the TPU's compiler, but no TPU ({error}). Run: "
-      "pip install 'tpgrpo_jax[tpu]'"
+      f"{version.install('tpu')}"
     ) from error
   del libtpu
   described = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)

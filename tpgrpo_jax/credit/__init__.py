@@ -82,5 +82,17 @@ def _table(keep, extras: tuple[str, ...]) -> dict[str, CreditMethod]:
   }
 
 
+def find_turning_points(name: str, completion_reward: jax.Array) -> jax.Array | None:
+  """All turning points that a method of CREDIT finds, before any balancing; [W+1, B] -> [W, B] bool.
+
+  Args:
+    name: of a method; None is returned for one that looks for none, and for a user's own.
+    completion_reward: [W+1, B].
+  """
+  rule = CREDIT.get(name)
+  find = rule and getattr(rule.function, "keywords", {}).get("find")
+  return find(completion_reward) if find else None
+
+
 CREDIT = _table(keep_all, extras=())
 BALANCED = _table(turning_point.balance, extras=("key",))

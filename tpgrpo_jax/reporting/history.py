@@ -9,10 +9,12 @@ import warnings
 import zipfile
 
 from etils import epath
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import credit
 from tpgrpo_jax.config import bridge
 from tpgrpo_jax.runs import metrics
 
@@ -63,6 +65,8 @@ class Rollout(NamedTuple):
     is_turning_point: [W, B].
     prompts: [B].
     images: uint8 [N <= B, H, W, 3] of the first samples.
+    found: [W, B], the turning points before balancing; None where the method looks for none.
+    branched: whether R[0] and the images are the anchors', and R[k+1] is of the member that left at step k.
   """
 
   epoch: int
@@ -70,6 +74,22 @@ class Rollout(NamedTuple):
   is_turning_point: np.ndarray
   prompts: np.ndarray
   images: np.ndarray
+  found: np.ndarray | None = None
+  branched: bool = False
+
+
+class Grid(NamedTuple):
+  """The pictures of one evaluation.
+
+  Attributes:
+    epoch: finished ones; 0 is the base model.
+    path: of the sheet with all of them.
+    said: as of training.evaluation.describe; {} of a run that did not keep it.
+  """
+
+  epoch: int
+  path: epath.Path
+  said: dict[str, Any]
 
 
 def load_run_config(run_dir: str | os.PathLike[str]) -> config_lib.Config:
@@ -116,8 +136,24 @@ def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
     )
   train, evals = ([r for r in rows if r.get("kind") == kind] for kind in ("train", "eval"))
   judged = next((r for r in reversed(rows) if r.get("kind") == "judge"), {})
+  if (
+    judged
+  ):  # there were prompts behind those of the evaluations, so these had all that were asked for
+    evals = [_with_standard_errors(row, config.eval.prompts) for row in evals]
   label = label or config.run.label or config.credit.method
   return Run(folder, label, config, train, evals, judged)
+
+
+def _with_standard_errors(row, prompts):
+  """The row, with the standard errors that older runs did not write."""
+  found = {}
+  for name in row:
+    if (
+      name.startswith("reward/") and name.endswith("/std") and name.count("/") == 2 and prompts > 1
+    ):
+      error = number(row, name) / np.sqrt(prompts - 1)
+      found[f"{name.removesuffix('/std')}/standard_error"] = float(error)
+  return found | row
 
 
 def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:
@@ -175,6 +211,33 @@ def reward_labels(groups: Mapping[str, Sequence[Run]]) -> list[str]:
   """The rewards that held-out evaluation reported, in the order of their first appearance."""
   names = {k: None for runs in groups.values() for r in runs for row in r.evals for k in row}
   return [n[len("reward/") : -len("/mean")] for n in names if _is_reward_mean(n)]
+
+
+def alike(groups: Mapping[str, Sequence[Run]], what: Any) -> list[dict[str, Sequence[Run]]]:
+  """The groups, put together where what(config) of their first run is equal: what one axis may show."""
+  parts: list[tuple[Any, dict[str, Sequence[Run]]]] = []
+  for label, runs in groups.items():
+    own = what(runs[0].config)
+    same = next((part for key, part in parts if key == own), None)
+    if same is None:
+      parts.append((own, same := {}))
+    same[label] = runs
+  return [part for _, part in parts]
+
+
+def reward_spec(config: config_lib.Config, reward: str) -> Any:
+  """How a reward is made, without its weight: what must be equal for its scores to be comparable."""
+  asked = config.rewards.get(reward)
+  return {k: v for k, v in asked.items() if k != "weight"} if isinstance(asked, Mapping) else {}
+
+
+def training_sum(config: config_lib.Config) -> str:
+  """What a run is trained on, such as "ocr + 0.1 bright"."""
+  weights = {
+    label: asked.get("weight", 1.0) if isinstance(asked, Mapping) else asked
+    for label, asked in config.rewards.items()
+  }
+  return " + ".join(k if w == 1 else f"{w:g} {k}" for k, w in weights.items())
 
 
 def _is_reward_mean(name):
@@ -260,15 +323,23 @@ def load_rollouts(run: Run) -> list[Rollout]:
   for path in sorted((run.folder / "rollouts").glob("epoch_*.npz")):
     try:
       with path.open("rb") as file, np.load(file) as data:
-        arrays = [data[name] for name in Rollout._fields[1:]]
+        arrays = {name: data[name] for name in Rollout._fields[1:-2]}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
       continue
-    rollouts.append(Rollout(int(path.stem.removeprefix("epoch_")), *arrays))
+    found = None
+    if not run.config.advantage.per_reward:  # there the credit is of each reward for itself
+      found = credit.find_turning_points(
+        run.config.credit.method, jnp.asarray(arrays["completion_reward"])
+      )
+    found = None if found is None else np.asarray(found)
+    branched = run.config.sampler.rollout == "branch"
+    epoch = int(path.stem.removeprefix("epoch_"))
+    rollouts.append(Rollout(epoch, **arrays, found=found, branched=branched))
   return rollouts
 
 
-def sample_grids(run: Run) -> list[tuple[int, epath.Path]]:
-  """(finished epochs, picture) of the run's first and last readable sample grids: 0, 1 or 2."""
+def sample_grids(run: Run) -> list[Grid]:
+  """The run's first and last readable sample grids: 0, 1 or 2."""
   found = []
   for path in sorted((run.folder / "images").glob("eval_*.png")):
     try:
@@ -276,8 +347,15 @@ def sample_grids(run: Run) -> list[tuple[int, epath.Path]]:
         image.load()
     except OSError:
       continue
-    found.append((int(path.stem.removeprefix("eval_")), path))
+    found.append(Grid(int(path.stem.removeprefix("eval_")), path, _said_of(path)))
   return found if len(found) < 2 else [found[0], found[-1]]
+
+
+def _said_of(path):
+  try:
+    return json.loads(path.with_suffix(".json").read_text())
+  except (OSError, ValueError):
+    return {}
 
 
 class Outcome(NamedTuple):
@@ -285,7 +363,9 @@ class Outcome(NamedTuple):
 
   Attributes:
     base: score before the first update, NaN if it was not measured.
+    base_error: its standard error over prompts, NaN if it is not known.
     final: score of the last evaluation.
+    final_error: likewise.
     epochs: finished at that evaluation.
     edges: share of pixels on an edge in its images, which tells noise.
     evaluations: of the model, of training alone.
@@ -294,7 +374,9 @@ class Outcome(NamedTuple):
   """
 
   base: np.ndarray
+  base_error: np.ndarray
   final: np.ndarray
+  final_error: np.ndarray
   epochs: np.ndarray
   edges: np.ndarray
   evaluations: np.ndarray
@@ -308,7 +390,9 @@ def outcome(runs: Sequence[Run], reward: str) -> Outcome:
   for run in runs:
     rows = [r for r in run.evals if np.isfinite(number(r, name))] or [{}]
     first, last = rows[0], rows[-1]
-    base = number(first, name) if first.get("epoch") == 0 else np.nan
+    base = first if first.get("epoch") == 0 else {}
+    error = f"reward/{reward}/standard_error"
     totals = ("epoch", "image/edge_density", *TOTALS.values())
-    columns.append([base, number(last, name), *(number(last, total) for total in totals)])
+    scores = [number(row, key) for row in (base, last) for key in (name, error)]
+    columns.append([*scores, *(number(last, total) for total in totals)])
   return Outcome(*np.array(columns).T)

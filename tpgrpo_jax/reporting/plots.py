@@ -23,8 +23,6 @@ METHOD_COLORS = {
 }
 SPARE_COLORS = ("#3b8ea5", "#a14d7b", "#8c7a3f", "#5b6b7a", "#b0705a")
 INK, GRAY, FAINT = "#22282f", "#6b7480", "#d9dee3"
-UP, DOWN = "#4a8c68", "#b9bfc6"  # of a step that raises R, and one that does not
-POINT = "#c1432e"
 
 STYLE: dict[Any, Any] = {
   "font.size": 9.0,
@@ -80,50 +78,100 @@ def colors(labels: Sequence[str]) -> dict[str, str]:
   return {label: METHOD_COLORS.get(label) or chosen[label] for label in labels}
 
 
-def _figure(
-  rows: int, columns: int, width: float, height: float, **options
+WIDE, NARROW = 10.0, 4.0  # inches: of a page on a desk, and of one on a phone
+
+
+def panels(
+  count: int, width: float, height: float, *, least: float = 3.0, room: float = 0.0, **options: Any
 ) -> tuple[Any, np.ndarray]:
+  """(Figure, its axes [rows, columns]) with `count` panels, as many beside each other as there is room for.
+
+  Args:
+    count: of panels.
+    width: of the figure in inches, WIDE or NARROW.
+    height: of a row.
+    least: width of a panel.
+    room: further height, for a legend.
+    **options: of matplotlib's subplots.
+  """
   from matplotlib.figure import Figure
   from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+  columns = max(1, min(count, int(width / least)))
+  rows = -(-count // columns)
   layout = ConstrainedLayoutEngine(wspace=0.04, hspace=0.06)
-  figure = Figure(figsize=(width, height), layout=layout)
-  return figure, figure.subplots(rows, columns, squeeze=False, **options)
+  figure = Figure(figsize=(width, room + rows * height), layout=layout)
+  axes = figure.subplots(rows, columns, squeeze=False, **options)
+  for axis in axes.flat[count:]:
+    axis.set_visible(False)
+  return figure, axes
 
 
-def held_out_reward(groups: Groups, reward: str) -> Any:
-  """One reward of held-out prompts against what was spent: evaluations, operations, wall-clock."""
-  figure, axes = _figure(1, 3, 10.0, 3.4, sharey=True)
-  for axis, against in zip(axes[0], history.TOTALS):
-    curves = {
-      k: history.band(v, "evals", f"reward/{reward}/mean", against) for k, v in groups.items()
-    }
+def held_out_reward(groups: Groups, reward: str, width: float = WIDE) -> Any:
+  """One reward of held-out prompts against what was spent: evaluations, operations, wall-clock.
+
+  A band is that of the seeds, lowest to highest; of one seed it is the standard error over prompts. The
+  dashed line is the base model's score, with its standard error.
+  """
+  figure, axes = panels(3, width, 3.0, room=0.4, sharey=True)
+  for axis, against in zip(axes.flat, history.TOTALS):
+    curves = {k: _with_error(v, reward, against) for k, v in groups.items()}
+    _draw_base(axis, groups, reward)
     _draw_bands(axis, curves, markers=True)
     _name_axis(axis, against, curves)
-  axes[0, 0].set_ylabel(f"{reward}, held-out prompts")
-  _legend(figure, groups)
+  for axis in axes[:, 0]:
+    axis.set_ylabel(f"{reward}, held-out prompts")
+  legend(figure, groups, width)
   return figure
 
 
-def training_reward(groups: Groups) -> Any:
+def _with_error(runs, reward, against):
+  """The band of the seeds, or the only seed's standard error over prompts, where it is known."""
+  name = f"reward/{reward}"
+  band = history.band(runs, "evals", f"{name}/mean", against)
+  errors = history.band(runs, "evals", f"{name}/standard_error", against)
+  if len(runs) > 1 or len(errors.x) != len(band.x):
+    return band
+  return history.Band(band.x, band.mean, band.mean - errors.mean, band.mean + errors.mean)
+
+
+def _draw_base(axis, groups, reward):
+  """A line for each base model that the runs began with; the same base is drawn once."""
+  outcomes = [history.outcome(runs, reward) for runs in groups.values()]
+  bases = {(o.base[0], o.base_error[0]) for o in outcomes if np.isfinite(o.base[0])}
+  for base, error in bases:
+    axis.axhline(base, color=GRAY, linestyle="--", linewidth=0.9)
+    if np.isfinite(error):
+      axis.axhspan(base - error, base + error, color=GRAY, alpha=0.12, linewidth=0)
+
+
+def training_reward(groups: Groups, width: float = WIDE) -> Any:
   """Mean reward of the samples trained on, against updates and model evaluations.
 
+  Runs that are trained on other rewards, or on another sum of them, have panels and an axis of their own.
   Every epoch has other prompts, so the line is a trailing mean of SMOOTHING epochs.
   """
-  figure, axes = _figure(1, 2, 10.0, 3.2, sharey=True)
-  for axis, against in zip(axes[0], ("updates", "evaluations")):
-    curves = {k: history.band(v, "train", "reward/mean", against) for k, v in groups.items()}
-    _draw_noisy(axis, curves)
-    _name_axis(axis, against, curves)
-  axes[0, 0].set_ylabel("training reward")
-  _legend(figure, groups)
+  sums = history.alike(groups, lambda config: config.rewards)
+  least = 3.0 if width < WIDE else 4.5
+  figure, axes = panels(2 * len(sums), width, 2.8, least=least, room=0.4, sharey=False)
+  palette = colors(list(groups))
+  for part, pair in zip(sums, axes.reshape(-1, 2)):
+    for axis, against in zip(pair, ("updates", "evaluations")):
+      curves = {k: history.band(v, "train", "reward/mean", against) for k, v in part.items()}
+      _draw_noisy(axis, curves, palette)
+      _name_axis(axis, against, curves)
+    pair[0].set_ylabel(
+      f"training reward: {history.training_sum(next(iter(part.values()))[0].config)}"
+    )
+    pair[1].sharey(pair[0])
+  legend(figure, groups, width)
   return figure
 
 
-def _draw_noisy(axis, curves):
+def _draw_noisy(axis, curves, palette):
   """A trailing mean in bold over what it averages: the band of the seeds, or the only seed's line."""
-  for label, color in colors(list(curves)).items():
-    band = curves[label]
+  for label, band in curves.items():
+    color = palette[label]
     if np.any(band.high > band.low):
       axis.fill_between(band.x, band.low, band.high, color=color, alpha=0.12, linewidth=0)
     else:
@@ -177,7 +225,8 @@ def _nice(value):
   return next(n * power for n in (1, 2, 5, 10) if n * power >= value * 0.999)
 
 
-def _legend(figure, groups):
+def legend(figure: Any, groups: Groups, width: float) -> None:
+  """The labels and their colours, above all panels."""
   from matplotlib.lines import Line2D
 
   handles = []
@@ -186,153 +235,8 @@ def _legend(figure, groups):
     name = label if seeds == 1 else f"{label} ({seeds} seeds)"
     handles.append(Line2D([], [], color=color, label=name))
   longest = max(len(handle.get_label()) for handle in handles)
-  columns = max(1, min(len(handles), 135 // (longest + 6)))
+  columns = max(1, min(len(handles), int(13.5 * width) // (longest + 6)))
   figure.legend(handles=handles, loc="outside upper left", ncols=columns)
-
-
-def example_trajectories(rollout: history.Rollout, count: int = 6) -> Any:
-  """R[k] along single trajectories with their turning points, as in the paper's first figure.
-
-  None when the rollout has no completions. Chosen are trajectories with turning points whose rewards
-  move most, one a prompt as far as there are so many.
-  """
-  chosen = _choose(rollout, count)
-  if not chosen:
-    return None
-  columns = min(3, len(chosen))
-  rows = -(-len(chosen) // columns)
-  figure, axes = _figure(rows, columns, 10.0, 0.6 + 2.4 * rows, sharex=True, sharey=True)
-  for axis in axes.flat[len(chosen) :]:
-    axis.set_visible(False)
-  for axis, b in zip(axes.flat, chosen):
-    _draw_trajectory(axis, rollout.completion_reward[:, b], rollout.is_turning_point[:, b])
-    axis.set_title(_shorten(str(rollout.prompts[b])), y=1.03)  # a fixed y: beside the image
-    if b < len(rollout.images):
-      _inset(axis, rollout.images[b])
-  for axis in axes[-1]:
-    axis.set_xlabel("k, stochastic steps done")
-  for axis in axes[:, 0]:
-    axis.set_ylabel("R[k]")
-  _trajectory_legend(figure, rollout.is_turning_point[:, chosen].any())
-  return figure
-
-
-def _choose(rollout, count):
-  reward = rollout.completion_reward
-  complete = np.all(np.isfinite(reward), axis=0)
-  if reward.shape[0] < 2 or not complete.any():
-    return []
-  movement = np.where(complete, np.abs(np.diff(reward, axis=0)).sum(axis=0), -np.inf)
-  has_point = rollout.is_turning_point.any(axis=0)
-  has_image = np.arange(len(complete)) < len(rollout.images)
-  order = np.lexsort((np.arange(len(complete)), -movement, ~has_image, ~has_point))
-  order = [b for b in order if complete[b]]
-  first_of_prompt = {rollout.prompts[b]: b for b in reversed(order)}.values()
-  unique = [b for b in order if b in set(first_of_prompt)]
-  return (unique + [b for b in order if b not in set(unique)])[:count]
-
-
-def _draw_trajectory(axis, reward, is_turning_point):
-  steps = np.arange(len(reward))
-  for k in range(len(reward) - 1):
-    color = UP if reward[k + 1] > reward[k] else DOWN
-    axis.plot(steps[k : k + 2], reward[k : k + 2], color=color, linewidth=2.2)
-  axis.plot(steps, reward, "o", color=GRAY, markersize=3.2)
-  for k in np.flatnonzero(is_turning_point):
-    # What the step is paid instead of its own increment: R[W] - R[k].
-    if k + 2 < len(reward):  # of the last step the two are the same
-      axis.plot([k, steps[-1]], [reward[k], reward[-1]], ":", color=POINT, linewidth=1.2)
-    ring = {"markerfacecolor": "none", "markeredgecolor": POINT, "markeredgewidth": 1.8}
-    axis.plot(k, reward[k], "o", markersize=9, **ring)
-  axis.set_xticks(steps)
-  axis.margins(x=0.06, y=0.12)
-
-
-def _inset(axis, image):
-  """The finished image, above the panel on the right."""
-  shown = axis.inset_axes((0.6, 1.02, 0.4, 0.15))
-  shown.set_in_layout(False)
-  shown.imshow(image, interpolation="nearest")
-  shown.set_anchor("SE")
-  shown.set_axis_off()
-
-
-def _trajectory_legend(figure, with_points):
-  from matplotlib.lines import Line2D
-
-  ring = {"marker": "o", "markersize": 8, "markerfacecolor": "none", "linestyle": ""}
-  handles = [
-    Line2D([], [], color=UP, label="step raises R"),
-    Line2D([], [], color=DOWN, label="step does not"),
-  ]
-  if with_points:
-    handles += [
-      Line2D([], [], color=POINT, label="turning point: the step that starts here", **ring),
-      Line2D([], [], color=POINT, linestyle=":", linewidth=1.2, label="is paid R[W] − R[k]"),
-    ]
-  figure.legend(handles=handles, loc="outside upper left", ncols=4)
-
-
-def _shorten(text, length=28):
-  return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def mean_completion_reward(groups: Groups) -> Any:
-  """Mean R[k] over k in the first, middle and last tenth of training; None without completions."""
-  tables = {k: history.per_step(v, "completion_reward") for k, v in groups.items()}
-  tables = {k: t for k, t in tables.items() if len(t[0]) and len(t[1]) > 1}
-  if not tables:
-    return None
-  figure, axes = _figure(1, len(tables), min(10.0, 3.4 * len(tables) + 0.6), 3.2, sharey=True)
-  palette = colors(list(groups))
-  for axis, (label, (epochs, values)) in zip(axes[0], tables.items()):
-    spans = _spans(len(epochs))
-    for shade, span in zip(np.linspace(0.3, 1.0, len(spans)) if len(spans) > 1 else [1.0], spans):
-      y = values[:, span].mean(axis=1)
-      low, high = epochs[span][0], epochs[span][-1]
-      name = f"epoch {low}" if low == high else f"epochs {low}–{high}"
-      axis.plot(
-        np.arange(len(y)), y, "o-", color=palette[label], alpha=shade, markersize=3.5, label=name
-      )
-    axis.set_title(label)
-    axis.set_xlabel("k, stochastic steps done")
-    axis.set_xticks(np.arange(len(values)))
-    axis.legend(loc="best", fontsize=8)
-  axes[0, 0].set_ylabel("mean R[k]")
-  return figure
-
-
-def _spans(count):
-  """Up to three slices: the first tenth, the middle one and the last."""
-  width = max(1, count // 10)
-  starts = sorted({0, (count - width) // 2, count - width})
-  return [slice(s, s + width) for s in starts]
-
-
-def turning_point_density(groups: Groups) -> Any:
-  """Share of samples with a turning point at step k, over epochs; None where no method marks any."""
-  tables = {k: history.per_step(v, "turning_point") for k, v in groups.items()}
-  tables = {k: t for k, t in tables.items() if t[1].size and t[1].max() > 0}
-  if not tables:
-    return None
-  figure, axes = _figure(len(tables), 1, 10.0, 0.7 + 1.75 * len(tables), sharex=True)
-  top = max(values.max() for _, values in tables.values())
-  for axis, (label, (epochs, values)) in zip(axes[:, 0], tables.items()):
-    extent = (epochs[0] - 0.5, epochs[-1] + 0.5, -0.5, len(values) - 0.5)
-    shown = axis.imshow(
-        100.0 * values, origin="lower", aspect="auto", extent=extent, cmap="OrRd", vmin=0,
-        vmax=100.0 * top, interpolation="nearest",
-    )  # fmt: skip
-    axis.grid(False)
-    axis.set_title(label)
-    axis.set_ylabel("step k")
-    axis.set_yticks(np.arange(len(values)))
-  axes[-1, 0].set_xlabel("epoch")
-  axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-  bar = figure.colorbar(shown, ax=list(axes[:, 0]), shrink=0.9, pad=0.015)
-  bar.outline.set_visible(False)
-  bar.set_label("samples with a turning point (%)", color=GRAY)
-  return figure
 
 
 # (title, unit of the y axis, kind of row, metrics, scale)
@@ -355,9 +259,10 @@ DIAGNOSTICS = (
 )
 
 
-def diagnostics(groups: Groups) -> Any:
+def diagnostics(groups: Groups, width: float = WIDE) -> Any:
   """What tells a healthy run from a broken one: ratios, clipping, KL, gradients, image statistics."""
-  figure, axes = _figure(3, 3, 10.0, 7.2)
+  figure, axes = panels(len(DIAGNOSTICS), width, 2.3, room=0.4)
+  palette = colors(list(groups))
   for axis, (title, unit, kind, names, scale) in zip(axes.flat, DIAGNOSTICS):
     for name in names:
       curves = {k: _scaled(history.band(v, kind, name), scale) for k, v in groups.items()}
@@ -366,7 +271,7 @@ def diagnostics(groups: Groups) -> Any:
       if kind == "evals":
         _draw_bands(axis, curves)
       else:
-        _draw_noisy(axis, curves)
+        _draw_noisy(axis, curves, palette)
     axis.set_title(title)
     axis.set_ylabel(unit)
     axis.yaxis.set_major_formatter("{x:g}")
@@ -376,7 +281,7 @@ def diagnostics(groups: Groups) -> Any:
       axis.set(xticks=[], yticks=[], ylabel="")
   for axis in axes[-1]:
     axis.set_xlabel("optimizer updates")
-  _legend(figure, groups)
+  legend(figure, groups, width)
   return figure
 
 

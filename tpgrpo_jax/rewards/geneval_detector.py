@@ -10,6 +10,7 @@ from typing import Any
 from jaxtyping import UInt8
 import numpy as np
 
+from tpgrpo_jax import version
 from tpgrpo_jax.data import geneval
 from tpgrpo_jax.models.hf import files
 from tpgrpo_jax.rewards import geneval_rules, towers
@@ -95,7 +96,7 @@ def import_torch() -> Any:
   except ImportError as error:
     raise ImportError(
       f"the geneval reward needs a package that is not installed ({error}). "
-      "Run: pip install 'tpgrpo_jax[geneval]'"
+      f"Run: {version.install('geneval')}"
     ) from error
 
 

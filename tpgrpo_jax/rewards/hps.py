@@ -4,7 +4,7 @@ from collections.abc import Callable
 import html
 import os
 
-from tpgrpo_jax import types
+from tpgrpo_jax import types, version
 from tpgrpo_jax.models.hf import clip as hf_clip
 from tpgrpo_jax.models.hf import files, open_clip
 from tpgrpo_jax.rewards import preprocess, towers
@@ -78,6 +78,6 @@ def _load_clean() -> Callable[[str], str]:
   except ImportError as error:
     raise ImportError(
       f"the hpsv2 reward cleans prompts with ftfy, which is not installed ({error}). "
-      "Run: pip install 'tpgrpo_jax[hps]'"
+      f"Run: {version.install('hps')}"
     ) from error
   return lambda prompt: html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()

@@ -12,7 +12,7 @@ import unicodedata
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from tpgrpo_jax import registry, types
+from tpgrpo_jax import registry, types, version
 
 # Measured on one thread, 24x48 and 24x64 images: a batch of 8 costs 8 to 16 % less than single
 # images, and larger ones gain nothing more.
@@ -200,7 +200,7 @@ def _load_engine(detect):
   except ImportError as error:
     raise ImportError(
       f"the ocr reward needs packages that are not installed ({error}). "
-      "Run: pip install 'tpgrpo_jax[ocr]'"
+      f"Run: {version.install('ocr')}"
     ) from error
   return rapidocr.RapidOCR(
     params={

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from tpgrpo_jax import version
 from tpgrpo_jax.rewards import addresses, tokens
 from tpgrpo_jax.rewards import connections as connections_lib
 from tpgrpo_jax.rewards.combine import RewardError
@@ -277,7 +278,7 @@ class Servers:
     except ImportError as error:
       raise ImportError(
         f"rewards of other machines need a package that is not installed ({error}). "
-        "Run: pip install 'tpgrpo_jax[remote]'"
+        f"Run: {version.install('remote')}"
       ) from error
 
   def _start(self):

@@ -6,7 +6,7 @@ from typing import Any
 from jaxtyping import Float32, UInt8
 import numpy as np
 
-from tpgrpo_jax import types
+from tpgrpo_jax import types, version
 from tpgrpo_jax.data import geneval, shapes
 from tpgrpo_jax.rewards import geneval_rules
 
@@ -56,7 +56,7 @@ def make(*, strict: bool = True) -> types.RewardFn:
   except ImportError as error:
     raise ImportError(
       f"the shapes reward needs a package that is not installed ({error}). "
-      "Run: pip install 'tpgrpo_jax[shapes]'"
+      f"Run: {version.install('shapes')}"
     ) from error
 
   def reward(

@@ -1,6 +1,7 @@
 """The weights of a run's best evaluation, below `best/<epoch>/` of its folder."""
 
 from collections.abc import Mapping
+import json
 import os
 from typing import Any
 import warnings
@@ -20,23 +21,38 @@ class BestWeights:
     score: of it, or None.
   """
 
-  def __init__(self, run_dir: os.PathLike | str, metric: str, *, start: bool):
+  def __init__(
+    self,
+    run_dir: os.PathLike | str,
+    metric: str,
+    *,
+    start: bool,
+    kind: Mapping[str, Any] | None = None,
+  ):
     """Opens the folder.
 
     Args:
       run_dir: the run's folder, local or gs://.
       metric: of the evaluations; the larger the better. "" keeps nothing.
       start: the run begins, so that what is there belongs to another one, and goes.
+      kind: what evaluations must share so that their scores can be compared; as JSON has it.
     """
     self._metric, self._kept = metric, None
+    self._kind = json.loads(json.dumps(kind or {}))
     self.epoch: int | None = None
     self.score: float | None = None
     if not metric:
       return
     found = {} if start else _extra(run_dir)
-    if found.get("metric") == metric:
+    if found.get("metric") == metric and found.get("kind", self._kind) == self._kind:
       self.epoch, self.score = found["step"], found["score"]
-    else:  # scores of another metric cannot be compared
+    else:  # scores of another metric or kind cannot be compared
+      if found:
+        warnings.warn(
+          f"{os.fspath(run_dir)}: its best weights (after epoch {found['step']}) were chosen by another "
+          "checkpoint.best or eval; they are chosen anew.",
+          stacklevel=2,
+        )
       processes.on_first(lambda: run_folder.remove(run_dir, FOLDER))
     self._kept = checkpoint.RunCheckpoints(run_dir, keep=1, folder=FOLDER)
 
@@ -61,7 +77,7 @@ class BestWeights:
     if self.epoch is not None and self.score is not None:
       if score <= self.score or epoch <= self.epoch:
         return False
-    extra = {"metric": self._metric, "score": score}
+    extra = {"metric": self._metric, "score": score, "kind": self._kind}
     self._kept.save(epoch, {"weights": weights}, extra, force=True)
     self._kept.wait()
     self.epoch, self.score = epoch, score

@@ -25,6 +25,8 @@ _OF_A_MACHINE = (
   "prompts.cache",
 )  # may differ between processes
 
+_BY_ENVIRONMENT = ("SlurmCluster", "OmpiCluster")  # whose address is in the environment
+
 
 def set_up(config: config_lib.Config) -> None:
   """What every command does before anything is computed.
@@ -81,7 +83,7 @@ def initialize(config: config_lib.Distributed) -> None:
     if config.process_id != 0:
       _wait_for(config)
     else:
-      _check_free(config)
+      _check_free(config.coordinator, "Name another port to all processes")
       others = config.num_processes - 1
       if others:
         print(
@@ -89,6 +91,8 @@ def initialize(config: config_lib.Distributed) -> None:
           f"{config.timeout} s at most.",
           file=sys.stderr,
         )
+  elif address := _address_of_first():
+    _check_free(address, "Set JAX_COORDINATOR_PORT to another one for all processes of one run")
   jax.distributed.initialize(
     initialization_timeout=config.timeout,
     heartbeat_timeout_seconds=config.heartbeat_timeout,
@@ -99,15 +103,15 @@ def initialize(config: config_lib.Distributed) -> None:
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _check_free(config):
+def _check_free(coordinator, remedy):
   """JAX would crash where another program listens at process 0's own port."""
-  port = int(config.coordinator.rpartition(":")[2])
+  port = int(coordinator.rpartition(":")[2])
   try:
     socket.create_server(("", port)).close()
   except OSError as error:
     raise RuntimeError(
-      f"distributed.coordinator={config.coordinator!r}: its port is taken on this machine "
-      f"({error.strerror}). Name another port to all processes, or end what holds it."
+      f"distributed.coordinator={coordinator!r}: its port is taken on this machine "
+      f"({error.strerror}). {remedy}, or end what holds it."
     ) from error
 
 
@@ -148,10 +152,27 @@ def _in_cluster():
   One that it started alone needs no coordinator, whose port would be that of every other such process on
   the node.
   """
+  found = _cluster()
+  return found is not None and found.get_process_count() > 1
+
+
+def _address_of_first():
+  """Where JAX will have process 0 listen; "" in other processes, and where only a service knows it.
+
+  Two runs of one SLURM job are given the same port, made of the job's number.
+  """
+  found: Any = _cluster()
+  if found.__name__ not in _BY_ENVIRONMENT or found.get_process_id() != 0:
+    return ""
+  return found.get_coordinator_address(None, os.environ.get("JAX_COORDINATOR_PORT"))
+
+
+def _cluster() -> Any:
+  """The scheduler that started this process, as JAX sees it; None without one."""
   from jax._src import clusters  # the public way to ask is to fail
 
   known = clusters.ClusterEnv._cluster_types
   found = [e for e in known if not e.opt_in_only_method and e.is_env_present()]
   # Every pod of Kubernetes looks like a cluster; only those of an indexed job have peers.
   found = [e for e in found if e.__name__ != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ]
-  return bool(found) and found[0].get_process_count() > 1
+  return found[0] if found else None

@@ -1,11 +1,10 @@
 """What is measured in an epoch, and where the rows go."""
 
+from collections.abc import Sequence
 import gzip
-import importlib.util
 import json
 import math
 import os
-import sys
 from typing import Any
 
 from etils import epath
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import credit as credit_lib
 from tpgrpo_jax.credit import advantages
-from tpgrpo_jax.runs import processes, run_folder
+from tpgrpo_jax.runs import boards, processes, run_folder
 
 
 def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, float]:
@@ -46,6 +46,22 @@ def epoch_metrics(rollout, credit, advantage, group_size: int) -> dict[str, floa
     row |= image_statistics(rollout.statistics)
   # Without completions or states R[0] ... R[W-1] do not exist: no row rather than NaN.
   return {name: float(value) for name, value in row.items() if np.isfinite(value)}
+
+
+def found_turning_points(method: str, completion_reward: np.ndarray) -> dict[str, float]:
+  """turning_point_found/k: share of samples with a turning point at step k, before any balancing.
+
+  Args:
+    method: credit.method; {} for one that looks for no turning points.
+    completion_reward: [W+1, B].
+  """
+  found = credit_lib.find_turning_points(method, jnp.asarray(completion_reward))
+  if found is None:
+    return {}
+  return {
+    f"turning_point_found/{k}": float(share)
+    for k, share in enumerate(np.asarray(found).mean(axis=1))
+  }
 
 
 def variance_shares(
@@ -106,43 +122,40 @@ def image_statistics(each: np.ndarray) -> dict[str, float]:
   return dict(zip(IMAGE_STATISTICS, map(float, each.mean(axis=0))))
 
 
-def check_sinks(log: config_lib.Log) -> None:
-  """Raises ValueError when a sink that is asked for cannot be opened, before anything runs."""
-  if log.wandb and importlib.util.find_spec("wandb") is None:
-    raise ValueError("log.wandb=True: wandb is missing. pip install wandb")
-
-
 class MetricsLog:
   """Rows of metrics.jsonl in the run folder, copied to TensorBoard and Weights & Biases on request.
 
   Of several processes the first one writes; in the others nothing happens.
   """
 
-  def __init__(self, run_dir: str | os.PathLike[str], log: config_lib.Log, config: Any):
-    """Opens the sinks.
+  def __init__(
+    self, run_dir: str | os.PathLike[str], log: config_lib.Log, config: Any, *, next_epoch: int = 0
+  ):
+    """Opens the boards.
+
+    Args:
+      run_dir: the run's folder.
+      log: which boards.
+      config: of the run, as a dict; for boards that show it.
+      next_epoch: the first one whose rows are still to come.
 
     Raises:
-      ValueError: log.wandb without the wandb package.
+      ValueError: a board that is not installed, or that refuses.
     """
-    self._path = self._board = self._wandb = None
+    self._path, self._boards = None, []
     if not processes.is_first():
       return
     self._path = epath.Path(run_dir) / "metrics.jsonl"
-    if log.tensorboard:
-      folder = str(epath.Path(run_dir) / "tensorboard")
-      self._board = _import_tensorboardx().SummaryWriter(folder)
     if log.wandb:
-      check_sinks(log)
-      import wandb  # pyright: ignore[reportMissingImports]
-
-      folder = None if run_folder.is_remote(run_dir) else str(run_dir)
-      self._wandb = wandb.init(dir=folder, config=config, resume="allow")
+      self._boards.append(boards.WandB(run_dir, log, config))
+    if log.tensorboard:
+      self._boards.append(boards.TensorBoard(run_dir, next_epoch))
 
   def __enter__(self) -> "MetricsLog":
     return self
 
-  def __exit__(self, *unused) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
+    self.close(failed=kind is not None)
 
   def write(self, row: dict[str, Any]) -> None:
     """Appends one row {"epoch", "kind", name: number}."""
@@ -150,28 +163,30 @@ class MetricsLog:
       return
     rounded = {k: v if isinstance(v, (int, str)) else _number(v) for k, v in row.items()}
     run_folder.append(self._path, f"{json.dumps(rounded)}\n".encode())
-    numbers = {k: v for k, v in rounded.items() if isinstance(v, float)}
-    if self._board:
-      for name, value in numbers.items():
-        self._board.add_scalar(f"{row['kind']}/{name}", value, row["epoch"])
-    if self._wandb:
-      self._wandb.log({f"{row['kind']}/{k}": v for k, v in numbers.items()}, step=row["epoch"])
+    is_number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    numbers = {f"{row['kind']}/{k}": v for k, v in rounded.items() if k != "epoch" and is_number(v)}
+    for board in self._boards:
+      board.write(numbers, row["epoch"])
 
-  def image(self, name: str, image: np.ndarray, epoch: int) -> None:
-    """Logs an image uint8 [H, W, 3] where images can be logged."""
-    if self._board:
-      self._board.add_image(name, image, epoch, dataformats="HWC")
-    if self._wandb:
-      import wandb  # pyright: ignore[reportMissingImports]
+  def pictures(
+    self, name: str, sheet: np.ndarray, images: np.ndarray, captions: Sequence[str], epoch: int
+  ) -> None:
+    """Shows pictures where they can be shown.
 
-      self._wandb.log({name: wandb.Image(image)}, step=epoch)
+    Args:
+      name: of them all.
+      sheet: uint8 [H', W', 3] with all of them.
+      images: uint8 [N, H, W, 3].
+      captions: N lines.
+      epoch: finished ones.
+    """
+    for board in self._boards:
+      board.pictures(name, sheet, images, captions, epoch)
 
-  def close(self) -> None:
-    """Flushes and closes all sinks."""
-    if self._board:
-      self._board.close()
-    if self._wandb:
-      self._wandb.finish()
+  def close(self, *, failed: bool = False) -> None:
+    """Flushes and closes all boards."""
+    for board in self._boards:
+      board.close(failed)
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -209,18 +224,6 @@ def pack(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]) -> Non
   (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
   rows = (run_dir / "metrics.jsonl").read_bytes()
   (output / "metrics.jsonl.gz").write_bytes(gzip.compress(rows, mtime=0))
-
-
-def _import_tensorboardx():
-  """tensorboardX without torch, which it imports where there is one, for the name of a type alone."""
-  blocked: dict[str, Any] = {} if "torch" in sys.modules else {"torch": None}
-  sys.modules.update(blocked)
-  try:
-    import tensorboardX
-  finally:
-    for name in blocked:
-      del sys.modules[name]
-  return tensorboardX
 
 
 def _number(value):

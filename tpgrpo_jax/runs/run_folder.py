@@ -20,20 +20,24 @@ import warnings
 
 from etils import epath
 
+from tpgrpo_jax import version
 from tpgrpo_jax.config import bridge
 from tpgrpo_jax.runs import processes
 
 RESUMABLE_FIELDS = (
     "run.*", "train.epochs", "train.updates", "train.log_every", "output",
-    "eval.every", "eval.patience", "eval.judge_prompts", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
+    "eval.*", "log.*", "checkpoint.*", "mesh.*", "distributed.*",
     "text.cache", "prompts.cache", "text.device", "vae.images_per_chunk", "scoring.*",
 )  # fmt: skip
 """Config fields that may differ when a run is resumed: they do not change what is learned.
 
-`train.epochs` does where the learning rate falls towards the last of them: see `check_config`.
+`train.epochs` does where the learning rate falls towards the last of them: see `check_config`. Scores of
+another `eval` cannot be compared, so the best weights are then chosen anew (runs.best). docs/launch.md lists
+the fields.
 """
 
 _LOCK_FILE = ".lock"
+_A_FILE = "it, or a part of it, is a file; must be a folder. Name another run.dir."
 _OF_STORAGE = {
   errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG
 }  # fmt: skip
@@ -90,9 +94,7 @@ def hold(run_dir: os.PathLike | str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / _LOCK_FILE, "a+")
   except (FileExistsError, NotADirectoryError) as error:
-    raise ValueError(
-      f"{field}: it, or a part of it, is a file; must be a folder. Name another run.dir."
-    ) from error
+    raise ValueError(f"{field}: {_A_FILE}") from error
   except OSError as error:
     raise ValueError(
       f"{field}: cannot be written to ({error.strerror}). Mend its permissions, or name another run.dir."
@@ -109,15 +111,41 @@ def hold(run_dir: os.PathLike | str) -> Iterator[None]:
         )
         yield
         return
-      lock.seek(0)
-      raise ValueError(
-        f"{field}: {lock.read().strip() or 'another process'} is training in it: must be one run at "
-        "a time. Wait for it or stop it, or name another run.dir."
-      ) from error
+      raise _taken(field, lock) from error
     lock.truncate(0)
     lock.write(owner)
     lock.flush()
     yield
+
+
+def check_free(run_dir: os.PathLike | str) -> None:
+  """Raises what `hold` would, as far as one sees it without making or writing anything."""
+  if is_remote(run_dir):
+    return
+  folder, field = pathlib.Path(run_dir), f"run.dir={os.fspath(run_dir)!r}"
+  nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+  if not nearest.is_dir():
+    raise ValueError(f"{field}: {_A_FILE}")
+  if not os.access(nearest, os.W_OK | os.X_OK):
+    raise ValueError(
+      f"{field}: cannot be written to ({nearest}). Mend its permissions, or name another run.dir."
+    )
+  if not (folder / _LOCK_FILE).is_file():
+    return
+  with open(folder / _LOCK_FILE) as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+      if error.errno not in _WITHOUT_LOCKS:
+        raise _taken(field, lock) from error
+
+
+def _taken(field, lock):
+  lock.seek(0)
+  return ValueError(
+    f"{field}: {lock.read().strip() or 'another process'} is training in it: must be one run at "
+    "a time. Wait for it or stop it, or name another run.dir."
+  )
 
 
 def _claim_remote(run_dir, field, owner):
@@ -125,7 +153,7 @@ def _claim_remote(run_dir, field, owner):
     write(epath.Path(run_dir) / _LOCK_FILE, owner.encode())
   except ImportError as error:
     raise ValueError(
-      f"{field}: gcsfs is missing, which writes to buckets. pip install 'tpgrpo_jax[gcs]'"
+      f"{field}: gcsfs is missing, which writes to buckets. {version.install('gcs')}"
     ) from error
   except Exception as error:  # of whatever kind the store's library has
     raise ValueError(
@@ -222,6 +250,21 @@ def check_config(
       f"run.dir={os.fspath(run_dir)!r}: this folder was made by another config.\n"
       + "\n".join(lines)
       + "\nTo resume it, set the old value; to start anew, use another run.dir."
+    )
+
+
+def check_length(run_dir: os.PathLike | str, epochs: int, finished: int | None) -> None:
+  """Raises ValueError for a run that is to be shorter than it is.
+
+  Args:
+    run_dir: the run's folder.
+    epochs: train.epochs, asked for now.
+    finished: of its newest checkpoint; None where it has none.
+  """
+  if finished is not None and epochs < finished:
+    raise ValueError(
+      f"train.epochs={epochs}: the run in {os.fspath(run_dir)} has finished {finished}; must be as many or "
+      f"more. Leave it {finished}, or use another run.dir."
     )
 
 

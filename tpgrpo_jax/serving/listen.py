@@ -5,6 +5,8 @@ import pathlib
 import socket
 from typing import Any
 
+from tpgrpo_jax import version
+
 
 def check_packages() -> None:
   """Raises ImportError unless the extra is installed."""
@@ -15,7 +17,7 @@ def check_packages() -> None:
     import uvicorn  # noqa: F401
   except ImportError as error:
     raise ImportError(
-      f"serving needs packages that are not installed ({error}). Run: pip install 'tpgrpo_jax[serve]'"
+      f"serving needs packages that are not installed ({error}). Run: {version.install('serve')}"
     ) from error
 
 

@@ -10,13 +10,13 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
+from tpgrpo_jax.cost import memory
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes, run_folder
 from tpgrpo_jax.training import method as method_lib
-from tpgrpo_jax.training import rollout, step
+from tpgrpo_jax.training import progress, rollout, step
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -32,6 +32,7 @@ class Sampled:
     weight: [B], 0 for samples that are left out.
     evaluations: of the model, a sample; the mean over the microbatches.
     began: time.perf_counter() at the start.
+    memory: as of memory.peak_row.
   """
 
   rollout: rollout.Rollout
@@ -40,6 +41,7 @@ class Sampled:
   weight: np.ndarray
   evaluations: float
   began: float
+  memory: dict[str, float]
 
 
 def sample_epoch(
@@ -72,13 +74,13 @@ def sample_epoch(
     evaluations.append(method_lib.evaluations_per_sample(config, method, plan, place))
     args = (params, key, chunk, group, condition, place.astype(np.int32), plan)
     session.meter.count("rollout", chunks, *args)
-    return session.rollout_fn(*args)
+    with progress.first("the rollout", session.rollout_fn):
+      return session.rollout_fn(*args)
 
-  hidden = None if processes.is_first() else True  # None: hidden where nobody looks
-  with tqdm.tqdm(total=len(prompts), desc="rollout", leave=False, disable=hidden) as bar:
+  with progress.Bar("rollout", len(prompts), "samples") as bar:
 
     def report(count, scoring):
-      bar.update(count)
+      bar.advance(count)
       on_chunk(scoring)
 
     rolled = rollout.collect(
@@ -94,7 +96,8 @@ def sample_epoch(
     )
   credit, advantage, weight = _assign_credit(session, rolled, key)
   _check_credit_is_finite(config, credit, prompts)
-  return Sampled(rolled, credit, advantage, weight, float(np.mean(evaluations)), began)
+  peak = memory.peak_row("rollout")
+  return Sampled(rolled, credit, advantage, weight, float(np.mean(evaluations)), began, peak)
 
 
 def _sample_order(config, epoch):
@@ -161,6 +164,8 @@ def update_epoch(
   compared = {"prompt": config.train.group_size, "state": config.sampler.branches}
   group_size = compared[config.advantage.group]
   result = metrics.epoch_metrics(rolled, sampled.credit, sampled.advantage, group_size)
+  if not config.advantage.per_reward:  # there the credit is of each reward for itself
+    result |= metrics.found_turning_points(config.credit.method, rolled.completion_reward[0])
   result |= metrics.variance_shares(
     {label: each[0, rolled.compared] for label, each in rolled.rewards.items()},
     combine.weights_of(config.rewards),
@@ -174,7 +179,7 @@ def update_epoch(
   times = rolled.seconds | seconds | {"epoch": ended - sampled.began}
   times["update"] = ended - began - seconds.get("old_log_prob", 0.0)
   result |= {f"time/{k}": v for k, v in times.items()}
-  result |= session.meter.row(times)
+  result |= session.meter.row(times) | sampled.memory | memory.peak_row("update")
   result["time/samples_per_second"] = count / (ended - sampled.began)
   return state, result
 
@@ -185,27 +190,45 @@ def _update_by(session, state, epoch, batches):
   if source.are_own(epoch):
     return _update_by_own_scores(session, state, batches)
   rows = []
-  for batch in batches:
-    batch = dataclasses.replace(batch, limit=limit)
-    state, row = session.train_step(state, session.model.frozen, session.reference, batch)
-    if limit is not None and not rows:
-      if (found := float(row["ratio/max_abs_log"])) > limit:  # the state is as it was
-        source.change(epoch, found)
-        return _update_by_own_scores(session, state, batches)
-      limit = np.float32(np.inf)
-    rows.append(row)
+  with progress.Bar("update", len(batches), "updates") as bar:
+    for batch in batches:
+      batch = dataclasses.replace(batch, limit=limit)
+      with progress.first("the update", session.train_step):
+        state, row = session.train_step(state, session.model.frozen, session.reference, batch)
+      if limit is not None and not rows:
+        if (found := float(row["ratio/max_abs_log"])) > limit:  # the state is as it was
+          source.change(epoch, found)
+          return _update_by_own_scores(session, state, batches)
+        limit = np.float32(np.inf)
+      rows.append(row)
+      _follow(bar, rows)
+    _follow(bar, rows, last=True)
   return state, (rows, []), {}
+
+
+def _follow(bar, rows, *, last=False):
+  """Advances by the step before the newest, which is under way meanwhile, or by the last one."""
+  if last or len(rows) > 1:
+    jax.block_until_ready(rows[-1 if last else -2])
+    bar.advance(1)
 
 
 def _update_by_own_scores(session, state, batches):
   """As `_update_by`: old log-probs of all but the first batch come before the first optimizer step."""
+  with progress.Bar("update", 2 * len(batches) - 1, "passes") as bar:
+    return _score_and_update(session, state, batches, bar)
+
+
+def _score_and_update(session, state, batches, bar):
   began, off, rows = time.perf_counter(), [], []
 
   def run(state, batch, phase):
     batch = dataclasses.replace(batch, phase=np.int32(phase))
     args = (state, session.model.frozen, session.reference, batch)
-    state, row, scores = session.rescoring_step(*args)
+    with progress.first("the update", session.rescoring_step):
+      state, row, scores = session.rescoring_step(*args)
     off.append(row.pop("ratio/rollout_max_abs_log"))
+    _follow(bar, off)
     return state, row, scores
 
   scored = batches[:1]
@@ -219,6 +242,7 @@ def _update_by_own_scores(session, state, batches):
   for number, batch in enumerate(scored):
     state, row, _ = run(state, batch, step.LATER if number else step.FIRST)
     rows.append(row)
+  _follow(bar, off, last=True)
   return state, (rows, off), seconds
 
 

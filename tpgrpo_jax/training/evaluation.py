@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +18,11 @@ from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes
-from tpgrpo_jax.training import build
+from tpgrpo_jax.training import build, progress
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
+_LINE = 14  # pixels of a line of a caption
 NOISE_SEED = 20260206  # of the fixed noise: the same images to compare in every run
 
 
@@ -32,12 +34,15 @@ class Evaluation(NamedTuple):
     scores: label -> [N].
     images: uint8 [N, H, W, 3].
     prompts: [N].
+    readings: label -> [N] texts that a reward has read in the images; empty where none reads, or several
+      processes share the images.
   """
 
   row: dict[str, float]
   scores: dict[str, np.ndarray]
   images: np.ndarray
   prompts: list[types.Prompt]
+  readings: Mapping[str, Sequence[str]] = {}
 
 
 def make_sample_fn(
@@ -84,18 +89,21 @@ def make_sample_fn(
     shards = mesh_lib.batch_shards(mesh)
     size = -(-min(config.eval.batch, len(prompts)) // shards) * shards
     images = []
-    for first in range(0, len(prompts), size):
-      on_chunk(None)
-      index = np.arange(first, first + size, dtype=np.int32)
-      # The last batch is filled up with its own last prompt, so that one program serves all.
-      asked = [prompts[min(int(i), len(prompts) - 1)] for i in index]
-      group = np.stack([index, np.zeros_like(index)], axis=1)
-      placed = (group, method_lib.build_condition(config, model, asked))
-      placed = processes.put_batch(mesh, placed)
-      painted, latents, is_finite = sample(params, jax.random.key(seed), *placed)
-      _check_finite(processes.fetch(is_finite), types.texts_of(asked))
-      look(latents, method_lib.positive(placed[1]))
-      images.append(processes.fetch(painted))
+    with progress.Bar("pictures", len(prompts), "pictures") as bar:
+      for first in range(0, len(prompts), size):
+        on_chunk(None)
+        index = np.arange(first, first + size, dtype=np.int32)
+        # The last batch is filled up with its own last prompt, so that one program serves all.
+        asked = [prompts[min(int(i), len(prompts) - 1)] for i in index]
+        group = np.stack([index, np.zeros_like(index)], axis=1)
+        placed = (group, method_lib.build_condition(config, model, asked))
+        placed = processes.put_batch(mesh, placed)
+        with progress.first("the evaluation", sample):
+          painted, latents, is_finite = sample(params, jax.random.key(seed), *placed)
+        _check_finite(processes.fetch(is_finite), types.texts_of(asked))
+        look(latents, method_lib.positive(placed[1]))
+        images.append(processes.fetch(painted))
+        bar.advance(min(size, len(prompts) - first))
     return np.concatenate(images)[: len(prompts)]
 
   return run
@@ -153,12 +161,15 @@ def _evaluate(sample, reward_fn, weights, prompts, show, params, on_chunk=preemp
       f"reward/{label}/mean": float(values.mean()),
       f"reward/{label}/std": float(values.std()),
     }
+    if len(values) > 1:
+      row[f"reward/{label}/standard_error"] = float(values.std(ddof=1) / np.sqrt(len(values)))
     exact = infos[label].get("exact")
     if exact is not None:
       row[f"reward/{label}/exact"] = float(np.mean(exact))
-  return Evaluation(
-    row | metrics.image_statistics(metrics.statistics_of_each(images)), scores, images, prompts
-  )
+  row |= metrics.image_statistics(metrics.statistics_of_each(images))
+  texts = {label: [*map(str, info["text"])] for label, info in infos.items() if "text" in info}
+  readings = {label: each for label, each in texts.items() if len(each) == len(images)}
+  return Evaluation(row, scores, images, prompts, readings)
 
 
 class Watched:
@@ -240,6 +251,19 @@ def _numbers(info, count):
   return {n: a for n, a in arrays.items() if a.shape == (count,) and a.dtype.kind in "biuf"}
 
 
+def named(scores: Mapping[str, float]) -> str:
+  """Scores with their names: "ocr=.212 jpeg=.557"."""
+  each = (f"{label}={score:.3f}" for label, score in scores.items())
+  return " ".join(re.sub(r"=(-?)0\.", r"=\1.", line) for line in each)
+
+
+def captions(found: Evaluation) -> list[tuple[str, str, str]]:
+  """[N] (prompt, reading, scores with their names); the reading is the first reward's, "" if none reads."""
+  readings = next(iter(found.readings.values()), [""] * len(found.prompts))
+  each = [{label: float(s[i]) for label, s in found.scores.items()} for i in range(len(readings))]
+  return [(p.text, r, named(s)) for p, r, s in zip(found.prompts, readings, each)]
+
+
 def _cut(caption, width, draw, font):
   """As much of a caption as one line of `width` pixels holds."""
   line = " ".join(caption[: 16 * width].split())[:width]  # no letter is narrower than a pixel
@@ -248,28 +272,56 @@ def _cut(caption, width, draw, font):
 
 
 def grid(
-  images: np.ndarray, captions: Sequence[str], *, columns: int = 8, scale: int = 0
+  images: np.ndarray,
+  captions: Sequence[str | Sequence[str]],
+  *,
+  columns: int = 8,
+  scale: int = 0,
 ) -> np.ndarray:
   """Lays images uint8 [N, H, W, 3] out with a caption under each; uint8 [H', W', 3].
 
   Args:
     images: to show.
-    captions: N texts, cut to the image's width.
+    captions: N texts, or N tuples of such, one a line; each is cut to the image's width.
     columns: in a row.
     scale: enlargement; 0 chooses one that makes small images about 96 pixels wide.
   """
-  count, height, width, _ = images.shape
-  scale = scale or max(1, round(96 / width))
-  height, width, margin, line = height * scale, width * scale, 4, 14
-  rows = -(-count // columns)
-  size = (columns * (width + margin) + margin, rows * (height + line + margin) + margin)
+  texts = [(each,) if isinstance(each, str) else tuple(filter(None, each)) for each in captions]
+  size, boxes = _lay_out(images, texts, columns, scale)
   sheet = Image.new("RGB", size, "white")
   draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
-  for i, (image, caption) in enumerate(zip(images, captions)):
-    left = margin + (i % columns) * (width + margin)
-    top = margin + (i // columns) * (height + line + margin)
-    sheet.paste(
-      Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
-    )
-    draw.text((left, top + height), _cut(caption, width, draw, font), fill="black", font=font)
+  for image, lines, (left, top, right, bottom) in zip(images, texts, boxes):
+    shown = Image.fromarray(image).resize((right - left, bottom - top), Image.Resampling.NEAREST)
+    sheet.paste(shown, (left, top))
+    for i, text in enumerate(lines):
+      place = (left, bottom + _LINE * i)
+      draw.text(place, _cut(text, right - left, draw, font), fill="black", font=font)
   return np.asarray(sheet)
+
+
+def _lay_out(images, texts, columns=8, scale=0):
+  """((width, height) of a grid's sheet, [N] boxes (left, top, right, bottom) of its pictures)."""
+  count, height, width, _ = images.shape
+  scale = scale or max(1, round(96 / width))
+  height, width, margin = height * scale, width * scale, 4
+  across, down = width + margin, height + _LINE * max(map(len, texts), default=1) + margin
+  corners = [(margin + i % columns * across, margin + i // columns * down) for i in range(count)]
+  size = (columns * across + margin, -(-count // columns) * down + margin)
+  return size, [(left, top, left + width, top + height) for left, top in corners]
+
+
+def describe(result: Evaluation, count: int) -> dict[str, Any]:
+  """What belongs to the first `count` pictures of a `grid` with `captions`, for JSON.
+
+  Returns:
+    {"boxes": [N] of (left, top, right, bottom) in the sheet, "prompts": [N], "scores": label -> [N],
+    "readings": label -> [N]}.
+  """
+  return {
+    "boxes": _lay_out(
+      result.images[:count], [[*filter(None, c)] for c in captions(result)[:count]]
+    )[1],
+    "prompts": [p.text for p in result.prompts[:count]],
+    "scores": {label: [*map(float, each[:count])] for label, each in result.scores.items()},
+    "readings": {label: [*each[:count]] for label, each in result.readings.items()},
+  }

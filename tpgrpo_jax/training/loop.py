@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import pathlib
+import re
 import tempfile
 import time
 from typing import Any
@@ -16,8 +18,8 @@ import tqdm
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.runs import best as best_lib
-from tpgrpo_jax.runs import checkpoint, metrics, preemption, processes, run_folder
-from tpgrpo_jax.training import calibration, evaluation, judging, notices
+from tpgrpo_jax.runs import boards, checkpoint, metrics, preemption, processes, run_folder
+from tpgrpo_jax.training import calibration, evaluation, judging, notices, progress
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -36,7 +38,7 @@ def train(config: config_lib.Config) -> dict[str, float]:
     Preempted: the process was asked to end; the finished epochs are saved.
   """
   config = config_lib.name_run(config)
-  metrics.check_sinks(config.log)
+  boards.check(config.log)
   run_dir = config.run.dir
   with (
     run_folder.named_errors(run_dir),
@@ -50,9 +52,9 @@ def train(config: config_lib.Config) -> dict[str, float]:
         run_folder.check_config(run_dir, config)
 
     processes.on_first(open_folder)
-    notices.say(notices.start(config))
+    progress.say(notices.start(config))
     session = session_lib.open_session(config)
-    notices.say(notices.opened(config, session.model, session.method))
+    progress.say(notices.opened(config, session.model, session.method))
     with preemption.watch() as notice:
       return _train_in_folder(session, notice)
 
@@ -60,25 +62,42 @@ def train(config: config_lib.Config) -> dict[str, float]:
 def _train_in_folder(session, notice):
   """Resumes or starts, and trains to the end, or until it is asked to end."""
   config, run_dir = session.config, epath.Path(session.config.run.dir)
-  run_folder.save_config(run_dir, config)
   with (
     jax.set_mesh(session.mesh),
     _open_checkpoints(run_dir, config.checkpoint) as checkpoints,
   ):
+    run_folder.check_length(run_dir, config.train.epochs, checkpoints.latest())
+    run_folder.save_config(run_dir, config)
     on_chunk = functools.partial(preemption.agree, notice)
     session = calibration.calibrated(session, on_chunk)
     session.old_scores.load(run_dir)
     state, totals = _restore_or_start(session, checkpoints)
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
     done = int(totals["epoch"])
-    run_folder.truncate_metrics(run_dir / "metrics.jsonl", done + 1 if done else 0)
+    next_epoch = done + 1 if done else 0
+    dropped = run_folder.truncate_metrics(run_dir / "metrics.jsonl", next_epoch)
+    if dropped:
+      why = (
+        f"after epoch {done}, its newest checkpoint" if done else "of a run without a checkpoint"
+      )
+      progress.say(f"{run_dir}: drops {dropped} rows of metrics.jsonl {why}; they will come again")
     with (
-      metrics.MetricsLog(run_dir, config.log, dataclasses.asdict(config)) as sink,
+      metrics.MetricsLog(
+        run_dir, config.log, dataclasses.asdict(config), next_epoch=next_epoch
+      ) as sink,
       contextlib.closing(
-        best_lib.BestWeights(run_dir, config.checkpoint.best, start=not done)
+        best_lib.BestWeights(
+          run_dir, config.checkpoint.best, start=not done, kind=_kind_of_evaluation(config)
+        )
       ) as best,
     ):
       return _train(session, state, totals, checkpoints, best, sink, run_dir, notice)
+
+
+def _kind_of_evaluation(config):
+  """What makes scores of two evaluations comparable."""
+  settings = config.eval
+  return {"prompts": settings.prompts, "num_steps": settings.num_steps, "rewards": settings.rewards}
 
 
 def _open_checkpoints(run_dir, settings):
@@ -90,26 +109,16 @@ def _open_checkpoints(run_dir, settings):
 def _restore_or_start(session, checkpoints):
   """(state, totals) of the newest checkpoint, or of a run that begins."""
   config, run_dir = session.config, session.config.run.dir
-  model = f"model.path={config.model.path!r}"
-  weights = {part: (model, name) for part, name in session.model.identity.items()}
-  files = weights | {
-    "prompts": (f"prompts.path={config.prompts.path!r}", session.train_prompts.identity)
-  }
   if checkpoints.latest() is None:
     state = session_lib.init_state(session)
     spent = calibration.evaluations(session)
     totals = {"epoch": 0, "evaluations": spent, "samples": 0, "seconds": 0.0}
   else:
     state, totals = checkpoints.restore(session_lib.abstract_state(session))
-    for name, (field, identity) in files.items():
-      if totals.get(name, identity) != identity:
-        raise ValueError(
-          f"{field}: its files ({name}) have changed since the run in {run_dir} began. To resume it, "
-          "bring them back; to train on the new ones, use another run.dir."
-        )
+    session_lib.check_files(session, totals)
     if processes.is_first():
       tqdm.tqdm.write(f"{run_dir}: resumes after epoch {totals['epoch']} of {config.train.epochs}")
-  return state, totals | {name: identity for name, (_, identity) in files.items()}
+  return state, totals | {k: identity for k, (_, identity) in session_lib.files_of(session).items()}
 
 
 def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
@@ -131,13 +140,13 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
   first, row = totals["epoch"], _last_row(run_dir, "eval")
   clock = time.perf_counter() - totals["seconds"]
   # The row is missing at the start, and where a run was cut between a checkpoint and its evaluation.
-  if _is_due(config, first) and row.get("epoch") != first:
+  if is_due(config, first) and row.get("epoch") != first:
     row = evaluate()
   quiet = not processes.is_first()
   hidden = True if quiet else None  # None: where stderr is no terminal
   with tqdm.tqdm(total=config.train.epochs, initial=first, desc="epochs", disable=hidden) as bar:
     for epoch in range(first, config.train.epochs):
-      if _is_due(config, epoch) and has_stalled(epoch):
+      if is_due(config, epoch) and has_stalled(epoch):
         checkpoints.save(epoch, state, totals, force=True)
         if not quiet:
           tqdm.tqdm.write(
@@ -163,14 +172,14 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
       if checkpoints.preempted:
         checkpoints.wait()
         raise preemption.Preempted
-      if _is_due(config, epoch + 1):
+      if is_due(config, epoch + 1):
         row = evaluate()
         totals["seconds"] = time.perf_counter() - clock
       shown = f"reward {train_row['reward/mean']:.3f}, held_out {_shown(row)}"
       bar.set_postfix_str(shown, refresh=False)
       bar.update()
       if bar.disable:  # a log file has whole lines
-        notices.say(
+        progress.say(
           f"epoch {epoch + 1}/{config.train.epochs}: {shown}, {train_row['time/epoch']:.1f} s"
         )
   with saved_on_failure(state, totals):
@@ -178,7 +187,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
   return {name: value for name, value in row.items() if name.startswith(("reward/", "image/"))}
 
 
-def _is_due(config, done):
+def is_due(config, done):
   """Whether the weights after `done` epochs are evaluated."""
   every = config.eval.every
   return done in (0, config.train.epochs) or bool(every and done % every == 0)
@@ -266,18 +275,18 @@ def _evaluate(session, state, totals, best, sink, run_dir, on_chunk):
   sink.write(row)
   if not processes.is_first():
     return row
-  captions = [p.text for p in result.prompts[:GRID_IMAGES]]
-  sheet = evaluation.grid(result.images[:GRID_IMAGES], captions)
+  images, captions = result.images[:GRID_IMAGES], evaluation.captions(result)[:GRID_IMAGES]
+  sheet = evaluation.grid(images, captions)
   content = io.BytesIO()
   Image.fromarray(sheet).save(content, "PNG")
+  said = json.dumps(evaluation.describe(result, GRID_IMAGES), ensure_ascii=False)
+  run_folder.write(run_dir / "images" / f"eval_{number:05d}.json", said.encode())
   run_folder.write(run_dir / "images" / f"eval_{number:05d}.png", content.getvalue())
-  sink.image("eval/samples", sheet, number)
+  lines = [" | ".join(filter(None, caption)) for caption in captions]
+  sink.pictures("eval/samples", sheet, images, lines, number)
   return row
 
 
 def _shown(row):
-  return " ".join(
-    f"{k.split('/')[1]}={v:.3f}".replace("=0.", "=.")
-    for k, v in row.items()
-    if k.startswith("reward/") and k.endswith("/mean") and k != "reward/mean"
-  )
+  means = {k.split("/")[1]: v for k, v in row.items() if re.fullmatch(r"reward/[^/]+/mean", k)}
+  return evaluation.named(means)

@@ -2,16 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 import math
-import sys
 from typing import Any
 
 import jax
-import tqdm
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import version
-from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import method as method_lib
+from tpgrpo_jax.training import progress
 
 DROWNS = 0.95  # share of the advantage's variance
 CLIPPED = 0.9  # share of terms without gradient
@@ -28,6 +26,7 @@ class Notices:
     """Says what is new in the metrics of an epoch."""
     self._epochs += 1
     self._say(of_epoch(self._config, row))
+    self._say(of_memory(row))
     if self._epochs > 1:  # the first one compiles
       self._say(of_time(row))
 
@@ -38,14 +37,8 @@ class Notices:
   def _say(self, found):
     for name, line in found:
       if name not in self._said:
-        say(f"note: {line}")
+        progress.say(f"note: {line}")
       self._said.add(name)
-
-
-def say(line: str) -> None:
-  """Writes a line beside the progress bars; process 0 only."""
-  if processes.is_first():
-    tqdm.tqdm.write(line, file=sys.stderr)
 
 
 def start(config: config_lib.Config) -> str:
@@ -82,6 +75,16 @@ def of_time(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   if known:
     each = ", ".join(f"{phase} {share:.0%}" for phase, share in known.items())
     yield "utilisation", f"utilisation of the devices' bfloat16 peak: {each}."
+
+
+def of_memory(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+  """(name, line) of the devices' memory, where they tell."""
+  peaks = {p: row.get(f"memory/{p}_peak_gib") for p in ("rollout", "update")}
+  known = ", ".join(f"{phase} {peak:.2f} GiB" for phase, peak in peaks.items() if peak is not None)
+  limit = row.get("memory/limit_gib")
+  if known:
+    room = "" if limit is None else f", of {limit:.2f} GiB"
+    yield "memory", f"peak device memory by the end of the first {known}{room}."
 
 
 def of_evaluation(config: config_lib.Config, row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

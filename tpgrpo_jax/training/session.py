@@ -1,5 +1,6 @@
 """A run before it runs: everything that stays the same from epoch to epoch."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import rewards
+from tpgrpo_jax import rewards, types
 from tpgrpo_jax.cost import utilisation
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.data import prompts as prompts_lib
@@ -35,8 +36,11 @@ class Session:
     rescoring_step: likewise, with old log-probs of its own; compiled where they are asked for.
     old_scores: which of the two an epoch takes.
     reward_fn: weighted sum.
+    reported: weighted sum of what evaluations report.
+    held_out: prompts of an evaluation.
+    unseen: prompts that judge the run at its end.
     evaluate: params -> Evaluation, while the run goes on.
-    evaluate_unseen: the same on the prompts that judge it at its end; None where there are none.
+    evaluate_unseen: the same on the prompts that judge it; None where there are none.
     meter: of the operations of rollout and update.
     objective: what the state holds and which weights sample.
   """
@@ -53,6 +57,9 @@ class Session:
   rescoring_step: Any
   old_scores: old_scores.OldScores
   reward_fn: Any
+  reported: Any
+  held_out: list[types.Prompt]
+  unseen: list[types.Prompt]
   evaluate: Any
   evaluate_unseen: Any
   meter: utilisation.Meter
@@ -102,6 +109,9 @@ def open_session(config: config_lib.Config) -> Session:
     reference=_reference(config, model),
     train_prompts=train_prompts,
     reward_fn=reward_fn,
+    reported=reported,
+    held_out=held_out,
+    unseen=list(unseen),
     evaluate=evaluate(held_out),
     evaluate_unseen=evaluate(unseen) if unseen else None,
     objective=losses.OBJECTIVES[config.loss.objective],
@@ -153,6 +163,29 @@ def epoch_indices(config: config_lib.Config, epoch: int, dataset_size: int) -> n
     dataset_size=dataset_size,
     prompts_per_epoch=config.train.prompts_per_epoch,
   )
+
+
+def files_of(session: Session) -> dict[str, tuple[str, str]]:
+  """Part -> (the field that names its files, a name of their content)."""
+  config = session.config
+  model = f"model.path={config.model.path!r}"
+  prompts = (f"prompts.path={config.prompts.path!r}", session.train_prompts.identity)
+  return {n: (model, name) for n, name in session.model.identity.items()} | {"prompts": prompts}
+
+
+def check_files(session: Session, totals: Mapping[str, Any]) -> None:
+  """Raises ValueError where a run that is resumed would go on with other files.
+
+  Args:
+    session: of the run.
+    totals: as its newest checkpoint has them.
+  """
+  for name, (field, identity) in files_of(session).items():
+    if totals.get(name, identity) != identity:
+      raise ValueError(
+        f"{field}: its files ({name}) have changed since the run in {session.config.run.dir} began. To "
+        "resume it, bring them back; to train on the new ones, use another run.dir."
+      )
 
 
 def _visited(config, dataset_size):

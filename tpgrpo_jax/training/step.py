@@ -360,7 +360,7 @@ def _shares(config, chunks, rows):
 def _take_steps(transitions, rows):
   """The Transitions of some of the steps."""
   names = ("x", "x_next", "velocity", "log_prob", "sigma", "sigma_next")
-  taken = jax.tree.map(lambda a: a[rows], {n: getattr(transitions, n) for n in names})
+  taken = {n: jax.tree.map(lambda a: a[rows], getattr(transitions, n)) for n in names}
   return dataclasses.replace(transitions, **taken)
 
 
@@ -383,9 +383,8 @@ def _draw_levels(config, rollout, rng, chunks):
   start, end = config.sampler.window
   draw = schedule.LEVEL_DRAWS[config.loss.level_draw]
   count, batch = config.loss.levels or end - start, config.train.microbatch
-  return np.stack(
-    [draw(rng, rollout.sigmas, (start, end), count, batch) for _ in range(chunks)]
-  ).astype(np.float32)
+  drawn = [draw(rng, rollout.sigmas, (start, end), count, batch) for _ in range(chunks)]
+  return np.stack(drawn).astype(np.float32)
 
 
 def merge_metrics(rows: list[dict[str, jax.Array]]) -> dict[str, float]:

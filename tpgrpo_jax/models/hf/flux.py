@@ -17,36 +17,47 @@ RENAMES = (
   (r"\bto_out\b", "to_out.0"),
   (r"\.(kernel|scale)$", ".weight"),
 )
-# The authors' modules, which kohya, ai-toolkit and ComfyUI name; the final modulation as in flux2.py.
-_DOUBLE, _INTO = r"^double_blocks\.(\d+)\.", r"transformer_blocks.\1."
-_SINGLE, _INTO_SINGLE = r"^single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."
-AUTHORS = (
-  Rename(rf"{_DOUBLE}img_attn\.qkv$", tuple(f"{_INTO}attn.to_{side}" for side in "qkv")),
-  Rename(rf"{_DOUBLE}txt_attn\.qkv$", tuple(f"{_INTO}attn.add_{side}_proj" for side in "qkv")),
-  Rename(rf"{_DOUBLE}img_attn\.proj$", (f"{_INTO}attn.to_out.0",)),
-  Rename(rf"{_DOUBLE}txt_attn\.proj$", (f"{_INTO}attn.to_add_out",)),
-  Rename(rf"{_DOUBLE}img_mlp\.0$", (f"{_INTO}ff.net.0.proj",)),
-  Rename(rf"{_DOUBLE}img_mlp\.2$", (f"{_INTO}ff.net.2",)),
-  Rename(rf"{_DOUBLE}txt_mlp\.0$", (f"{_INTO}ff_context.net.0.proj",)),
-  Rename(rf"{_DOUBLE}txt_mlp\.2$", (f"{_INTO}ff_context.net.2",)),
-  Rename(rf"{_DOUBLE}img_mod\.lin$", (f"{_INTO}norm1.linear",)),
-  Rename(rf"{_DOUBLE}txt_mod\.lin$", (f"{_INTO}norm1_context.linear",)),
-  Rename(
-    rf"{_SINGLE}linear1$",
-    (*(f"{_INTO_SINGLE}attn.to_{side}" for side in "qkv"), f"{_INTO_SINGLE}proj_mlp"),
-    (1, 1, 1, 4),
-  ),
-  Rename(rf"{_SINGLE}linear2$", (f"{_INTO_SINGLE}proj_out",)),
-  Rename(rf"{_SINGLE}modulation\.lin$", (f"{_INTO_SINGLE}norm.linear",)),
+# Where FLUX.2's authors name a module alike, diffusers does too. (Of the final modulation they have shift and
+# scale in the other order; an adapter of it is not read.)
+DOUBLE, INTO = r"^double_blocks\.(\d+)\.", r"transformer_blocks.\1."
+SINGLE, INTO_SINGLE = r"^single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."
+SHARED_AUTHORS = (
+  Rename(rf"{DOUBLE}img_attn\.qkv$", tuple(f"{INTO}attn.to_{side}" for side in "qkv")),
+  Rename(rf"{DOUBLE}txt_attn\.qkv$", tuple(f"{INTO}attn.add_{side}_proj" for side in "qkv")),
+  Rename(rf"{DOUBLE}img_attn\.proj$", (f"{INTO}attn.to_out.0",)),
+  Rename(rf"{DOUBLE}txt_attn\.proj$", (f"{INTO}attn.to_add_out",)),
   Rename(r"^img_in$", ("x_embedder",)),
   Rename(r"^txt_in$", ("context_embedder",)),
   Rename(r"^final_layer\.linear$", ("proj_out",)),
-  Rename(r"^time_in\.in_layer$", ("time_text_embed.timestep_embedder.linear_1",)),
-  Rename(r"^time_in\.out_layer$", ("time_text_embed.timestep_embedder.linear_2",)),
-  Rename(r"^guidance_in\.in_layer$", ("time_text_embed.guidance_embedder.linear_1",)),
-  Rename(r"^guidance_in\.out_layer$", ("time_text_embed.guidance_embedder.linear_2",)),
-  Rename(r"^vector_in\.in_layer$", ("time_text_embed.text_embedder.linear_1",)),
-  Rename(r"^vector_in\.out_layer$", ("time_text_embed.text_embedder.linear_2",)),
+)
+
+
+def embedder(theirs: str, ours: str) -> tuple[Rename, Rename]:
+  """The two layers of an embedder."""
+  layers = ((r"\.in_layer$", ".linear_1"), (r"\.out_layer$", ".linear_2"))
+  first, second = (Rename(f"^{theirs}{a}", (f"{ours}{b}",)) for a, b in layers)
+  return first, second
+
+
+# The authors' modules, which kohya, ai-toolkit and ComfyUI name.
+AUTHORS = (
+  *SHARED_AUTHORS,
+  Rename(rf"{DOUBLE}img_mlp\.0$", (f"{INTO}ff.net.0.proj",)),
+  Rename(rf"{DOUBLE}img_mlp\.2$", (f"{INTO}ff.net.2",)),
+  Rename(rf"{DOUBLE}txt_mlp\.0$", (f"{INTO}ff_context.net.0.proj",)),
+  Rename(rf"{DOUBLE}txt_mlp\.2$", (f"{INTO}ff_context.net.2",)),
+  Rename(rf"{DOUBLE}img_mod\.lin$", (f"{INTO}norm1.linear",)),
+  Rename(rf"{DOUBLE}txt_mod\.lin$", (f"{INTO}norm1_context.linear",)),
+  Rename(
+    rf"{SINGLE}linear1$",
+    (*(f"{INTO_SINGLE}attn.to_{side}" for side in "qkv"), f"{INTO_SINGLE}proj_mlp"),
+    (1, 1, 1, 4),
+  ),
+  Rename(rf"{SINGLE}linear2$", (f"{INTO_SINGLE}proj_out",)),
+  Rename(rf"{SINGLE}modulation\.lin$", (f"{INTO_SINGLE}norm.linear",)),
+  *embedder("time_in", "time_text_embed.timestep_embedder"),
+  *embedder("guidance_in", "time_text_embed.guidance_embedder"),
+  *embedder("vector_in", "time_text_embed.text_embedder"),
 )
 STACKS = ("transformer_blocks", "single_transformer_blocks")
 

@@ -56,9 +56,21 @@ def save_transformer(
     leaf = tree[entry.path]
     make = lambda e=entry, x=leaf: e.to_foreign(to_host(x, e.block))
     pending.append(Pending(entry.name, entry.shape, np.dtype(leaf.dtype), make))
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / files.CONFIG_FILE).write_text(architectures.config_text(config))
+  write_shards(folder, pending, files.STEMS[0], max_shard_bytes)
+
+
+def write_shards(
+  folder: pathlib.Path, pending: Iterable[Pending], stem: str, max_shard_bytes: int
+) -> None:
+  """Writes stem.safetensors, or several files of that name and an index, in place of what was there.
+
+  Process 0 writes, but every process must call it.
+  """
   shards = _divide(sorted(pending, key=lambda p: p.name), max_shard_bytes)
-  stem = files.STEMS[0]
-  paths = [folder / files.WEIGHTS_FILE]
+  paths = [folder / f"{stem}.safetensors"]
   if len(shards) > 1:
     count = len(shards)
     paths = [folder / f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -66,15 +78,14 @@ def save_transformer(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{stem}*.safetensors*"):
       old.unlink()
-    (folder / files.CONFIG_FILE).write_text(architectures.config_text(config))
   for path, shard in zip(paths, shards):
     write_safetensors(path, shard)
   if len(shards) > 1 and jax.process_index() == 0:
     index = {
-      "metadata": {"total_size": sum(p.nbytes for p in pending)},
+      "metadata": {"total_size": sum(p.nbytes for shard in shards for p in shard)},
       "weight_map": {p.name: path.name for path, shard in zip(paths, shards) for p in shard},
     }
-    (folder / f"{files.WEIGHTS_FILE}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _divide(pending, limit):
