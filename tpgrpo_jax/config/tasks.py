@@ -71,8 +71,8 @@ def tiny_shapes() -> Config:
     model=Model("tiny_shapes"),
     prompts=Prompts("shapes"),
     rewards={"shapes": {"weight": 1.0, "strict": False}},
-    sampler=Sampler(num_steps=5, window=(0, 4)),
-    eval=dataclasses.replace(base.eval, num_steps=5, prompts=252, judge_prompts=252),
+    sampler=Sampler(num_steps=8, window=(0, 7), schedule="shifted", shift=3.0),
+    eval=dataclasses.replace(base.eval, num_steps=8, prompts=252, judge_prompts=252),
   )
 
 
