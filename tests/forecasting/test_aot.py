@@ -126,6 +126,7 @@ def test_arguments_are_the_bytes_of_weights_and_batch():
 FORMS = {
   "trajectory": {},
   "bfloat16": {"sampler": {"latents": "bfloat16"}},
+  "normalized": {"loss": {"ratio": "normalized"}},
   "branch": {"sampler": {"rollout": "branch", "branches": 4}, "credit": {"method": "branch"}},
   "ode": {
     "sampler": {"rollout": "ode"},

@@ -295,10 +295,11 @@ def transitions(plan: Plan, rows: int | None = None) -> types.Transitions:
   across = P(None, mesh_lib.BATCH)
   members = (rows, plan.states, plan.method.members)
   level = shape(rows, spec=P())
+  velocity = shape(rows, plan.states, *latent, spec=across)
   return types.Transitions(
     x=shape(rows, plan.states, *latent, spec=across, dtype=kept),
     x_next=shape(*members, *latent, spec=across, dtype=kept),
-    velocity=shape(rows, plan.states, *latent, spec=across),
+    velocity=velocity if losses.reads_old_velocity(plan.config) else None,
     log_prob=shape(*members, spec=across),
     sigma=level,
     sigma_next=level,
