@@ -1,8 +1,6 @@
 """The second built-in task: a small model learns to paint the shapes that are asked for, GenEval in small.
 
 Command: python -m tpgrpo_jax.train --config configs/tiny_shapes.py[:METHOD]
-Not ready: the base model that ships paints the right colours and hardly any shape, so that there is nothing
-to learn from yet (configs/tiny_shapes_pretrain.py).
 METHOD is a name of tpgrpo_jax.config.presets.METHODS (docs/methods.md); tp_grpo unless it is given.
 """
 
