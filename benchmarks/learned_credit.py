@@ -54,7 +54,8 @@ def main() -> None:
   args = parser.parse_args()
   session, params = fidelity.open_session(args)
   total = args.epochs + args.held_out
-  exactly = fidelity.make_roll(session, params, fidelity.EXACT)
+  keeping = {"loss.ratio": "normalized"}  # the rollout keeps velocities where the loss reads them
+  exactly = fidelity.make_roll(session, params, fidelity.EXACT | keeping)
   cheaply = fidelity.make_roll(session, params, fidelity.EXACT | {"completion.steps": 2})
   data = []
   for epoch in range(total):

@@ -68,6 +68,9 @@ def make_config(num_steps: int, window: int, batch: int) -> config_lib.Config:
     config,
     sampler=dataclasses.replace(config.sampler, num_steps=num_steps, window=(0, window)),
     train=dataclasses.replace(config.train, microbatch=batch),
+    loss=dataclasses.replace(
+      config.loss, ratio="normalized"
+    ),  # so that the rollout keeps velocities
   )
 
 

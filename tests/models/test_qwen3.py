@@ -178,7 +178,7 @@ def test_every_tensor_that_qwen3_4b_needs_is_mapped_both_ways():
   _, state = nnx.split(nnx.eval_shape(create))
   shapes = {path: tuple(leaf.shape) for path, leaf in flatten(nnx.to_pure_dict(state)).items()}
   found = {e.name: e.shape for e in hf_qwen3.names(config, shapes)}
-  needed = hf_qwen3.aliases(theirs, layers=27)
+  needed = hf_qwen3.aliases(theirs, layers=27, of=36)
   assert found == {name: theirs[full] for name, full in needed.items()}
   assert len(found) == 1 + 27 * 11
 
@@ -243,6 +243,16 @@ def change_sizes(**changes):
       lambda f: (f / "tokenizer/chat_template.jinja").write_text(QWEN2_TEMPLATE),
       "not Qwen3's (that of Qwen2",
     ),
+    (
+      lambda f: (f / "tokenizer/chat_template.jinja").write_text(
+        "{{ 1 if enable_thinking else 2 }}"
+      ),
+      "its chat template leaves the prompt out",
+    ),
+    (
+      lambda f: (f / "tokenizer/chat_template.jinja").write_text("{% for %}"),
+      "its chat template cannot be used (TemplateSyntaxError",
+    ),
     (lambda f: (f / "tokenizer/tokenizer.json").unlink(), "no tokenizer.json or vocab.json and"),
     (
       change("model_index.json", _class_name="Flux2Pipeline"),
@@ -257,6 +267,15 @@ def test_broken_folder_ends_with_one_message(folders, tmp_path, break_it, rule):
   with pytest.raises(ValueError) as caught:
     prompt_embedding.load_text_encoders(TextSource(folder, "flux2"))
   assert rule in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_layers_that_the_config_does_not_know_are_refused(folders, tmp_path):
+  """State -2 of fewer layers would be another state."""
+  folder = shutil.copytree(folders["z_image"], tmp_path / "pipeline")
+  path = folder / "text_encoder" / "config.json"
+  edit(path, num_hidden_layers=json.loads(path.read_text())["num_hidden_layers"] - 1)
+  with pytest.raises(ValueError, match="text_encoder"):
+    prompt_embedding.load_text_encoders(TextSource(folder, "z_image"))
 
 
 def test_a_flux_2_pipeline_is_not_taken_for_a_flux_1(folders):

@@ -208,6 +208,8 @@ PLAIN = {"_class_name": "FluxPipeline"}
     ({}, {"image": 3}, None, 'names no picture in "image"'),
     ({}, {"image": "pictures/none.png"}, None, "none.png: the picture of a prompt cannot be read"),
     ({}, {"image": "pictures"}, None, "the picture of a prompt cannot be read"),
+    ({}, {"image": "pictures/\0.png"}, None, "the picture of a prompt cannot be read"),
+    ({}, {"image": "~nobody_of_that_name/a.png"}, None, "the picture of a prompt cannot be read"),
     ({}, {"image": "train.jsonl"}, None, "train.jsonl: is no picture that Pillow can read"),
     ({}, {"image": "pictures/0.png"}, lambda f: edit(f, "model_index.json", PLAIN), "holds a FluxPipeline"),
     ({"model.variant": "flux"}, {"image": "pictures/0.png"}, None, "holds a FluxKontextPipeline"),

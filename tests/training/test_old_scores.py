@@ -40,11 +40,9 @@ CHUNKED = {
 def shifted(transitions, size):
   """Transitions whose scores are off, as those of a program that rounds otherwise are."""
   signs = lambda a: np.resize([1.0, -1.0, 0.5], a.shape).astype(np.float32)
-  return dataclasses.replace(
-    transitions,
-    log_prob=transitions.log_prob + size * signs(transitions.log_prob),
-    velocity=transitions.velocity * (1 + size * signs(transitions.velocity)),
-  )
+  velocity = jax.tree.map(lambda v: v * (1 + size * signs(v)), transitions.velocity)  # or None
+  log_prob = transitions.log_prob + size * signs(transitions.log_prob)
+  return dataclasses.replace(transitions, log_prob=log_prob, velocity=velocity)
 
 
 def off_session(session, size=OFF):

@@ -284,4 +284,5 @@ def test_rounded_latents_are_kept_in_their_dtype(single_mesh, method, rollout_na
   config = branch_config(**sampler) if method == "branch" else make_config(method, sampler=sampler)
   transitions = run_epoch(config, single_mesh)[0].transitions[0]
   assert {transitions.x.dtype, transitions.x_next.dtype} == {jnp.dtype("bfloat16")}
-  assert {transitions.velocity.dtype, transitions.final.dtype} == {jnp.dtype("float32")}
+  assert transitions.velocity is None  # no loss of these reads it
+  assert transitions.final.dtype == jnp.dtype("float32")

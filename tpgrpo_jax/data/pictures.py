@@ -37,16 +37,26 @@ def paths_of(prompts: Sequence[Prompt | str], folder: str | os.PathLike[str]) ->
       f'{{"prompt": "...", "{MEMBER}": "cat.png"}}, or with sample --image.'
     )
   root = pathlib.Path(folder).expanduser()
-  return [root / pathlib.Path(str(name)).expanduser() for name in named]
+  return [root / _expanded(str(name)) for name in named]
+
+
+def _expanded(name):
+  try:
+    return pathlib.Path(name).expanduser()
+  except RuntimeError as error:  # of a user who is not there
+    raise ValueError(
+      f"{name}: the picture of a prompt cannot be read ({error}). Mend its path in the prompt file."
+    ) from error
 
 
 def read_bytes(path: pathlib.Path) -> bytes:
   """The file of a picture; ValueError where there is none."""
   try:
     return path.read_bytes()
-  except OSError as error:
+  except (OSError, ValueError) as error:  # a path with a null byte is the latter
+    reason = getattr(error, "strerror", None) or error
     raise ValueError(
-      f"{path}: the picture of a prompt cannot be read ({error.strerror or error}). Paths are relative to "
+      f"{path}: the picture of a prompt cannot be read ({reason}). Paths are relative to "
       "the prompt file's folder: mend its line, or put the picture there."
     ) from error
 

@@ -10,6 +10,7 @@ table. The autoencoder packs its latents itself: a token is one latent.
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import nnx
@@ -70,8 +71,12 @@ class Flux2Config:
     for name in ("num_layers", "num_single_layers"):
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)}: must be at least 1.")
+    if not 0 < self.mlp_ratio < math.inf:
+      raise ValueError(f"mlp_ratio={self.mlp_ratio}: must be above 0, and finite.")
     axes = self.axes_dims_rope
-    if len(axes) != 4 or any(n % 2 for n in axes) or sum(axes) != self.attention_head_dim:
+    if not (
+      len(axes) == 4 and all(map(rotary.is_axis, axes)) and sum(axes) == self.attention_head_dim
+    ):
       raise ValueError(
         f"axes_dims_rope={axes}: must be four even numbers that add up to "
         f"attention_head_dim={self.attention_head_dim}."

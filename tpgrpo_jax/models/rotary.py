@@ -15,6 +15,11 @@ def grid(height: int, width: int, first: int = 0) -> np.ndarray:
   return ids.reshape(-1, 3)
 
 
+def is_axis(channels: object) -> bool:
+  """Whether an axis can have so many channels of a head: an even number above 0."""
+  return isinstance(channels, int) and channels > 0 and channels % 2 == 0
+
+
 def tables(ids: np.ndarray, axes: Sequence[int], theta: float) -> tuple[np.ndarray, np.ndarray]:
   """Cosine and signed sine of every token's rotation angles.
 

@@ -73,18 +73,20 @@ class ZImageConfig:
     return layers.Latents(self.in_channels, self.patch, SIDE, largest)
 
   def __post_init__(self):
-    if len(self.all_patch_size) != 1:
-      raise ValueError(f"all_patch_size={self.all_patch_size}: must be one number.")
+    if len(self.all_patch_size) != 1 or not self.all_patch_size[0] > 0:
+      raise ValueError(f"all_patch_size={self.all_patch_size}: must be one number above 0.")
     if self.n_kv_heads != self.n_heads:
       raise ValueError(f"n_kv_heads={self.n_kv_heads}: must be n_heads={self.n_heads}.")
     axes = self.axes_dims
-    if len(axes) != 3 or any(n % 2 for n in axes) or sum(axes) * self.n_heads != self.dim:
+    if not (
+      len(axes) == 3 and all(map(rotary.is_axis, axes)) and sum(axes) * self.n_heads == self.dim
+    ):
       raise ValueError(
         f"axes_dims={axes}: must be three even numbers that add up to dim / n_heads = "
         f"{self.dim / self.n_heads:g}."
       )
-    if len(self.axes_lens) != 3:
-      raise ValueError(f"axes_lens={self.axes_lens}: must be three numbers.")
+    if len(self.axes_lens) != 3 or not all(isinstance(n, int) and n > 0 for n in self.axes_lens):
+      raise ValueError(f"axes_lens={self.axes_lens}: must be three whole numbers above 0.")
 
   @classmethod
   def from_diffusers(cls, config: Mapping[str, Any]) -> "ZImageConfig":

@@ -38,14 +38,17 @@ def names(config: qwen3.Qwen3Config, shapes: Mapping[str, tuple[int, ...]]) -> l
   return stacked_names(shapes, ("blocks_0",), RENAMES)
 
 
-def aliases(found: Iterable[str], *, layers: int) -> dict[str, str]:
-  """{the table's name: the file's name} of the tensors in a file that the first `layers` layers need."""
+def aliases(found: Iterable[str], *, layers: int, of: int) -> dict[str, str]:
+  """{the table's name: the file's name} of a file's tensors, without those of layers `layers` ... `of` - 1.
+
+  Layers beyond what the config knows stay, so that they are refused: state -2 would be another one.
+  """
   short = {name.removeprefix(PREFIX): name for name in found}
   number = lambda name: re.match(r"layers\.(\d+)\.", name)
   return {
     name: full
     for name, full in short.items()
-    if name not in _UNUSED and not ((match := number(name)) and int(match[1]) >= layers)
+    if name not in _UNUSED and not ((match := number(name)) and layers <= int(match[1]) < of)
   }
 
 
@@ -76,5 +79,7 @@ def load_qwen3(
       f"{', '.join(map(str, states))} layers, and one more must follow. Fetch the folder again."
     )
   create = lambda rngs: qwen3.Qwen3Encoder(config, states, dtype=dtype, rngs=rngs)
-  table = encoder.Table(names, functools.partial(aliases, layers=states[-1]))
+  table = encoder.Table(
+    names, functools.partial(aliases, layers=states[-1], of=config.num_hidden_layers)
+  )
   return encoder.load_encoder(folder, table, config, create, dtype=dtype, shardings=shardings)

@@ -75,7 +75,18 @@ def _check_chat(tokenizer, folder):
       f"{str(folder)!r}: no chat template in it (chat_template.jinja, or a field of "
       "tokenizer_config.json). Point it at a complete folder of the hub."
     )
-  thoughtful, thoughtless = (render_chat(tokenizer, "", thinking=t) for t in (True, False))
+  asked = "a red circle"
+  try:
+    thoughtful, thoughtless = (render_chat(tokenizer, asked, thinking=t) for t in (True, False))
+  except Exception as error:  # whatever the template's language or the template itself raises
+    raise ValueError(
+      f"{str(folder)!r}: its chat template cannot be used ({type(error).__name__}: {error}). Fetch the "
+      "tokenizer of the pipeline again."
+    ) from error
+  if asked not in thoughtful or asked not in thoughtless:
+    raise ValueError(
+      f"{str(folder)!r}: its chat template leaves the prompt out. Fetch the tokenizer of the pipeline again."
+    )
   if thoughtful == thoughtless:
     raise ValueError(
       f"{str(folder)!r}: its chat template knows no enable_thinking, so it is not Qwen3's (that of Qwen2 "
