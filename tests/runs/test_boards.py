@@ -53,6 +53,8 @@ def records_of(path: pathlib.Path):
       at += 32768 - at % 32768
       continue
     length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+    if at + 7 + length > len(data):  # still being written
+      return
     parts += data[at + 7 : at + 7 + length]
     at += 7 + length
     if kind in (1, 4):  # whole, or the last part
@@ -60,6 +62,17 @@ def records_of(path: pathlib.Path):
       record.ParseFromString(parts)
       parts = b""
       yield record
+
+
+def finished(path: pathlib.Path):
+  """All records of a .wandb file: its process writes the last of them after `finish` has returned."""
+  ends = time.monotonic() + 60
+  while time.monotonic() < ends:
+    records = [*records_of(path)]
+    if any(r.WhichOneof("record_type") == "exit" for r in records):
+      return records
+    time.sleep(0.1)
+  raise AssertionError(f"{path} has no end")
 
 
 def test_weights_and_biases_shows_a_resumed_run_as_one_curve(tmp_path, monkeypatch):
@@ -80,7 +93,7 @@ def test_weights_and_biases_shows_a_resumed_run_as_one_curve(tmp_path, monkeypat
   files = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
   assert [file.name for file in files] == [f"run-{kept}.wandb"] * 2
   for file, epochs in zip(files, (range(3), range(2, 4))):
-    records = [*records_of(file)]
+    records = finished(file)
     (run,) = [r.run for r in records if r.WhichOneof("record_type") == "run"][:1]
     assert (run.run_id, run.project, run.run_group) == (kept, "letters", "tp_grpo")
     assert run.display_name == "my_run_seed2"
