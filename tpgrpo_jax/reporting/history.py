@@ -136,9 +136,8 @@ def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
     )
   train, evals = ([r for r in rows if r.get("kind") == kind] for kind in ("train", "eval"))
   judged = next((r for r in reversed(rows) if r.get("kind") == "judge"), {})
-  if (
-    judged
-  ):  # there were prompts behind those of the evaluations, so these had all that were asked for
+  # With prompts left to judge, the evaluations had all that were asked for.
+  if judged:
     evals = [_with_standard_errors(row, config.eval.prompts) for row in evals]
   label = label or config.run.label or config.credit.method
   return Run(folder, label, config, train, evals, judged)
