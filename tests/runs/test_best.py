@@ -58,11 +58,25 @@ def test_evaluations_that_come_again_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"start": True}, {"metric": "reward/ocr/mean"}])
-def test_best_of_another_run_or_metric_goes(tmp_path, options):
+@pytest.mark.filterwarnings("ignore:.*chosen anew")
+def test_best_of_another_run_or_metric_is_put_aside_and_lost_by_nobody(tmp_path, options):
   offer(tmp_path, [0.9], start=True, first=30)
   said, epoch, score = offer(tmp_path, [0.1], **options)
   assert (said, epoch, score) == ([True], 0, 0.1)
   assert [p.name for p in (tmp_path / "best").iterdir()] == ["0"]
+  offer(tmp_path, [0.2], first=40, **options | {"start": True})  # the 0th are no one's work
+  offer(tmp_path, [0.3], first=50, **options | {"start": True})
+  folders = {p.name for p in tmp_path.iterdir() if any(p.iterdir())}
+  assert folders == {"best", "best_before_1", "best_before_2"}
+  (tmp_path / "best").rename(tmp_path / "newest")
+  (tmp_path / "best_before_1").rename(tmp_path / "best")  # what `--weights best` opens
+  assert stored(tmp_path) == (30, 30)
+
+
+def test_an_empty_folder_of_best_weights_goes(tmp_path):
+  (tmp_path / "best").mkdir()
+  assert offer(tmp_path, [0.1], start=True)[1] == 0
+  assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
 def test_damaged_best_is_reported_and_replaced(tmp_path):
@@ -103,6 +117,6 @@ def test_scores_of_another_evaluation_are_not_compared(tmp_path):
 
   few = {"prompts": 8, "rewards": ()}
   assert offered(10, 0.9, few) and not offered(20, 0.8, few)
-  with pytest.warns(UserWarning, match="after epoch 10.*chosen anew"):
+  with pytest.warns(UserWarning, match="after epoch 10.*chosen anew.*are kept: best_before_1"):
     assert offered(30, 0.5, few | {"prompts": 16})
   assert stored(tmp_path) == (30, 30)

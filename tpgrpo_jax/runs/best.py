@@ -1,10 +1,17 @@
-"""The weights of a run's best evaluation, below `best/<epoch>/` of its folder."""
+"""The weights of a run's best evaluation, below `best/<epoch>/` of its folder.
+
+Those that were chosen by another rule, or belong to an earlier run in the folder, are kept beside it, as
+`best_before_1/` and so on. Renamed to `best/`, they are what `--weights best` opens.
+"""
 
 from collections.abc import Mapping
+import itertools
 import json
 import os
 from typing import Any
 import warnings
+
+from etils import epath
 
 from tpgrpo_jax.runs import checkpoint, processes, run_folder
 
@@ -34,7 +41,7 @@ class BestWeights:
     Args:
       run_dir: the run's folder, local or gs://.
       metric: of the evaluations; the larger the better. "" keeps nothing.
-      start: the run begins, so that what is there belongs to another one, and goes.
+      start: the run begins, so that what is there belongs to another one, and is put aside.
       kind: what evaluations must share so that their scores can be compared; as JSON has it.
     """
     self._metric, self._kept = metric, None
@@ -43,17 +50,18 @@ class BestWeights:
     self.score: float | None = None
     if not metric:
       return
-    found = {} if start else _extra(run_dir)
-    if found.get("metric") == metric and found.get("kind", self._kind) == self._kind:
+    found = _extra(run_dir)
+    same = found.get("metric") == metric and found.get("kind", self._kind) == self._kind
+    if same and not start:
       self.epoch, self.score = found["step"], found["score"]
     else:  # scores of another metric or kind cannot be compared
-      if found:
+      aside = _put_aside(run_dir, found)
+      if found and not start:
         warnings.warn(
           f"{os.fspath(run_dir)}: its best weights (after epoch {found['step']}) were chosen by another "
-          "checkpoint.best or eval; they are chosen anew.",
+          f"checkpoint.best or eval; they are chosen anew.{f' The old ones are kept: {aside}.' * bool(aside)}",
           stacklevel=2,
         )
-      processes.on_first(lambda: run_folder.remove(run_dir, FOLDER))
     self._kept = checkpoint.RunCheckpoints(run_dir, keep=1, folder=FOLDER)
 
   def offer(self, epoch: int, weights: Any, row: Mapping[str, float]) -> bool:
@@ -108,6 +116,22 @@ def load(run_dir: os.PathLike | str, abstract: Any) -> tuple[Any, dict[str, Any]
       raise ValueError(f"{os.fspath(run_dir)}: has no best weights yet.")
     state, extra = kept.restore({"weights": abstract})
   return state["weights"], extra
+
+
+def _put_aside(run_dir, extra):
+  """Renames the folder of best weights and returns its new name; "" where nothing is lost without it."""
+
+  def rename():
+    folder = epath.Path(run_dir) / FOLDER
+    if extra.get("step") == 0 or not (folder.exists() and any(folder.iterdir())):
+      run_folder.remove(run_dir, FOLDER)  # nothing, or the weights that a run begins with
+      return ""
+    names = (f"{FOLDER}_before_{number}" for number in itertools.count(1))
+    name = next(name for name in names if not (folder.parent / name).exists())
+    folder.rename(folder.parent / name)
+    return name
+
+  return processes.from_first(rename() if processes.is_first() else "")
 
 
 def _extra(run_dir):
