@@ -23,9 +23,13 @@ def main(argv: list[str]) -> None:
   config = config_lib.name_run(config_lib.from_config_dict(config_lib.Config, _CONFIG.value))
   rules.validate(config)
   from tpgrpo_jax.runs import distributed, preemption, processes
-  from tpgrpo_jax.training import loop
+  from tpgrpo_jax.training import announcement, progress
 
   distributed.set_up(config)
+  if not _CHECK.value:  # which says it itself
+    progress.say(announcement.start(config))
+  from tpgrpo_jax.training import loop
+
   if _CHECK.value:
     from tpgrpo_jax.forecasting import checking
 
@@ -34,7 +38,7 @@ def main(argv: list[str]) -> None:
         print(line, flush=True)
     return
   try:
-    row = loop.train(config)
+    row = loop.train(config, announced=True)
   except preemption.Preempted as ended:
     print(
       f"{config.run.dir}: ends, as asked; the finished epochs are saved. The same command goes on.",

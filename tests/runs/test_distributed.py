@@ -42,3 +42,59 @@ def test_two_runs_in_one_slurm_job_are_told_that_the_port_is_taken(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "1")  # the others only call it
     distributed.initialize(config_lib.Distributed())
   assert len(called) == 1
+
+
+OPEN_MPI = {
+  "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.148.0.1:34911",
+  "OMPI_COMM_WORLD_RANK": "0",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+
+
+@pytest.fixture
+def called(monkeypatch):
+  """The options of each call of jax.distributed.initialize, which does nothing here."""
+  calls = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+  monkeypatch.setattr(distributed.signal, "signal", lambda *_: None)
+  return calls
+
+
+def set_environment(monkeypatch, variables):
+  for name, value in variables.items():
+    monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("size, joins", [(1, False), (2, True)])
+def test_process_that_open_mpi_started_alone_takes_no_coordinators_port(
+  monkeypatch, called, size, joins
+):
+  set_environment(monkeypatch, OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": size})
+  distributed.initialize(config_lib.Distributed())
+  assert bool(called) == joins
+
+
+def test_two_runs_of_one_mpirun_are_told_that_the_port_is_taken(monkeypatch, called):
+  set_environment(monkeypatch, OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": 2})
+  # JAX makes the port of the job's number: 1531576320 / 4096 = 373920, and 373920 % 4096 = 1184.
+  port = 65535 - 4096 + 1 + 1184
+  with socket.create_server(("", port)):
+    with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}.*port is taken.*COORDINATOR_PORT"):
+      distributed.initialize(config_lib.Distributed())
+    distributed.initialize(config_lib.Distributed(coordinator="off"))
+    assert not called
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "0")  # any that is free
+    distributed.initialize(config_lib.Distributed())
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_processes_whose_peers_jax_cannot_find_do_not_train_a_run_each(monkeypatch, called, name):
+  """Open MPI 5 sets no address that JAX reads, MPICH none at all."""
+  monkeypatch.setenv(name, "4")
+  with pytest.raises(RuntimeError, match=f"{name}=4.*with 3 others.*distributed.coordinator=off"):
+    distributed.initialize(config_lib.Distributed())
+  distributed.initialize(config_lib.Distributed(coordinator="off"))
+  monkeypatch.setenv(name, "1")
+  distributed.initialize(config_lib.Distributed())
+  assert not called

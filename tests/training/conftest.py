@@ -116,8 +116,8 @@ def shared_programs():
   """
   opened, first = session_lib.open_session, {}
 
-  def open_session(config):
-    session = opened(config)
+  def open_session(config, *announce):
+    session = opened(config, *announce)
     kind = repr(replace_fields(config, _AROUND)), session.mesh
     kept = first.setdefault(kind, session)
     names = ("method", "rollout_fn", "credit_fn", "train_step", "rescoring_step", "meter")

@@ -134,7 +134,7 @@ def test_on_known_devices_memory_and_least_time_are_said(make_config, one_mesh, 
 
 
 def test_a_run_says_what_it_is_before_it_opens_anything(make_config, monkeypatch, capsys):
-  monkeypatch.setattr(loop.session_lib, "open_session", lambda _: 1 / 0)
+  monkeypatch.setattr(loop.session_lib, "open_session", lambda *_: 1 / 0)
   config = make_config(ONE_EPOCH)
   with pytest.raises(ZeroDivisionError):
     loop.train(config)

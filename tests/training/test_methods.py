@@ -87,7 +87,7 @@ def train(config, session):
   """The run of a config by functions that may be compiled already."""
   session = dataclasses.replace(session, config=config)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(session_lib, "open_session", lambda config: session)
+    patch.setattr(session_lib, "open_session", lambda config, *_: session)
     loop.train(config)
   with (
     jax.set_mesh(session.mesh),

@@ -146,7 +146,7 @@ def test_a_resumed_run_makes_the_same_choice(session, tmp_path, monkeypatch):
   def train(folder, opened):
     config = replace_fields(session.config, fields | {"run.dir": str(folder)})
     opened = asked(dataclasses.replace(opened, config=config), "auto")
-    monkeypatch.setattr(session_lib, "open_session", lambda config: opened)
+    monkeypatch.setattr(session_lib, "open_session", lambda config, *_: opened)
     loop.train(opened.config)
     return [row for row in left_behind.rows(config) if row["kind"] == "train"]
 

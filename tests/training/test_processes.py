@@ -40,18 +40,22 @@ def free_port():
     return probe.getsockname()[1]
 
 
-def start(config, count, module="train", arguments=()):
-  """The real command in `count` processes of one device each."""
+def here():
+  """The environment of a command."""
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+  }
+
+
+def start(config, count, module="train", arguments=(), alone=False):
+  """The real command in `count` processes of one device each; alone is told of no coordinator."""
   run_dir = pathlib.Path(config.run.dir)
   run_dir.parent.mkdir(exist_ok=True, parents=True)
   described = run_dir.with_suffix(".json")
   described.write_text(json.dumps(dataclasses.asdict(config)))
   recipe = run_dir.with_suffix(".py")
   recipe.write_text(RECIPE.format(path=str(described)))
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
-  }
   address = f"localhost:{free_port()}"
   command = [sys.executable, "-m", f"tpgrpo_jax.{module}", "--config", str(recipe)]
   peers = [
@@ -60,8 +64,8 @@ def start(config, count, module="train", arguments=()):
   ]
   return [
     subprocess.Popen(
-      [*command, *peers, f"--config.distributed.process_id={i}", *arguments],
-      env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+      [*command, *([] if alone else [*peers, f"--config.distributed.process_id={i}"]), *arguments],
+      env=here(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
     for i in range(count)
   ]  # fmt: skip
@@ -274,3 +278,31 @@ def test_one_process_needs_no_others(monkeypatch):
   monkeypatch.setattr(jax.distributed, "initialize", None)
   distributed.initialize(config_lib.Distributed())
   distributed.initialize(config_lib.Distributed("off"))
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_in_one_slurm_job_do_not_meet(config_in, tmp_path, monkeypatch):
+  """Two seeds, and an evaluation of one while the other trains: each a process that SLURM started alone."""
+  slurm = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "1",
+  }
+  for name, value in slurm.items():
+    monkeypatch.setenv(name, value)
+  fields = {"train.epochs": 1, "eval.every": 0}
+  configs = [config_in(tmp_path / f"seed{seed}", fields | {"seed": seed}) for seed in (0, 1)]
+  both = [start(config, 1, alone=True)[0] for config in configs]
+  finish(both)
+  longer = config_in(tmp_path / "seed1", fields | {"seed": 1, "train.epochs": 3})
+  evaluation = ["--run", str(tmp_path / "seed0"), "--prompts=2"]
+  (training,) = start(longer, 1, alone=True)
+  beside = subprocess.Popen(
+    [sys.executable, "-m", "tpgrpo_jax.evaluate", *evaluation], env=here(),
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
+  finish([training, beside])
+  assert left_behind.rows(longer)[-1]["epoch"] == 3

@@ -18,7 +18,7 @@ from tpgrpo_jax.cost.hardware import GIB
 from tpgrpo_jax.forecasting import forecast, lowering
 from tpgrpo_jax.models import hf
 from tpgrpo_jax.runs import boards, checkpoint, processes, run_folder
-from tpgrpo_jax.training import evaluation, loop, notices
+from tpgrpo_jax.training import announcement, evaluation, loop, notices
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import session as session_lib
@@ -41,7 +41,7 @@ def check(config: config_lib.Config) -> Iterator[str]:
     boards.check(config.log)
     totals = _finished(config)
     done = totals.get("step", 0)
-    yield notices.start(config)
+    yield announcement.start(config)
     if totals:
       yield f"{config.run.dir}: goes on after epoch {done}"
     session = session_lib.open_session(config)

@@ -59,7 +59,8 @@ class BestWeights:
       if found and not start:
         warnings.warn(
           f"{os.fspath(run_dir)}: its best weights (after epoch {found['step']}) were chosen by another "
-          f"checkpoint.best or eval; they are chosen anew.{f' The old ones are kept: {aside}.' * bool(aside)}",
+          "checkpoint.best or eval; they are chosen anew."
+          f"{f' The old ones are kept: {aside}.' * bool(aside)}",
           stacklevel=2,
         )
     self._kept = checkpoint.RunCheckpoints(run_dir, keep=1, folder=FOLDER)

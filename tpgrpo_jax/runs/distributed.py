@@ -25,6 +25,9 @@ _OF_A_MACHINE = (
   "prompts.cache",
 )  # may differ between processes
 
+# How many processes a launcher has started: Open MPI 5, MPICH and Intel MPI.
+_PEERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 _BY_ENVIRONMENT = ("SlurmCluster", "OmpiCluster")  # whose address is in the environment
 
 
@@ -68,9 +71,12 @@ def initialize(config: config_lib.Distributed) -> None:
   JAX finds its peers by itself. Where processes are missing after `timeout`, JAX ends this one.
 
   Raises:
-    RuntimeError: nobody answers at the coordinator's address, or its port is taken.
+    RuntimeError: nobody answers at the coordinator's address, or its port is taken; or a launcher has
+      started peers of which JAX knows nothing.
   """
   if config.coordinator == "off" or (config.coordinator == "auto" and not _in_cluster()):
+    if config.coordinator == "auto":
+      _check_alone()
     return
   explicit: dict[str, Any] = {}
   if config.coordinator != "auto":
@@ -101,6 +107,18 @@ def initialize(config: config_lib.Distributed) -> None:
   # JAX has taken SIGTERM, to have a checkpoint saved, and would not end. Until training takes it, there is
   # nothing to save (runs.preemption).
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _check_alone():
+  """Without it every process would train a run of its own, or be refused by the first one's lock."""
+  for name in _PEERS if _cluster() is None else ():
+    count = os.environ.get(name, "")
+    if count.isdecimal() and int(count) > 1:
+      raise RuntimeError(
+        f"{name}={count}: this process was started with {int(count) - 1} others, and JAX does not see how "
+        "to reach them. Set distributed.coordinator (host:port of the first one), num_processes and "
+        "process_id; or distributed.coordinator=off, where each works for itself."
+      )
 
 
 def _check_free(coordinator, remedy):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import logging
+import pathlib
 from typing import Any, NamedTuple
 import warnings
 
@@ -48,22 +49,26 @@ class Model:
     return {"frozen": self.frozen, "trainable": trainable, "decoder": decoder}
 
 
-def build_model(
-  config: config_lib.Config,
-  mesh: jax.sharding.Mesh,
-  prompts: Sequence[types.Prompt | str] | None = None,
-) -> Model:
-  """Loads the weights and lays them out on the mesh.
+class Draft(NamedTuple):
+  """What is known of a model before any weight is read.
 
-  Args:
-    config: of the run.
-    mesh: of the run.
-    prompts: all that the model will be asked for, texts where no metadata is read; None opens the
-      transformer alone.
+  Attributes:
+    folder: of its transformer.
+    sizes: as its config.json has them.
+    outline: of its weights.
+  """
+
+  folder: pathlib.Path
+  sizes: models.Sizes
+  outline: "Outline"
+
+
+def draft(config: config_lib.Config) -> Draft:
+  """Reads the config.json of the transformer.
 
   Raises:
-    ValueError: no such variant or folder, weights or adapters that do not fit, LoRA targets that
-      match nothing, a guidance scale that the model cannot be told.
+    ValueError: no such variant or folder, a folder of another model, LoRA targets that match nothing, a
+      guidance scale that the model cannot be told.
   """
   variant = registry.lookup(models.MODELS, config.model.variant, field="model.variant")
   folder = hf.resolve(config.model.path or variant.path, subfolder="transformer")
@@ -77,10 +82,46 @@ def build_model(
       else f"model.path={config.model.path!r}: holds a {hf.class_name(sizes)}, which is no transformer "
       "that can be trained. Point it at the pipeline's folder."
     )
+  return Draft(folder, sizes, outline(config, sizes))
+
+
+def drafted_model(config: config_lib.Config, drafted: Draft) -> Model:
+  """The model with shapes in place of weights, and one patch as its picture: for counting."""
+  patch, structure = drafted.sizes.latents.patch, drafted.outline
+  base = lora.merge_trees(structure.base, structure.buffers)
+  unused = lambda *args: None
+  return Model(
+    config=drafted.sizes,
+    velocity_fn=models.make_velocity_fn(structure.graphdef),
+    base_velocity_fn=models.make_velocity_fn(structure.base_graphdef),
+    frozen=base if config.lora.rank else structure.buffers,
+    trainable=structure.adapters,
+    pipeline=pipeline.Pipeline((patch, patch, 1), unused, unused, {}),  # pyright: ignore[reportArgumentType]
+  )
+
+
+def build_model(
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  prompts: Sequence[types.Prompt | str] | None = None,
+  drafted: Draft | None = None,
+) -> Model:
+  """Loads the weights and lays them out on the mesh.
+
+  Args:
+    config: of the run.
+    mesh: of the run.
+    prompts: all that the model will be asked for, texts where no metadata is read; None opens the
+      transformer alone.
+    drafted: of the same config; None makes it.
+
+  Raises:
+    ValueError: as `draft`, or weights or adapters that do not fit.
+  """
+  folder, sizes, structure = drafted or draft(config)
   # Before the transformer: the text encoders are gone when it comes.
   surroundings = None if prompts is None else pipeline.open_pipeline(config, mesh, sizes, prompts)
   dtype = jnp.dtype(config.model.dtype)
-  structure = outline(config, sizes)
   adapters, base, buffers = structure.adapters, structure.base, structure.buffers
   abstract = lora.merge_trees(base, buffers)
   load = functools.partial(

@@ -19,15 +19,19 @@ import tqdm
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.runs import best as best_lib
 from tpgrpo_jax.runs import boards, checkpoint, metrics, preemption, processes, run_folder
-from tpgrpo_jax.training import calibration, evaluation, judging, notices, progress
+from tpgrpo_jax.training import announcement, calibration, evaluation, judging, notices, progress
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import session as session_lib
 
 GRID_IMAGES = 32
 
 
-def train(config: config_lib.Config) -> dict[str, float]:
+def train(config: config_lib.Config, *, announced: bool = False) -> dict[str, float]:
   """Trains, or resumes when the run folder holds a checkpoint of the same config.
+
+  Args:
+    config: of the run.
+    announced: the caller has said `announcement.start` already, before it imported this module.
 
   Returns:
     The last evaluation's scores and image statistics.
@@ -52,11 +56,15 @@ def train(config: config_lib.Config) -> dict[str, float]:
         run_folder.check_config(run_dir, config)
 
     processes.on_first(open_folder)
-    progress.say(notices.start(config))
-    session = session_lib.open_session(config)
-    progress.say(notices.opened(config, session.model, session.method))
+    if not announced:
+      progress.say(announcement.start(config))
+    session = session_lib.open_session(config, _announce(config))
     with preemption.watch() as notice:
       return _train_in_folder(session, notice)
+
+
+def _announce(config):
+  return lambda model, method: progress.say(notices.opened(config, model, method))
 
 
 def _train_in_folder(session, notice):

@@ -1,6 +1,6 @@
 """A run before it runs: everything that stays the same from epoch to epoch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -76,8 +76,15 @@ class Session:
     return _move_old(state, self.config.loss.old_decay)
 
 
-def open_session(config: config_lib.Config) -> Session:
+def open_session(
+  config: config_lib.Config,
+  announce: Callable[[build.Model, method_lib.Method], None] = lambda model, method: None,
+) -> Session:
   """Builds all functions of a run and loads its data; nothing is compiled yet.
+
+  Args:
+    config: of the run.
+    announce: is called as soon as the run's sizes are known, with a model of shapes.
 
   Raises:
     ValueError: whatever in the config does not fit the devices, the weights or the files.
@@ -86,6 +93,10 @@ def open_session(config: config_lib.Config) -> Session:
   mesh_lib.check_microbatch(config, mesh)
   method_lib.bind_credit(config)  # a user's own functions are tried before weights are read
   losses.check_own(config)
+  drafted = build.draft(config)
+  shapes = build.drafted_model(config, drafted)
+  shards = mesh_lib.batch_shards(mesh)
+  announce(shapes, method_lib.build_method(config, shapes, shards=shards))
   reward_fn = make_rewards(config, mesh, config.rewards)
   source = config.prompts
   load = functools.partial(
@@ -97,7 +108,7 @@ def open_session(config: config_lib.Config) -> Session:
   train_prompts = load("train")
   asked = [*held_out, *unseen, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
   reward_fn.check(asked)  # pyright: ignore[reportFunctionMemberAccess]
-  model = build.build_model(config, mesh, asked)
+  model = build.build_model(config, mesh, asked, drafted)
   reported = build_eval_rewards(config, mesh, reward_fn)
   for function in (reward_fn, reported):
     evaluation.check_model(function, model, asked[0])
