@@ -211,6 +211,10 @@ BAD = {
     {"rewards": {}},
     ("rewards={}:", "one reward or more", "Try rewards={'ocr': 1.0}"),
   ),
+  "rewards_of_no_weight": (
+    {"rewards": {"ocr": 0.0, "own": {"weight": 0, "make": "own:make"}}},
+    ("all weights are 0 (ocr, own)", "Give one a weight"),
+  ),
   "clip_range_of_zero": ({"loss.clip_range": 0.0}, ("loss.clip_range=0.0:", "finite and > 0")),
   "infinite_rate": (
     {"optimizer.learning_rate": float("inf")},

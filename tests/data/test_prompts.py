@@ -109,6 +109,7 @@ def test_the_same_bytes_in_another_form_are_another_dataset(source, load):
   [
     ('{"prompt": "a"}\n{"prompt": "b"}', "holds JSON"),
     ('[\n{"prompt": "a"}\n]', "holds JSON"),
+    ('["a", "b"]', "holds JSON"),
     ("id,prompt\n1,a cat", "is a table (its first line is 'id,prompt')"),
     ('"Prompt";"Seed"\n"a cat";1', "is a table"),
     ("caption\tsource\na cat\tweb", "is a table"),

@@ -183,7 +183,7 @@ def _parse_txt(content: bytes, where: str) -> list[Prompt]:
   first = lines[0][1]
   fix = 'Write one prompt a line, or one object such as {"prompt": "a red bird"} a line in a .jsonl file'
   try:
-    is_json = isinstance(json.loads(first), dict) or first in "[{"
+    is_json = isinstance(json.loads(first), dict | list)
   except ValueError:
     is_json = first in ("[", "{")
   if is_json:

@@ -11,9 +11,18 @@ import numpy as np
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import rewards, types
 from tpgrpo_jax.cost import utilisation
-from tpgrpo_jax.data import groups
+from tpgrpo_jax.data import groups, survey
 from tpgrpo_jax.data import prompts as prompts_lib
-from tpgrpo_jax.training import build, evaluation, judging, losses, old_scores, rollout, step
+from tpgrpo_jax.training import (
+  build,
+  evaluation,
+  judging,
+  losses,
+  old_scores,
+  progress,
+  rollout,
+  step,
+)
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
@@ -106,7 +115,10 @@ def open_session(
   held_out = [all_held_out[i] for i in range(min(config.eval.prompts, len(all_held_out)))]
   unseen = judging.choose_prompts(all_held_out, config.eval)
   train_prompts = load("train")
-  asked = [*held_out, *unseen, *(train_prompts[i] for i in _visited(config, len(train_prompts)))]
+  visited = [train_prompts[i] for i in _visited(config, len(train_prompts))]
+  asked = [*held_out, *unseen, *visited]
+  for line in survey.survey(visited, [*held_out, *unseen]):
+    progress.say(f"note: {line}.")
   reward_fn.check(asked)  # pyright: ignore[reportFunctionMemberAccess]
   model = build.build_model(config, mesh, asked, drafted)
   reported = build_eval_rewards(config, mesh, reward_fn)
