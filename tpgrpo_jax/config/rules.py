@@ -151,7 +151,8 @@ def _names(config) -> Iterator[str]:
   if not config.rewards:
     yield "rewards={}: must hold one reward or more, label -> weight. Try rewards={'ocr': 1.0}."
   elif not any(s.get("weight", 1) if isinstance(s, dict) else s for s in config.rewards.values()):
-    yield f"rewards: all weights are 0 ({', '.join(config.rewards)}), so nothing is learned. Give one a weight."
+    labels = ", ".join(config.rewards)
+    yield f"rewards: all weights are 0 ({labels}), so nothing is learned. Give one a weight."
   if config.prompts.name == "geneval" and not config.prompts.path:
     yield (
       "prompts.path='': prompts.name='geneval' needs a folder with train_metadata.jsonl and "
