@@ -25,7 +25,7 @@ _OF_A_MACHINE = (
   "prompts.cache",
 )  # may differ between processes
 
-# How many processes a launcher has started: Open MPI 5, MPICH and Intel MPI.
+# How many processes a launcher has started: Open MPI's, and that of MPICH and Intel MPI.
 _PEERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 _BY_ENVIRONMENT = ("SlurmCluster", "OmpiCluster")  # whose address is in the environment
