@@ -37,7 +37,7 @@ def run(name, *arguments):
   return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compile_time_compares_scanned_with_unrolled_blocks():
   small = ("--model=flux_dev", "--small=2", "--repeats=1", "--batch=1", "--remat=none")
   (line,) = run("compile_time", *small)
@@ -59,7 +59,7 @@ def test_true_models_of_every_family_are_whole_runs(monkeypatch, name):
   assert jax.eval_shape(run.method.velocity_fn, params, x, sigma, given).shape == x.shape
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_quantize_reports_both_kinds():
   lines = run("quantize", "--small", "--blocks=1")
   assert [line["kind"] for line in lines] == ["int8", "nf4"]
@@ -67,7 +67,7 @@ def test_quantize_reports_both_kinds():
   assert all(line["gib"][line["kind"]] <= line["gib"]["bfloat16"] for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_accelerator_measures_a_small_model_on_a_cpu():
   lines = run(
     "accelerator", "--small", "--model=flux_dev", "--batch=1", "--repeats=1", "--no-torch"
@@ -102,16 +102,8 @@ OF_A_PART = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  "part",
-  [
-    pytest.param(
-      part,
-      marks=[pytest.mark.slow] if part == "epoch" else [pytest.mark.exhaustive],
-    )
-    for part in OF_A_PART
-  ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", OF_A_PART)
 def test_every_part_of_the_gpu_script_gives_its_figures(gpu, tmp_path, monkeypatch, capsys, part):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   make_mesh = mesh_lib.make_mesh
@@ -180,7 +172,7 @@ def test_missing_packages_are_named_with_a_line_to_fetch_them(gpu, monkeypatch, 
     wheels.main()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_forecast_of_the_memory_of_an_update_is_what_it_takes():
   figures = {line["figure"]: line for line in run("forecast_memory", "--microbatch=256")}
   assert figures.keys() == {"forecast_memory_rollout", "forecast_memory_update"}

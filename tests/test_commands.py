@@ -243,6 +243,7 @@ def test_prompts_file_that_cannot_be_used_is_named(tmp_path):
       scoring.load_prompt_lines(path)
 
 
+@pytest.mark.slow
 def test_evaluate_a_run_by_built_in_and_own_rewards(work, run_dir):
   done = run_command(
     work, "evaluate", "--run", run_dir, "--rewards", "jpeg_compressibility,mine:make",

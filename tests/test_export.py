@@ -137,6 +137,7 @@ def _at(config, folder):
   return dataclasses.replace(config, model=config_lib.Model(path=str(folder)))
 
 
+@pytest.mark.slow
 def test_a_run_that_trained_every_weight_is_written_whole(work):
   config = dataclasses.replace(config_of(work), lora=config_lib.Lora())
   ema = run_of(work / "full", config)

@@ -37,6 +37,7 @@ def test_unknown_devices_have_no_share():
   assert meter.row({"update": 1.0}).keys() == {"time/update_teraflops"}
 
 
+@pytest.mark.slow
 def test_what_rematerialisation_repeats_is_no_work_of_the_model():
   mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
   base, found = tasks.tiny_text(), {}

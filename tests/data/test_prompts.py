@@ -42,7 +42,9 @@ def run_python(*lines):
   )
 
 
-@pytest.mark.parametrize("split, count", [("train", 20_000), ("test", 1024)])
+@pytest.mark.parametrize(
+  "split, count", [pytest.param("train", 20_000, marks=pytest.mark.slow), ("test", 1024)]
+)
 def test_built_in_words_are_distinct_and_of_their_split(word_cache, split, count):
   dataset = prompts.load_prompts("words", "", split, data_dir=word_cache)
   texts = [prompt.text for prompt in dataset]
@@ -135,6 +137,7 @@ def test_line_ends_of_every_system_end_a_line(source, load, end):
   assert [p.text for p in load()] == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_processes_that_prepare_at_once_all_read_the_whole_dataset(source, tmp_path):
   (source / "train.txt").write_text("\n".join(f"prompt {i}" for i in range(300)))
   cache = tmp_path / "cache"

@@ -224,7 +224,9 @@ def test_num_evaluations_has_its_worked_values(options, expected):
   assert completion.num_evaluations(**options) == expected
 
 
-@pytest.mark.parametrize("num_steps, num", [(10, 0), (6, 0), (10, 2)])
+@pytest.mark.parametrize(
+  "num_steps, num", [(6, 0), *(pytest.param(10, n, marks=pytest.mark.slow) for n in (0, 2))]
+)
 def test_num_evaluations_is_what_the_model_is_asked(num_steps, num):
   rows = []
 

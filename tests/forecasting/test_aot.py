@@ -325,7 +325,7 @@ def test_the_choice_fits_where_the_config_does_not():
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler (no TPU)"
 )
-@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("slices", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_the_built_in_recipe_compiles_for_a_tpu(slices):
   done = command("--topology=v5e:2x2", f"--slices={slices}", "--json", "--nochoose")
   assert done.returncode == 0, done.stderr

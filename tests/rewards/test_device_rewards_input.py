@@ -356,6 +356,7 @@ def test_hpsv2_reads_transformers_layout_too(golden, tmp_path):
   assert np.isfinite(np.asarray(scores)).all()
 
 
+@pytest.mark.slow
 def test_conversions_in_the_messages_make_what_is_read(golden, tmp_path, monkeypatch):
   """The lines of Python that users are told to run, run on pickles of the stored models."""
   torch = pytest.importorskip("torch")

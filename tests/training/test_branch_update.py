@@ -143,9 +143,16 @@ FAST = [
   ("log_prob", "dppo", "none", "sde"),
   ("normalized", "dppo", "inverse_sensitivity", "cps"),
 ]
+
+
+def tier(case):
+  """The first one always, those of FAST in CI's second tier, the others beside CI."""
+  return [] if case == FAST[0] else pytest.mark.slow if case in FAST else pytest.mark.exhaustive
+
+
 compositions = pytest.mark.parametrize(
   "ratio, region, step_weight, dynamics",
-  [pytest.param(*c, marks=[] if c in FAST else pytest.mark.slow) for c in COMPOSITIONS],
+  [pytest.param(*c, marks=tier(c)) for c in COMPOSITIONS],
 )
 
 

@@ -47,6 +47,7 @@ def in_folder(config_in, single_mesh, tmp_path_factory):
   return config
 
 
+@pytest.mark.slow
 def test_run_in_a_bucket_cut_and_resumed_equals_the_one_in_a_folder(
   bucket, in_folder, config_in, one_device, monkeypatch, capsys
 ):
@@ -77,6 +78,7 @@ def test_checkpoint_that_was_not_finished_in_a_bucket_is_passed_over(
   left_behind.assert_same_run(config, in_folder)
 
 
+@pytest.mark.slow
 def test_commands_read_runs_in_buckets(bucket, config_in, one_device, tmp_path, capsys):
   run_dir = f"{bucket}/runs/read"
   loop.train(config_in(run_dir, {"train.epochs": 1}))

@@ -90,6 +90,7 @@ def epoch(session):
     return sampled, epoch_lib.update_epoch(session, state, 0, sampled)[1]
 
 
+@pytest.mark.slow
 def test_an_epoch_of_latent_increments_is_on_policy_and_costs_what_the_count_says(epoch):
   sampled, row = epoch
   assert row["ratio/first_update_max_abs_log"] == 0.0
@@ -106,6 +107,7 @@ def test_a_check_scores_latents_and_needs_no_picture(session):
   assert size[0] / height == size[1] / width > 1
 
 
+@pytest.mark.slow
 def test_every_row_of_the_rewards_is_the_score_of_that_state(session, epoch):
   rolled = epoch[0].rollout
   for number, (found, condition) in enumerate(zip(rolled.transitions, rolled.conditions)):
@@ -130,7 +132,7 @@ def test_evaluation_paints_its_pictures_and_scores_their_latents(session):
   assert found.row["reward/mean"] == pytest.approx(2.0 * found.scores["dina_lrm"].mean())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_with_a_reward_of_latents_is_resumed_bit_for_bit(make_config, one_device, tmp_path):
   sizes = {"train.epochs": 2, "checkpoint.every": 1, "eval.every": 0}
   whole = make_config(tmp_path / "whole", **sizes)

@@ -52,7 +52,7 @@ def script(monkeypatch, text):
 
 
 @pytest.mark.parametrize(
-  "epoch", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+  "epoch", [1, *(pytest.param(epoch, marks=pytest.mark.exhaustive) for epoch in (0, 2))]
 )
 def test_run_cut_in_an_epoch_and_resumed_equals_the_uninterrupted_one(
   epoch, uninterrupted, make_config, one_device, monkeypatch
@@ -172,6 +172,7 @@ def test_evaluation_that_was_cut_is_made_up_for(
   left_behind.assert_same_run(config, uninterrupted)
 
 
+@pytest.mark.slow
 def test_sharded_run_cut_and_resumed_equals_the_uninterrupted_one(
   make_config, tmp_path, monkeypatch
 ):
@@ -512,6 +513,7 @@ def test_training_never_imports_tensorflow_or_torch(whole_command):
   assert not {"tensorflow", "torch"} & set(imported)
 
 
+@pytest.mark.slow
 def test_killed_command_started_again_equals_the_uninterrupted_one(
   command, whole_command, tmp_path
 ):
@@ -527,6 +529,7 @@ def test_killed_command_started_again_equals_the_uninterrupted_one(
   left_behind.assert_same_run(*configs)
 
 
+@pytest.mark.exhaustive
 def test_interrupted_command_saves_and_the_same_one_goes_on(command, whole_command, tmp_path):
   run_dir = tmp_path / "run"
   interrupted = command(run_dir, "interrupt:2")  # in the second epoch

@@ -203,12 +203,12 @@ FLUX_TARGETS = (*model_fields.REFERENCE_LORA_TARGETS, "ff.net.2", "proj_mlp", "p
   "family, shape, rank",
   [
     ("mmdit", (2, 2, 2), 4),
-    ("flux", (1, 2, 4), 4),
+    pytest.param("flux", (1, 2, 4), 4, marks=pytest.mark.slow),
+    pytest.param("mmdit", (1, 4, 2), 0, marks=pytest.mark.slow),
     *(
-      pytest.param(family, shape, rank, marks=pytest.mark.slow)
+      pytest.param(family, shape, rank, marks=pytest.mark.exhaustive)
       for family, shape, rank in [
         ("mmdit", (2, 2, 2), 0),
-        ("mmdit", (1, 4, 2), 0),
         ("mmdit", (1, 4, 2), 4),
         ("flux", (2, 2, 2), 0),
         ("flux", (2, 2, 2), 4),

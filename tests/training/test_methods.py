@@ -22,11 +22,16 @@ from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
 
-QUICK = ("tp_grpo", "tempflow", "diffusion_nft")  # a method of each kind of states
-ON_A_MESH = (*QUICK, "densegrpo", "awm")  # in CI; the rest: pytest -m exhaustive
-METHODS = [
-  pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in presets.METHODS
-]
+KINDS = ("tp_grpo", "tempflow", "diffusion_nft")  # a method of each kind of states
+ON_A_MESH = (*KINDS, "densegrpo", "awm")  # in CI; the rest: pytest -m exhaustive
+IN_CI = (*ON_A_MESH, "mixgrpo", "g2rpo", "gcpo", "vgpo")  # each has a part that no other one has
+
+
+def tier(name):
+  return () if name == "tempflow" else pytest.mark.slow if name in IN_CI else pytest.mark.exhaustive
+
+
+METHODS = [pytest.param(name, marks=tier(name)) for name in presets.METHODS]
 BASE = {
   "sampler.num_steps": 5,
   "sampler.window": (0, 4),

@@ -29,7 +29,11 @@ def train_row(config):
 
 
 @pytest.mark.parametrize(
-  "states", [pytest.param({}, marks=pytest.mark.slow), BRANCHES], ids=["trajectory", "branch"]
+  "states",
+  [
+    pytest.param({}, marks=pytest.mark.exhaustive, id="trajectory"),
+    pytest.param(BRANCHES, marks=pytest.mark.slow, id="branch"),
+  ],
 )
 def test_an_epoch_with_all_three_is_on_policy_and_learns(make_config, one_device, states):
   row = train_row(make_config(OWN | states | {"train.epochs": 1}))

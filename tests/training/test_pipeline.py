@@ -88,6 +88,7 @@ def test_our_image_is_the_pipelines(golden, folders, work, single_mesh, family, 
   assert np.abs(other - wanted).max() > TWO_LEVELS  # guidance is seen
 
 
+@pytest.mark.slow
 def test_pictures_on_a_mesh_are_those_of_one_device(golden, folders, work, single_mesh):
   config = stored.make_config("sd3", folders["sd3"], work)
   texts, latents = stored.prompts(golden) * 4, np.tile(stored.latents(golden), (4, 1, 1, 1))
@@ -104,7 +105,10 @@ def rows_of(config):
 
 @pytest.mark.parametrize(
   "family",
-  [pytest.param(f, marks=[pytest.mark.slow] * (f != "sd3")) for f in FAMILIES],
+  [
+    pytest.param(f, marks=pytest.mark.slow if f == "sd3" else pytest.mark.exhaustive)
+    for f in FAMILIES
+  ],
 )
 def test_an_epoch_of_tp_grpo_with_pickscore_and_ocr_is_on_policy(
   folders, work, tmp_path, one_device, family

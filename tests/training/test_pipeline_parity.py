@@ -19,7 +19,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("family", stored.FAMILIES)
+# In CI one with CLIP and T5, and one whose adapters sit on fused layers.
+@pytest.mark.parametrize(
+  "family",
+  [
+    pytest.param(f, marks=[] if f in ("sd3", "flux2") else pytest.mark.exhaustive)
+    for f in stored.FAMILIES
+  ],
+)
 def test_two_updates_exported_and_loaded_give_our_image(tmp_path, one_device, family):
   import make_pipeline
   import make_qwen_pipelines

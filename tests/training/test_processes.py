@@ -167,6 +167,7 @@ def test_two_processes_look_at_a_model_as_one_does(config_in, tmp_path, module, 
   assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_where_one_of_two_is_killed_the_other_ends_and_the_run_goes_on(
   one, config_in, one_device, tmp_path
 ):
@@ -193,7 +194,13 @@ def rows_exist(config):
   return path.is_file() and path.stat().st_size > 0
 
 
-@pytest.mark.parametrize("rewards", ["", pytest.param("hang_in_first:4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "rewards",
+  [
+    pytest.param("", marks=pytest.mark.slow),
+    pytest.param("hang_in_first:4", marks=pytest.mark.exhaustive),
+  ],
+)
 def test_a_signal_to_end_one_process_ends_all_with_a_checkpoint(
   one, config_in, one_device, tmp_path, monkeypatch, rewards
 ):

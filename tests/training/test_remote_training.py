@@ -71,6 +71,7 @@ def test_a_run_waits_for_a_server_that_comes_back(
   assert len(said) <= {"slow": 0, "busy": 0, "reordered": 0, "killed": 2}.get(fault, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["nan", *rarely("short", "html", "401", "413", "truncated")])
 def test_a_run_stops_with_its_finished_epochs_where_scores_are_none_and_goes_on(
   fault, uninterrupted, make_config, one_device, server
@@ -122,7 +123,7 @@ def local(single_mesh, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("connections", [1, 2, 4])
+@pytest.mark.parametrize("connections", [4, *rarely(1, 2)])
 def test_ocr_behind_serve_trains_the_very_run_that_ocr_here_trains(
   connections, local, ocr_server, one_device, tmp_path
 ):

@@ -442,8 +442,8 @@ def first_update_metrics(config, mesh):
 @pytest.mark.parametrize(
   "dynamics, scale, rank, kl_coef",
   [
-    ("cps", 1.0, 0, 0.0),
     ("cps", 3.0, 4, 0.1),
+    pytest.param("cps", 1.0, 0, 0.0, marks=pytest.mark.slow),
     pytest.param("sde", 3.0, 0, 0.0, marks=pytest.mark.slow),
     pytest.param("dance", 1.0, 0, 0.1, marks=pytest.mark.slow),
     *(
@@ -476,7 +476,7 @@ NORMALIZED, DPPO = {"ratio": "normalized"}, {"trust_region": "dppo"}
 @pytest.mark.parametrize(
   "dynamics, branches, loss",
   [
-    ("cps", 4, {}),
+    pytest.param("cps", 4, {}, marks=pytest.mark.slow),
     pytest.param("sde", 1, NORMALIZED | DPPO, marks=pytest.mark.slow),
     *(
       pytest.param(*case, marks=pytest.mark.exhaustive)
