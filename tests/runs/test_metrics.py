@@ -174,6 +174,14 @@ def test_half_written_last_row_is_left_out(tmp_path):
   assert metrics.read_rows(path) == [{"epoch": 1}]
 
 
+@pytest.mark.parametrize("damage", [b'{"epoch": 1, "ki', b"\0\0\0\0", b"7", b'{"a": "\xc3'])
+def test_rows_behind_a_damaged_one_are_read_and_it_is_named(tmp_path, damage):
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(b'{"epoch": 0}\n' + damage + b'\n{"epoch": 2}\n')
+  with pytest.warns(UserWarning, match=r"rows \[2\] cannot be read"):
+    assert metrics.read_rows(path) == [{"epoch": 0}, {"epoch": 2}]
+
+
 def test_number_that_json_cannot_hold_becomes_text(tmp_path):
   with open_log(tmp_path) as log:
     log.write({"epoch": 1, "kind": "train", "a": float("nan"), "b": float("inf")})

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from typing import Any
+import warnings
 
 from etils import epath
 import jax.numpy as jnp
@@ -190,16 +191,28 @@ class MetricsLog:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl, or of a metrics.jsonl.gz; a half-written last line is left out."""
+  """The rows of a metrics.jsonl, or of a metrics.jsonl.gz.
+
+  A half-written last line is left out without a word; other lines that are no rows with a warning.
+  """
   content = epath.Path(path).read_bytes()
   if os.fspath(path).endswith(".gz"):
     content = gzip.decompress(content)
-  rows = []
-  for line in content.decode().splitlines():
+  rows, damaged = [], []
+  lines = [line for line in content.split(b"\n") if line.strip()]
+  for number, line in enumerate(lines, 1):
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
+      row = json.loads(line)
+    except ValueError:  # half a character too
+      row = None
+    if isinstance(row, dict):
+      rows.append(row)
+    elif number < len(lines):
+      damaged.append(number)
+  if damaged:
+    warnings.warn(
+      f"{os.fspath(path)}: rows {damaged} cannot be read; they are left out.", stacklevel=2
+    )
   return rows
 
 
