@@ -196,7 +196,7 @@ def commands(page):
   for block in blocks(page, "sh"):
     text = ""
     for line in block.splitlines():
-      text += line + "\n"
+      text += line.removesuffix("\\") + "\n"
       try:
         words = shlex.split(text, comments=True) if not line.endswith("\\") else None
       except ValueError:  # within quotes that the next line closes
