@@ -132,8 +132,9 @@ def _check_sizes(cls, raw, path):
     if fits and float in kinds and value is not None:
       above = "" if name in _ANY_SIGN else " above 0"
       fits, rule = is_finite(value) and (not above or value > 0), f"a finite number{above}"
-    elif fits and type(value) is int and not name.endswith("_id"):
-      fits, rule = value > 0, "at least 1"
+    elif fits and type(value) is int:
+      least = 0 if name.endswith("_id") else 1
+      fits, rule = least <= value < 2**31, f"at least {least}, and below 2^31"
     if not fits:
       raise ValueError(f"{path}: {name}={value!r}: must be {rule}. Fetch the file again.")
 
