@@ -278,6 +278,8 @@ def edit(folder, name, change):
     ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"guidance_embeds": True}), "FLUX.2-dev"),
     ("z_image", {}, lambda f: edit(f, "transformer/config.json", {"axes_dims": [4, 6, 4]}), "must be three"),
     ("z_image", {"sampler.height": 272}, None, "positions for 256 pixels at most"),
+    ("z_image", {}, lambda f: edit(f, "transformer/config.json", {"axes_lens": [97, 16, 16]}),
+     "places for 64 tokens of a caption at most (axes_lens=(97, 16, 16)). Set it to 64 or less."),
   ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said(
