@@ -272,7 +272,7 @@ def edit(folder, name, change):
     ("flux2", {"sampler.width": 88}, None, "sampler.width=88: must be a multiple of 16"),
     ("flux2", {"model.variant": "z_image"}, None, "Use model.variant='flux2'"),
     ("flux2", {}, lambda f: edit(f, "vae/config.json", {"_class_name": "AutoencoderKL"}), "not fields of"),
-    ("flux2", {}, lambda f: edit(f, "vae/config.json", {"patch_size": [1, 1]}), "must be (2, 2)"),
+    ("flux2", {}, lambda f: edit(f, "vae/config.json", {"patch_size": [1, 1]}), "must be [2, 2]"),
     ("flux2", {}, lambda f: edit(f, "model_index.json", {"is_distilled": True}), "distilled to do without"),
     ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"axes_dims_rope": [4, 6, 6]}), "four even"),
     ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"guidance_embeds": True}), "FLUX.2-dev"),
