@@ -69,7 +69,8 @@ class Qwen3Config:
         raise ValueError(f"{field}={config[field]!r}: must be {value!r}; no other kind is known.")
     names = {f.name for f in dataclasses.fields(cls)}
     known: dict[str, Any] = {k: v for k, v in config.items() if k in names}
-    return cls(**known | {"rope_theta": _read_theta(config, cls.rope_theta)})
+    known["rope_theta"] = _read_theta(config, cls.rope_theta)
+    return cls(**known)
 
 
 def _read_theta(config, default):

@@ -277,11 +277,10 @@ def read_scheduler(
     raise ValueError(
       f"{path}: use_dynamic_shifting={dynamic_shift!r}: must be true or false. Fetch the file again."
     )
-  tokens = [stored.get(f"{end}_image_seq_len") for end in ("base", "max")]
-  if None not in tokens and tokens[0] >= tokens[1]:
+  base, most = numbers.get("base_image_seq_len", 256), numbers.get("max_image_seq_len", 4096)
+  if base >= most:
     raise ValueError(
-      f"{path}: max_image_seq_len={tokens[1]}: must be above base_image_seq_len={tokens[0]}. Fetch the file "
-      "again."
+      f"{path}: max_image_seq_len={most}: must be above base_image_seq_len={base}. Fetch the file again."
     )
   ignored = [f"{k}={stored[k]!r}" for k, v in _FOLLOWED.items() if stored.get(k, v) != v]
   if ignored:

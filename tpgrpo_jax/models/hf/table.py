@@ -91,7 +91,7 @@ _NULL_IS_DEFAULT = ("out_channels",)  # diffusers writes null for "as in_channel
 _ANY_SIGN = ("shift_factor",)  # floats that may be 0 or below
 
 
-def is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> typing.TypeGuard[float]:
   """Whether a value of a JSON file is a number that a float holds; true, NaN and 1e400 are none."""
   return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
