@@ -5,6 +5,8 @@ table for each task: final and best held-out score, scores at equal evaluations 
 95 % intervals over seeds (tpgrpo_jax.reporting.comparison), image statistics, minutes, and differences to
 Flow-GRPO seed by seed. Plots are in OUTPUT/TASK/report/report.html.
 
+A method may have changed fields: --methods "tp_grpo,tp_grpo+credit.balance=False" compares it with itself.
+
 --budget evaluations=61440 (or teraflops=..., minutes=... of one core) gives every method as many epochs as it
 can pay: three epochs of each are run first, to see what one takes. Without it every method has its recipe's.
 
@@ -19,6 +21,7 @@ import argparse
 import os
 import pathlib
 import queue
+import re
 import signal
 import statistics
 import subprocess
@@ -51,7 +54,9 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--tasks", default="tiny_text", help="names, with commas")
-  parser.add_argument("--methods", default="flow_grpo,tp_grpo,tempflow", help='names, or "all"')
+  parser.add_argument(
+    "--methods", default="flow_grpo,tp_grpo,tempflow", help='NAME or NAME+FIELD=VALUE, or "all"'
+  )
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--output", default="runs/compare", help="folder of the runs and reports")
   parser.add_argument("--cores", type=int, default=0, help="runs at once; 0 is one a core")
@@ -65,10 +70,10 @@ def main() -> None:
   )
   args = parser.parse_args()
   tasks = args.tasks.split(",")
-  methods = list(presets.METHODS) if args.methods == "all" else args.methods.split(",")
+  methods = list(presets.METHODS) if args.methods == "all" else split_methods(args.methods)
   for task in tasks:
     for method in methods:
-      presets.recipe(task, method)  # raises for a name that there is not
+      presets.recipe(task, method.split("+")[0])  # raises for a name that there is not
   output = pathlib.Path(args.output)
   failed = [] if args.tables else train(output, tasks, methods, args)
   for task in tasks:
@@ -79,6 +84,11 @@ def main() -> None:
     sys.exit(
       f"error: {len(failed)} runs failed: {', '.join(failed)}. See train.log in their folders."
     )
+
+
+def split_methods(text):
+  """The methods of a list with commas; one in brackets, as in sampler.window=(0,2), parts nothing."""
+  return re.split(r",(?![^(]*\))", text)
 
 
 def parse_budget(text):
@@ -165,11 +175,13 @@ def start(folder, task, method, seed, core, fields):
   """The training process of one run, on one core; what it prints is in train.log."""
   folder.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, "-m", "tpgrpo_jax.train"]
-  command += [f"--config={HERE.parent / 'configs' / task}.py:{method}"]
+  name, *changes = method.split("+")
+  command += [f"--config={HERE.parent / 'configs' / task}.py:{name}"]
   command += [
     f"--config.seed={seed}",
     f"--config.run.dir={folder}",
     "--config.log.tensorboard=False",
+    *(f"--config.{change}" for change in changes),
   ]
   bound = [sys.executable, "-c", BOUND, str(core)] if CAN_BIND else []
   environment = {"JAX_PLATFORMS": "cpu"} | os.environ

@@ -225,16 +225,25 @@ def test_budget_that_is_none_is_refused(compare, text):
     compare.parse_budget(text)
 
 
+def test_methods_with_changes_are_parted_at_commas_outside_of_brackets(compare):
+  found = compare.split_methods("flow_grpo,tp_grpo+sampler.window=(0,2)+train.epochs=9,branch")
+  assert found == ["flow_grpo", "tp_grpo+sampler.window=(0,2)+train.epochs=9", "branch"]
+
+
 @pytest.mark.slow
 def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
   sizes = ["train.prompts_per_epoch=2", "train.microbatch=16", "eval.prompts=8"]
-  methods = ["--methods=flow_grpo,tempflow", "--seeds=1", f"--output={tmp_path}"]
+  methods = [
+    "--methods=flow_grpo+sampler.window=(0,3),tempflow",
+    "--seeds=1",
+    f"--output={tmp_path}",
+  ]
   methods += ["--budget=evaluations=420"]  # three epochs of 32 x 4, two of 32 x 6.25
   sizes += ["eval.judge_prompts=8"]
   fields = [f"--config.{size}" for size in (*sizes, "eval.batch=8", "eval.every=0")]
   table = output_of("compare", *methods, "--", *fields)
   rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
-  assert [row[0] for row in rows] == ["| `flow_grpo`", "| `tempflow`"]
+  assert [row[0] for row in rows] == ["| `flow_grpo+sampler.window=(0,3)`", "| `tempflow`"]
   assert [row[7] for row in rows] == ["384", "400"]
   assert all(row[3] and row[4] for row in rows)  # judged: the last weights and the best ones
   before = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("metrics.jsonl"))]

@@ -182,6 +182,12 @@ def test_gain_is_the_mean_of_each_seeds_own(make_run):
   assert (row["final score"], row["seeds"]) == ("0.750 ± 0.050", "2")
 
 
+def test_label_and_folder_may_hold_equals_signs(make_run):
+  folder = make_run("a+credit.balance=False_s0", [eval_row(10, 0.7)])
+  assert list(history.load_runs([f"a+credit.balance=False={folder}"])) == ["a+credit.balance=False"]
+  assert len(history.load_runs([str(folder)])) == 1
+
+
 def test_run_without_a_base_score_has_no_gain(make_run):
   groups = history.load_runs([make_run("a", [eval_row(10, 0.7)])])
   row = dict(zip(tables.COLUMNS, tables.table(groups, "ocr")[0]))

@@ -166,9 +166,7 @@ def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:
     raise ValueError("report: needs one run folder or more. Try: report runs/tiny_text_tp_grpo")
   groups, seen = {}, set()
   for argument in arguments:
-    label, separator, folder = argument.partition("=")
-    if not separator or epath.Path(argument).is_dir():
-      label, folder = "", argument
+    label, folder = _split(argument)
     run = load_run(folder, label)
     if run.folder.resolve() in seen:
       raise ValueError(
@@ -188,6 +186,14 @@ def load_runs(arguments: Sequence[str]) -> dict[str, list[Run]]:
       warnings.warn(f"{found} They are drawn as one, as asked.", stacklevel=2)
     groups[run.label].append(run)
   return groups
+
+
+def _split(argument):
+  """(label or "", folder): a label, as a folder, may hold "=" too, so what is a folder decides."""
+  parts = argument.split("=")
+  ways = [("=".join(parts[:i]), "=".join(parts[i:])) for i in range(len(parts))]
+  found = (way for way in ways if epath.Path(way[1]).is_dir())
+  return next(found, ways[min(1, len(ways) - 1)])
 
 
 # What may differ between the seeds of one recipe, besides everything that only says where and how
