@@ -117,6 +117,7 @@ def test_adapters_come_back_bit_for_bit_with_their_alpha(name, tmp_path):
     ("z_image", "axes_dims", (8, 8, 6), "three even numbers that add up to dim / n_heads = 24"),
     ("z_image", "axes_dims", (-4, 18, 10), "three even numbers"),
     ("z_image", "axes_lens", (8, 0, 8), "must be three whole numbers above 0"),
+    ("z_image", "axes_lens", (33, 8, 8), "must begin with at least 34"),
     ("z_image", "all_patch_size", (0,), "must be one number above 0"),
     ("z_image", "n_kv_heads", 1, "must be n_heads=2"),
     ("z_image", "siglip_feat_dim", 8, "must be None"),
@@ -194,7 +195,7 @@ def test_latent_or_caption_without_a_place_is_refused():
   for options, rule in (
     (dict(size=(5, 6)), "sides must be multiples of 2 and at most 32 x 32"),
     (dict(size=(34, 6)), "at most 32 x 32"),
-    (dict(tokens=128), "128 tokens of text: there are places for 126"),
+    (dict(tokens=97), "97 tokens of text: there are places for 96"),
   ):
     with pytest.raises(ValueError, match=rule):
       jax.eval_shape(velocity, weights, *families.draw_inputs(case, **options))

@@ -106,6 +106,63 @@ def test_one_error_lists_missing_unused_and_misshapen_tensors(folder, abstract):
   assert hf.WEIGHTS_FILE in message
 
 
+def test_integers_are_no_weights(folder, abstract):
+  edit(folder, lambda tensors: tensors.update({"proj_out.bias": np.ones(12, np.int8)}))
+  message = error_of_loading(folder, abstract)
+  assert "proj_out.bias is stored as int8: weights must be floating-point numbers" in message
+  assert hf.WEIGHTS_FILE in message and "model.quantize" in message
+
+
+@pytest.mark.parametrize("value", [None, 5, ["a.safetensors"]])
+def test_an_index_that_names_no_file_is_refused(folder, abstract, value):
+  (folder / hf.WEIGHTS_FILE).unlink()
+  path = folder / f"{hf.WEIGHTS_FILE}.index.json"
+  path.write_text(json.dumps({"weight_map": {"proj_out.bias": value}}))
+  message = error_of_loading(folder, abstract)
+  assert f"{path}: weight_map: proj_out.bias={value!r}: must be the name of a file." in message
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"_class_name": None},
+    {"_class_name": 5},
+    {"architectures": "T5EncoderModel"},
+    {"architectures": 5},
+  ],
+)
+def test_a_class_that_is_no_name_is_refused(tmp_path, change):
+  (tmp_path / hf.CONFIG_FILE).write_text(json.dumps(change))
+  ((field, value),) = change.items()
+  with pytest.raises(ValueError, match="class by name. Fetch") as caught:
+    hf.load_config(tmp_path)
+  assert f"{hf.CONFIG_FILE}: {field}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  "change, rule",
+  [
+    ({"text_config": 5}, "text_config=5: must be an object"),
+    ({"vision_config": {"hidden_size": None}}, "hidden_size=None: must be int"),
+    (
+      {"text_config": {"layer_norm_eps": 0.0}},
+      "layer_norm_eps=0.0: must be a finite number above 0",
+    ),
+  ],
+)
+def test_parts_of_a_model_are_checked_as_the_whole(tmp_path, change, rule):
+  whole = {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "text_config": {},
+    "vision_config": {},
+  }
+  (tmp_path / hf.CONFIG_FILE).write_text(json.dumps(whole | change))
+  with pytest.raises(ValueError) as caught:
+    hf.load_config(tmp_path)
+  assert rule in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
 def test_another_architecture_is_refused_by_name(folder):
   raw = json.loads((folder / hf.CONFIG_FILE).read_text())
   raw["_class_name"] = "UNet2DConditionModel"

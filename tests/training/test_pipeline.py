@@ -276,12 +276,14 @@ def edit(folder, name, change):
     ("flux2", {"sampler.width": 88}, None, "sampler.width=88: must be a multiple of 16"),
     ("flux2", {"model.variant": "z_image"}, None, "Use model.variant='flux2'"),
     ("flux2", {}, lambda f: edit(f, "vae/config.json", {"_class_name": "AutoencoderKL"}), "not fields of"),
-    ("flux2", {}, lambda f: edit(f, "vae/config.json", {"patch_size": [1, 1]}), "must be (2, 2)"),
+    ("flux2", {}, lambda f: edit(f, "vae/config.json", {"patch_size": [1, 1]}), "must be [2, 2]"),
     ("flux2", {}, lambda f: edit(f, "model_index.json", {"is_distilled": True}), "distilled to do without"),
     ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"axes_dims_rope": [4, 6, 6]}), "four even"),
     ("flux2", {}, lambda f: edit(f, "transformer/config.json", {"guidance_embeds": True}), "FLUX.2-dev"),
     ("z_image", {}, lambda f: edit(f, "transformer/config.json", {"axes_dims": [4, 6, 4]}), "must be three"),
     ("z_image", {"sampler.height": 272}, None, "positions for 256 pixels at most"),
+    ("z_image", {}, lambda f: edit(f, "transformer/config.json", {"axes_lens": [97, 16, 16]}),
+     "places for 64 tokens of a caption at most (axes_lens=(97, 16, 16)). Set it to 64 or less."),
   ],
 )  # fmt: skip
 def test_what_does_not_fit_is_said(

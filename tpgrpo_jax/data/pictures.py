@@ -61,11 +61,30 @@ def read_bytes(path: pathlib.Path) -> bytes:
     ) from error
 
 
+def to_rgb(opened: Image.Image) -> Image.Image:
+  """A picture turned as its EXIF tag says, in RGB of 8 bits.
+
+  Gray of 16 bits keeps its range, of which Pillow's `convert` makes white all above 255.
+
+  Raises:
+    ValueError: numbers whose range the file does not say.
+  """
+  picture = ImageOps.exif_transpose(opened)
+  # Of these formats mode I has 16 bits, too.
+  is_wide = picture.mode == "I" and opened.format in ("PNG", "PPM")
+  if is_wide or picture.mode.startswith("I;16"):
+    gray = np.asarray(picture).astype(np.float64) * (255 / 65535)
+    return Image.fromarray(np.round(gray).astype(np.uint8)).convert("RGB")
+  if picture.mode in ("I", "F"):
+    raise ValueError(f"mode {picture.mode!r} of numbers whose range is not said")
+  return picture.convert("RGB")
+
+
 def read_picture(path: str | os.PathLike[str], height: int, width: int) -> np.ndarray:
   """A picture as the model sees it, uint8 [height, width, 3].
 
-  Turned as its EXIF tag says, made RGB, and stretched with Pillow's Lanczos filter, as by diffusers'
-  load_image and FluxKontextPipeline at a given size. Nothing is cropped.
+  `to_rgb`, stretched with Pillow's Lanczos filter, as by diffusers' load_image and FluxKontextPipeline at a
+  given size. Nothing is cropped. Of gray in 16 bits theirs would be white.
 
   Raises:
     ValueError: no picture, or one that cannot be read.
@@ -73,7 +92,7 @@ def read_picture(path: str | os.PathLike[str], height: int, width: int) -> np.nd
   content = io.BytesIO(read_bytes(pathlib.Path(path)))
   try:
     with Image.open(content) as opened:
-      picture = ImageOps.exif_transpose(opened).convert("RGB")
+      picture = to_rgb(opened)
     picture = picture.resize((width, height), Image.Resampling.LANCZOS)
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise ValueError(

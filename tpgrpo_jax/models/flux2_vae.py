@@ -45,11 +45,23 @@ class Flux2VAEConfig(vae.VAEConfig):
     widths = self.decoder_block_out_channels or self.block_out_channels
     return dataclasses.replace(self, block_out_channels=widths)
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.decoder_block_out_channels is not None:
+      self._check_widths("decoder_block_out_channels")
+      if len(self.decoder_block_out_channels) != len(self.block_out_channels):
+        raise ValueError(
+          f"decoder_block_out_channels={self.decoder_block_out_channels}: must be as many as "
+          f"block_out_channels={self.block_out_channels}. Fetch the file again."
+        )
+
   @classmethod
   def from_diffusers(cls, config: Mapping[str, Any]) -> "Flux2VAEConfig":
-    patch = tuple(config.get("patch_size", (flux.PACK, flux.PACK)))
-    if patch != (flux.PACK, flux.PACK):
-      raise ValueError(f"patch_size={patch}: must be (2, 2); no other is known.")
+    patch = config.get("patch_size", (flux.PACK, flux.PACK))
+    if not isinstance(patch, list | tuple) or tuple(patch) != (flux.PACK, flux.PACK):
+      raise ValueError(
+        f"patch_size={patch!r}: must be [2, 2]; no other is known. Fetch the file again."
+      )
     unused = ("patch_size", "batch_norm_momentum")
     rest = {k: v for k, v in config.items() if k not in unused}
     if rest.get("decoder_block_out_channels") is not None:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from tpgrpo_jax import types
+from tpgrpo_jax.models.hf import architectures as hf_architectures
 from tpgrpo_jax.models.hf import clip as hf_clip
 from tpgrpo_jax.models.hf import encoder as hf_encoder
 from tpgrpo_jax.models.hf import qwen3 as hf_qwen3
@@ -218,7 +219,7 @@ def load_text_encoders(source: TextSource, *, shardings: Shardings | None = None
     opened.append(_Opened(part, tokenizer, length, encoder))
   width = 0
   if len(parts) < len(FAMILIES[source.family].parts):  # zeros in T5's place
-    width = hf_encoder.load_json(folder / "transformer")["joint_attention_dim"]
+    width = hf_architectures.load_config(folder / "transformer").joint_attention_dim
   return TextEncoders(source, opened, width)
 
 

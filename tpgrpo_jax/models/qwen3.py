@@ -9,6 +9,7 @@ and scanned.
 from collections.abc import Mapping
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 from flax import nnx
@@ -66,15 +67,31 @@ class Qwen3Config:
     for field, value in _FIXED.items():
       if config.get(field, value) != value:
         raise ValueError(f"{field}={config[field]!r}: must be {value!r}; no other kind is known.")
-    # transformers 5 keeps theta among rope_parameters; 4 had a field for it, and rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) not in _ROPE_SCALING:
-      raise ValueError(f"rope_parameters={rope!r}: must be of rope_type 'default'.")
     names = {f.name for f in dataclasses.fields(cls)}
     known: dict[str, Any] = {k: v for k, v in config.items() if k in names}
-    theta = rope.get("rope_theta", config.get("rope_theta", cls.rope_theta))
-    known["rope_theta"] = float(theta)
+    known["rope_theta"] = _read_theta(config, cls.rope_theta)
     return cls(**known)
+
+
+def _read_theta(config, default):
+  """The base of the rotary frequencies, wherever it is, if they are not scaled."""
+  # transformers 5 keeps theta among rope_parameters; 4 had a field for it, and rope_scaling.
+  for field in ("rope_parameters", "rope_scaling"):
+    rope = config.get(field)
+    if rope is not None:
+      break
+  else:
+    rope = {}
+  if not isinstance(rope, Mapping):
+    raise ValueError(f"{field}={rope!r}: must be an object or null. Fetch the file again.")
+  if rope.get("rope_type", rope.get("type")) not in _ROPE_SCALING:
+    raise ValueError(f"{field}={rope!r}: must be of rope_type 'default'; no other is known.")
+  theta = rope.get("rope_theta", config.get("rope_theta", default))
+  if type(theta) not in (int, float) or not 0 < theta <= sys.float_info.max:
+    raise ValueError(
+      f"rope_theta={theta!r}: must be a finite number above 0. Fetch the file again."
+    )
+  return float(theta)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import os
+import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Family(NamedTuple):
   """The text encoders of a kind of pipeline.
 
   Attributes:
-    pipeline: what the class name in model_index.json starts with.
+    pipeline: the class name in model_index.json without its end, "Pipeline".
     parts: its encoders.
     max_sequence_length: tokens a prompt (CLIP's aside, which are fixed), unless told otherwise.
     needs_t5: a pipeline that may do without T5 says False.
@@ -78,7 +79,7 @@ FAMILIES = {
     "Flux2Klein", (Part("qwen3", "tokenizer", "text_encoder", _FLUX2),), 512, gives=("text",)
   ),
   "z_image": Family(
-    "ZImagePipeline",
+    "ZImage",
     (Part("qwen3", "tokenizer", "text_encoder", _Z_IMAGE),),
     512,
     gives=("text", "length"),
@@ -87,32 +88,58 @@ FAMILIES = {
 
 FAMILIES["flux_kontext"] = FAMILIES["flux"]._replace(pipeline="FluxKontext")
 
-# Pipelines of a family's classes that need more than text: what model_index.json calls them, what they do.
-NOT_FROM_TEXT = {
-  "FluxFillPipeline": "FLUX.1-Fill, which paints inside a mask of a picture",
-  "FluxControlPipeline": "FLUX.1-Depth or FLUX.1-Canny, which follows a control picture",
-  "FluxKontextPipeline": "FLUX.1-Kontext, which edits a picture (model.variant='flux_kontext')",
-  "FluxPriorReduxPipeline": "FLUX.1-Redux, which varies a picture",
-  "FluxControlNetPipeline": "a ControlNet, which follows a control picture",
-  "StableDiffusion3ControlNetPipeline": "a ControlNet, which follows a control picture",
-}
+# Pipelines of a family's classes that need more than text: how model_index.json calls them, what they do.
+NOT_FROM_TEXT = (
+  ("ControlNet", "a ControlNet, which follows a control picture"),
+  ("FluxFill", "FLUX.1-Fill, which paints inside a mask of a picture"),
+  ("FluxControl", "FLUX.1-Depth or FLUX.1-Canny, which follows a control picture"),
+  ("Inpaint", "a pipeline that paints inside a mask of a picture"),
+  ("FluxKontext", "FLUX.1-Kontext, which edits a picture (model.variant='flux_kontext')"),
+  ("FluxPriorRedux", "FLUX.1-Redux, which varies a picture"),
+  ("Flux2KleinKV", "FLUX.2-klein-KV, which edits pictures and keeps their keys and values"),
+  ("ZImageOmni", "Z-Image-Omni, which edits pictures"),
+  ("PAG", "a pipeline that perturbs attention for its guidance"),
+)
+_PARTS = sorted({part.encoder for family in FAMILIES.values() for part in family.parts})
+
+
+def read_index(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """model_index.json of a pipeline; ValueError where a field that is read is of another type."""
+  index = hf_encoder.load_json(folder, INDEX_FILE)
+
+  def check(field, fits, rule):
+    if not fits(index.get(field)):
+      raise ValueError(
+        f"{pathlib.Path(folder) / INDEX_FILE}: {field}={index.get(field)!r}: must be {rule}. Fetch the file "
+        "again."
+      )
+
+  def is_part(value):
+    fits = lambda name: name is None or isinstance(name, str)
+    return value is None or (isinstance(value, list) and len(value) == 2 and all(map(fits, value)))
+
+  check("_class_name", lambda value: value and isinstance(value, str), "the class of the pipeline")
+  check("is_distilled", lambda value: value is None or isinstance(value, bool), "true or false")
+  for part in _PARTS:
+    check(part, is_part, "a library and a class, or null for both")
+  return index
 
 
 def check_from_text(folder: str | os.PathLike[str]) -> None:
   """Raises ValueError for a pipeline that paints from more than text."""
-  found = hf_encoder.load_json(folder, INDEX_FILE).get("_class_name", "")
-  kind = re.sub(r"(Img2Img|Inpaint)(ing)?(?=Pipeline$)", "", found)
-  if kind in NOT_FROM_TEXT:
+  found = read_index(folder)["_class_name"]
+  what = [what for part, what in NOT_FROM_TEXT if part in found]
+  if what:
     raise ValueError(
-      f"model.path={str(folder)!r}: holds a {found}: {NOT_FROM_TEXT[kind]}. It must be a model that paints "
+      f"model.path={str(folder)!r}: holds a {found}: {what[0]}. It must be a model that paints "
       "from text alone, such as black-forest-labs/FLUX.1-dev."
     )
 
 
 def check_edits(folder: str | os.PathLike[str]) -> None:
-  """Raises ValueError for a pipeline that edits no pictures."""
-  found = hf_encoder.load_json(folder, INDEX_FILE).get("_class_name", "")
-  if not found.startswith(FAMILIES["flux_kontext"].pipeline):
+  """Raises ValueError for a pipeline that edits no pictures, or only inside a mask."""
+  found = read_index(folder)["_class_name"]
+  if found != f"{FAMILIES['flux_kontext'].pipeline}Pipeline":
     raise ValueError(
       f"model.path={str(folder)!r}: holds a {found}, and model.variant='flux_kontext' edits pictures with a "
       "FluxKontextPipeline. Point it at FLUX.1-Kontext, or set model.variant to what the folder holds."
@@ -160,19 +187,19 @@ class TextSource:
     Raises:
       ValueError: no pipeline folder, one of another family, or one without an encoder that it needs.
     """
-    index = hf_encoder.load_json(self.folder, INDEX_FILE)
-    family, found = FAMILIES[self.family], index.get("_class_name", "")
-    if not re.match(rf"{family.pipeline}(?!\d)", found):
+    index, family = read_index(self.folder), FAMILIES[self.family]
+    found = index["_class_name"]
+    if not re.fullmatch(rf"{family.pipeline}(Img2Img)?Pipeline", found):
       raise ValueError(
         f"{str(self.folder)!r}: holds a {found}, but family={self.family!r} reads a "
-        f"{family.pipeline.removesuffix('Pipeline')}Pipeline. Set family to what the folder holds."
+        f"{family.pipeline}Pipeline. Set family to what the folder holds."
       )
     stored = [bool((index.get(part.encoder) or [None])[-1]) for part in family.parts]
     missing = [part.encoder for part, there in zip(family.parts, stored) if not there]
     if family.needs_t5 and missing:
       raise ValueError(
-        f"{str(self.folder)!r}: {family.pipeline.removesuffix('Pipeline')} needs {missing[0]}, which it has "
-        "not."
+        f"{str(self.folder)!r}: {family.pipeline} needs {missing[0]}, which it has not. Fetch the folder "
+        "again."
       )
     in_use = lambda part, there: part.kind != "t5" or (there and self.use_t5)
     return tuple(part for part, there in zip(family.parts, stored) if in_use(part, there))

@@ -54,11 +54,14 @@ class VAEConfig:
     return self.latent_channels
 
   def __post_init__(self):
-    wrong = [c for c in self.block_out_channels if c % self.norm_num_groups]
-    if wrong or not self.block_out_channels:
+    self._check_widths("block_out_channels")
+
+  def _check_widths(self, field):
+    widths = getattr(self, field)
+    if not widths or any(c < 1 or c % self.norm_num_groups for c in widths):
       raise ValueError(
-        f"block_out_channels={self.block_out_channels}: must be one or more multiples of "
-        f"norm_num_groups={self.norm_num_groups}. Change either."
+        f"{field}={widths}: must be one or more multiples of norm_num_groups={self.norm_num_groups}. "
+        "Change either."
       )
 
   @classmethod
@@ -82,9 +85,10 @@ class VAEConfig:
     made = cls(**known)
     for field, kind in _BLOCK_TYPES.items():
       wanted = (kind,) * len(made.block_out_channels)
-      if tuple(config.get(field, wanted)) != wanted:
+      found = config.get(field, wanted)
+      if not isinstance(found, list | tuple) or tuple(found) != wanted:
         raise ValueError(
           f"{field}={config[field]!r}: must be {kind!r} for each of block_out_channels="
-          f"{made.block_out_channels}; no other kind is known."
+          f"{made.block_out_channels}; no other kind is known. Fetch the file again."
         )
     return made

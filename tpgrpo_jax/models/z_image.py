@@ -68,6 +68,11 @@ class ZImageConfig:
     return self.cap_feat_dim
 
   @property
+  def most_tokens(self) -> int:
+    """Of a caption, padding included, that there are places for; image and its padding take one each."""
+    return (self.axes_lens[0] - 2) // MULTIPLE * MULTIPLE
+
+  @property
   def latents(self) -> layers.Latents:
     largest = min(self.axes_lens[1:]) * self.patch
     return layers.Latents(self.in_channels, self.patch, SIDE, largest)
@@ -87,6 +92,10 @@ class ZImageConfig:
       )
     if len(self.axes_lens) != 3 or not all(isinstance(n, int) and n > 0 for n in self.axes_lens):
       raise ValueError(f"axes_lens={self.axes_lens}: must be three whole numbers above 0.")
+    if self.most_tokens < MULTIPLE:
+      raise ValueError(
+        f"axes_lens={self.axes_lens}: must begin with at least {MULTIPLE + 2}, for the shortest caption."
+      )
 
   @classmethod
   def from_diffusers(cls, config: Mapping[str, Any]) -> "ZImageConfig":
@@ -278,13 +287,14 @@ class ZImage(nnx.Module):
 
   def _check(self, height, width, tokens):
     """Raises ValueError for sides that do not fit the patches, or without places."""
-    p, (places, *sides) = self.config.patch, self.config.axes_lens
+    p, (_, *sides) = self.config.patch, self.config.axes_lens
     if height % p or width % p or height > sides[0] * p or width > sides[1] * p:
       raise ValueError(
         f"latent {height} x {width}: sides must be multiples of {p} and at most {sides[0] * p} x "
         f"{sides[1] * p}, the places of axes_lens."
       )
-    if padded_length(tokens) + 2 > places:
+    if tokens > self.config.most_tokens:
       raise ValueError(
-        f"{tokens} tokens of text: there are places for {places - 2} (axes_lens); shorten the captions."
+        f"{tokens} tokens of text: there are places for {self.config.most_tokens} (axes_lens); shorten the "
+        "captions."
       )

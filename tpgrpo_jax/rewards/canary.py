@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tpgrpo_jax import registry
+from tpgrpo_jax.data import pictures as pictures_lib
 
 
 class Canary(NamedTuple):
@@ -130,4 +131,4 @@ def load(name: str, field: str = "canary") -> Canary:
 
 def _read(path):
   with Image.open(path) as opened:
-    return np.asarray(opened.convert("RGB"))
+    return np.asarray(pictures_lib.to_rgb(opened))

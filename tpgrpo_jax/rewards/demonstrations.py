@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Float32
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from tpgrpo_jax import types
+from tpgrpo_jax.data import pictures as pictures_lib
 from tpgrpo_jax.models.hf import clip as hf_clip
 from tpgrpo_jax.rewards import preprocess, towers
 
@@ -183,7 +184,7 @@ def _read_picture(file, size):
   """Shorter side to `size` and the centre of it, as preprocess.clip_pixels does it; uint8 [S, S, 3]."""
   try:
     with Image.open(file) as opened:
-      image = ImageOps.exif_transpose(opened).convert("RGB")  # as cameras mean it to be shown
+      image = pictures_lib.to_rgb(opened)
   except (OSError, ValueError, Image.DecompressionBombError) as error:
     raise ValueError(f"folder: {str(file)!r} is no picture ({error}). Take it out.") from error
   shorter = min(image.size)

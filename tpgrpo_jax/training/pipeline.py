@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import math
 import pathlib
 from typing import Any, NamedTuple
 import warnings
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from tpgrpo_jax import caches, models, types
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.models import hf, prompt_cache, prompt_embedding, text_source, tiny, vae
-from tpgrpo_jax.models.hf import encoder, files
+from tpgrpo_jax.models.hf import files, table
 from tpgrpo_jax.training import editing
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -113,12 +114,13 @@ def _open_diffusers(config, mesh, sizes, prompts):
   check_distilled(config.sampler, root)
   shape = latent_shape(config.sampler, sizes, vae_config)
   grid = read_scheduler(config.sampler, variant, root)
+  source = _text_source(config, root)
+  check_captions(source.length, sizes)
   beside_text = {}
   if edits:
     outline = autoencoder_outline(config.vae, vae_config)
     size = (shape[0] * vae_config.downscale, shape[1] * vae_config.downscale)
     beside_text = editing.open_pictures(config, folder, outline, size, prompts)._asdict()
-  source = _text_source(config, root)
   embedded = prompt_cache.embed_prompts(
     source,
     ["", *types.texts_of(prompts)],
@@ -208,9 +210,18 @@ def latent_shape(
   return sides[0], sides[1], channels
 
 
+def check_captions(length: int, sizes: models.Sizes) -> None:
+  """Raises ValueError where the transformer has no places for all tokens of a caption."""
+  if isinstance(sizes, models.z_image.ZImageConfig) and length > sizes.most_tokens:
+    raise ValueError(
+      f"text.max_sequence_length={length}: the transformer has places for {sizes.most_tokens} tokens of a "
+      f"caption at most (axes_lens={sizes.axes_lens}). Set it to {sizes.most_tokens} or less."
+    )
+
+
 def check_distilled(sampler: config_lib.Sampler, root: pathlib.Path) -> None:
   """Raises ValueError for a guidance scale where the pipeline was distilled to do without."""
-  index = encoder.load_json(root, text_source.INDEX_FILE)
+  index = text_source.read_index(root)
   if index.get("is_distilled") and sampler.guidance_scale > 1.0:
     raise ValueError(
       f"sampler.guidance_scale={sampler.guidance_scale}: this pipeline was distilled to do without guidance "
@@ -231,6 +242,14 @@ _FOLLOWED = {
   "use_beta_sigmas": False, "stochastic_sampling": False,
 }  # fmt: skip
 
+_ANY = (-math.inf, math.inf, "a finite number")
+_SIZE = (0, math.inf, "a finite number above 0")
+# What lies between two numbers, neither of which it is.
+_RANGES = {
+  "shift": _SIZE, "base_image_seq_len": _SIZE, "max_image_seq_len": _SIZE,
+  "shift_terminal": (0, 1, "a number between 0 and 1"),
+}  # fmt: skip
+
 
 def read_scheduler(
   sampler: config_lib.Sampler, variant: models.Variant, root: pathlib.Path
@@ -241,7 +260,7 @@ def read_scheduler(
   field that is not followed.
 
   Raises:
-    ValueError: a field that must be a number and is none.
+    ValueError: a field of another type, or a number out of its range.
   """
   path = root / "scheduler" / "scheduler_config.json"
   if not path.is_file():
@@ -250,8 +269,19 @@ def read_scheduler(
   shift = stored.get("shift", 1.0)
   numbers = {"shift": shift} | {k: stored[k] for k in _OF_GRID if stored.get(k) is not None}
   for name, value in numbers.items():
-    if type(value) not in (int, float):
-      raise ValueError(f"{path}: {name}={value!r}: must be a number. Fetch the file again.")
+    least, most, rule = _RANGES.get(name, _ANY)
+    if not (table.is_finite(value) and least < value < most):
+      raise ValueError(f"{path}: {name}={value!r}: must be {rule}. Fetch the file again.")
+  dynamic_shift = stored.get("use_dynamic_shifting", False)
+  if not isinstance(dynamic_shift, bool):
+    raise ValueError(
+      f"{path}: use_dynamic_shifting={dynamic_shift!r}: must be true or false. Fetch the file again."
+    )
+  base, most = numbers.get("base_image_seq_len", 256), numbers.get("max_image_seq_len", 4096)
+  if base >= most:
+    raise ValueError(
+      f"{path}: max_image_seq_len={most}: must be above base_image_seq_len={base}. Fetch the file again."
+    )
   ignored = [f"{k}={stored[k]!r}" for k, v in _FOLLOWED.items() if stored.get(k, v) != v]
   if ignored:
     warnings.warn(
@@ -260,7 +290,7 @@ def read_scheduler(
     )
   fixed, dynamic = variant.schedules
   found = (fixed, shift) if shift != 1.0 else ("linear", shift)
-  if stored.get("use_dynamic_shifting"):
+  if dynamic_shift:
     found = (dynamic, sampler.shift)
   asked = (sampler.schedule, sampler.shift if sampler.schedule == fixed else found[1])
   if asked != found:

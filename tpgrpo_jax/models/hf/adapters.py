@@ -82,10 +82,11 @@ def save_lora(
   """
   path = pathlib.Path(path)
   path = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
-  tree, pending = flatten(trainable), []
+  tree, pending, modules = flatten(trainable), [], []
   for entry in architectures.names(config, _kernel_shapes(tree)):
     base = entry.path.removesuffix("kernel")
-    name = PREFIX + entry.name.removesuffix(".weight")
+    modules.append(entry.name.removesuffix(".weight"))
+    name = PREFIX + modules[-1]
     shapes = _foreign_shapes(entry, rank)
     for side in "ab":
       leaf = tree[f"{base}lora_{side}"]
@@ -99,7 +100,7 @@ def save_lora(
   settings = {
     "r": rank,
     "lora_alpha": rank,
-    "target_modules": list(targets),
+    "target_modules": _modules_for_peft(targets, modules, config),
     "peft_type": "LORA",
     "bias": "none",
   }
@@ -109,6 +110,18 @@ def save_lora(
   own = json.dumps({"alpha": float(alpha)})
   save.write_safetensors(path, pending, metadata={METADATA_KEY: text, OWN_KEY: own})
   return path
+
+
+def _modules_for_peft(targets, modules, config):
+  """The targets, but for those that PEFT alone would take for a container too: these by their full names."""
+  containers = architectures.ARCHITECTURES[architectures.class_name(config)].containers
+  named = []
+  for target in targets:
+    if any(name.endswith(f".{target}") for name in containers):
+      named += [name for name in modules if name.endswith(f".{target}")]
+    else:
+      named.append(target)
+  return named
 
 
 def _kernel_shapes(tree):
@@ -181,6 +194,11 @@ def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapt
     f"  {key}={settings[key]!r}: only {plain!r} is read"
     for key, plain in _PLAIN.items()
     if settings.get(key) not in (plain, None) and settings.get(key)
+  ]
+  problems += [
+    f"  integers: {name} is stored as {tensor.dtype}, must be floating-point numbers"
+    for name, tensor in found.items()
+    if not files.is_floating(tensor.dtype) and not name.endswith(".alpha")
   ]
   ranks = sorted({parts["a"].shape[0] for _, parts in adapted if "a" in parts})
   alphas = _alphas(adapted, settings, ranks)
@@ -261,10 +279,11 @@ def _match(entries, found):
       problems.append(f"  not a tensor of an adapter: {name} {tensor.shape}")
       continue
     ((side, match),) = endings
-    module = name[: match.start()]
-    entry = known.get(module) or known.get(authors.plain(module))
+    entry = known.get(authors.plain(f"{name[: match.start()]}.").removesuffix("."))
     if entry is None:
       problems.append(f"  the model has no such module: {name} {tensor.shape}")
+    elif side in parts.get(entry.name, {}):
+      problems.append(f"  twice, under another name too: {name} {tensor.shape}")
     else:
       parts.setdefault(entry.name, {})[side] = tensor
   return [(entry, parts[entry.name]) for entry in entries if entry.name in parts], problems

@@ -40,9 +40,13 @@ ARCHITECTURES = {
     flux2.Flux2Config.from_diffusers,
     hf_flux2.names,
     adapters=hf_flux2.rename_adapters,
+    containers=hf_flux2.CONTAINERS,
   ),
   "ZImageTransformer2DModel": Architecture(
-    z_image.ZImageConfig, z_image.ZImageConfig.from_diffusers, hf_z_image.names
+    z_image.ZImageConfig,
+    z_image.ZImageConfig.from_diffusers,
+    hf_z_image.names,
+    adapters=hf_z_image.rename_adapters,
   ),
   "AutoencoderKLFlux2": Architecture(
     flux2_vae.Flux2VAEConfig, flux2_vae.Flux2VAEConfig.from_diffusers, hf_vae.names, hf_vae.aliases
@@ -90,8 +94,13 @@ def read_architecture(folder: pathlib.Path, field: str) -> tuple[Architecture, A
       "diffusers' layout."
     )
   raw = files.read_json(path)
-  found = [raw["_class_name"]] if "_class_name" in raw else raw.get("architectures") or [_DEFAULT]
-  found = [str(name) for name in found]
+  found = raw.get("architectures") or [_DEFAULT]
+  found = [raw["_class_name"]] if "_class_name" in raw else found
+  if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+    key, rule = ("_class_name", "a") if "_class_name" in raw else ("architectures", "a list of")
+    raise ValueError(
+      f"{path}: {key}={raw[key]!r}: must be {rule} class by name. Fetch the file again."
+    )
   known = [name for name in found if name in ARCHITECTURES]
   if not known:
     raise ValueError(

@@ -40,6 +40,7 @@ def read_params(
   """
   sources = _match(folder, entries, tensors, aliases, rule)
   wanted = flatten(abstract)
+  _check_kinds(entries, sources, tensors, wanted)
   if shardings is None:
     layouts = {path: _own_sharding(leaf) for path, leaf in wanted.items()}
   else:
@@ -66,6 +67,19 @@ def read_params(
   return jax.tree_util.tree_map_with_path(
     lambda p, _: arrays[".".join(str(k.key) for k in p)], abstract
   )
+
+
+def _check_kinds(entries, sources, tensors, wanted):
+  """Raises ValueError where integers are stored and floating-point numbers wanted: codes, not weights."""
+  for entry in entries:
+    tensor, dtype = tensors[sources[entry.name]], wanted[entry.path].dtype
+    if files.is_floating(tensor.dtype) or not jnp.issubdtype(dtype, jnp.floating):
+      continue
+    raise ValueError(
+      f"{tensor.file}: {sources[entry.name]} is stored as {tensor.dtype}: weights must be floating-point "
+      "numbers. A file that another program has quantised is not read: take the model's own files, and set "
+      "model.quantize for fewer bits."
+    )
 
 
 def _own_sharding(leaf):

@@ -14,7 +14,8 @@ _PREFIXES = (
   r"^(base_model\.model\.)?"
   r"(lora_unet_|lora_transformer_|transformer\.|(model\.)?diffusion_model\.)?"
 )
-_ENDING = r"(.*)\.((?:lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|alpha)$"
+_ENDING = r"(.*)\.((?:lora_A|lora_B|lora[._]down|lora[._]up)(?:\.default)?\.weight|alpha)$"
+_ADAPTER = r"(?:^|(?<=\.))default\."  # what PEFT calls an adapter, anywhere in a tensor's name
 
 
 class Rename(NamedTuple):
@@ -32,8 +33,11 @@ class Rename(NamedTuple):
 
 
 def plain(name: str) -> str:
-  """A name without what other programs put before it: "diffusion_model.", torch.compile's "_orig_mod."."""
-  return re.sub(_PREFIXES, "", name.replace("_orig_mod.", ""))
+  """A tensor's name without what other programs put into it.
+
+  Before it: "diffusion_model.", torch.compile's "_orig_mod."; anywhere: "default.", PEFT's adapter.
+  """
+  return re.sub(_PREFIXES, "", re.sub(_ADAPTER, "", name.replace("_orig_mod.", "")))
 
 
 def rename_adapters(
@@ -41,24 +45,34 @@ def rename_adapters(
 ) -> dict[str, np.ndarray]:
   """Adapters under the authors' names -> the same under diffusers'; other names stay as they are.
 
+  Of a module that the file has under both names, as Anime-Z writes, diffusers' is the one that is read.
+
   Args:
     found: tensors of a file by name.
     renames: the kinds of modules.
   """
   renamed: dict[str, np.ndarray] = {}
   modules: dict[str, dict[str, np.ndarray]] = {}
+  direct: set[str] = set()
   for name, tensor in found.items():
     match = re.match(_ENDING, plain(name))
     if match and _kind(match[1], renames):
       modules.setdefault(match[1], {})[match[2]] = tensor
     else:
       renamed[name] = tensor
+      direct.add(_flat(match[1] if match else name))
   for module, parts in modules.items():
     kind = _kind(module, renames)
     names = [re.sub(_either(kind.pattern), name, module) for name in kind.names]
+    if any(_flat(name) in direct for name in names):
+      continue
     for name, own in zip(names, _split(parts, kind)):
       renamed |= {f"{name}.{ending}": tensor for ending, tensor in own.items()}
   return renamed
+
+
+def _flat(name):
+  return name.replace(".", "_")
 
 
 def _either(pattern):
@@ -74,8 +88,8 @@ def _split(parts, kind):
   count, shares = len(kind.names), kind.shares or (1,) * len(kind.names)
   if count == 1:
     return [parts]
-  side = {e: "b" for e in parts if e.startswith(("lora_B", "lora_up"))}
-  side |= {e: "a" for e in parts if e.startswith(("lora_A", "lora_down"))}
+  side = {e: "b" for e in parts if e.startswith(("lora_B", "lora_up", "lora.up"))}
+  side |= {e: "a" for e in parts if e.startswith(("lora_A", "lora_down", "lora.down"))}
   b = next((parts[e] for e in side if side[e] == "b"), None)
   if b is None:
     return [parts] * count

@@ -7,7 +7,7 @@ from typing import Any
 from tpgrpo_jax.models import dina, mmdit
 from tpgrpo_jax.models.hf import adapters, arrays, encoder, files
 from tpgrpo_jax.models.hf import dina as names_lib
-from tpgrpo_jax.models.hf.table import flatten
+from tpgrpo_jax.models.hf.table import flatten, read_sizes
 
 CONVERT = """
 The public head, checkpoint/rm_head.pt of liuhuohuo/DiNa-LRM-SD35M-12layers, is a pickle. Convert it once,
@@ -45,7 +45,8 @@ def load_backbone(
       f"path={str(path)!r}: holds a {raw.get('_class_name')}, must hold the SD3Transformer2DModel that the "
       "reward was made from, stabilityai/stable-diffusion-3.5-medium."
     )
-  sizes = mmdit.MMDiTConfig.from_diffusers(raw)
+  read = mmdit.MMDiTConfig.from_diffusers
+  sizes = read_sizes(mmdit.MMDiTConfig, read, raw, folder / files.CONFIG_FILE)
   config = dina.BackboneConfig(sizes, taps)
   create = lambda rngs: dina.Backbone(config, dtype=dtype, rngs=rngs)
   graphdef, abstract = encoder.outline(create, dtype)

@@ -26,6 +26,11 @@ STRIDE, SAMPLE = 2**24, 2**16
 """Of a large file, `SAMPLE` bytes out of every `STRIDE` count for its fingerprint."""
 
 
+def is_floating(dtype: Any) -> bool:
+  """Whether a dtype, or the name of one in DTYPES, is of floating-point numbers."""
+  return str(dtype) in _EXPONENTS
+
+
 class Tensor(NamedTuple):
   """Where a tensor lies, and its shape and dtype by name, as the file's header says."""
 
@@ -119,6 +124,11 @@ def find_tensors(
   index = read_json(first).get("weight_map")
   if not isinstance(index, dict) or not index:
     raise ValueError(f"{first}: has no weight_map. Fetch it again.")
+  for name, shard in index.items():
+    if not isinstance(shard, str):
+      raise ValueError(
+        f"{first}: weight_map: {name}={shard!r}: must be the name of a file. Fetch it again."
+      )
   shards = [folder / name for name in sorted(set(index.values()))]
   absent = [shard.name for shard in shards if not shard.is_file()]
   if absent:

@@ -28,6 +28,8 @@ AUTHORS = (
   Rename(r"^((double|single)_stream_modulation(_img|_txt)?)\.lin$", (r"\1.linear",)),
 )
 
+CONTAINERS = ("transformer_blocks.0.attn.to_out",)  # a list; in single blocks it is a module
+
 
 def names(config: flux2.Flux2Config, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
   """The table for a Flux2: our tensors {dotted path: shape} -> diffusers' tensors.

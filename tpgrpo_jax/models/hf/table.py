@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import os
 import re
+import sys
 import typing
 from typing import Any, NamedTuple
 
@@ -74,6 +75,8 @@ class Architecture(NamedTuple):
       What it leaves out is not needed.
     adapters: tensors of a file of adapters by name -> the same under the table's names, where other programs
       write them under the names of the model's authors; by default they are the same.
+    containers: names, in a first block, of what only holds modules and ends as a module's name does in other
+      blocks: PEFT, told such an end, would try to adapt it.
   """
 
   config: type
@@ -81,9 +84,16 @@ class Architecture(NamedTuple):
   names: Callable[[Any, Mapping[str, tuple[int, ...]]], list[Entry]]
   aliases: Callable[[Iterable[str]], dict[str, str]] = same_names
   adapters: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] = same_adapters
+  containers: tuple[str, ...] = ()
 
 
 _NULL_IS_DEFAULT = ("out_channels",)  # diffusers writes null for "as in_channels"
+_ANY_SIGN = ("shift_factor",)  # floats that may be 0 or below
+
+
+def is_finite(value: Any) -> typing.TypeGuard[float]:
+  """Whether a value of a JSON file is a number that a float holds; true, NaN and 1e400 are none."""
+  return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def read_sizes(
@@ -103,6 +113,9 @@ def read_sizes(
 def _check_sizes(cls, raw, path):
   """Raises ValueError for a value in config.json of another type than the field, or no size at all."""
   hints = typing.get_type_hints(cls)
+  for name in hints:
+    if dataclasses.is_dataclass(hints[name]):
+      _check_part(hints[name], name, raw, path)
   for name in hints.keys() & raw.keys():
     value, kinds = raw[name], typing.get_args(hints[name]) or (hints[name],)
     if dataclasses.is_dataclass(hints[name]) or (value is None and name in _NULL_IS_DEFAULT):
@@ -116,10 +129,23 @@ def _check_sizes(cls, raw, path):
     else:
       fits = type(value) in kinds or (type(value) is int and float in kinds)
       rule = " or ".join(kind.__name__ for kind in kinds).replace("NoneType", "null")
-    if fits and type(value) is int and not name.endswith("_id"):
-      fits, rule = value > 0, "at least 1"
+    if fits and float in kinds and value is not None:
+      above = "" if name in _ANY_SIGN else " above 0"
+      fits, rule = is_finite(value) and (not above or value > 0), f"a finite number{above}"
+    elif fits and type(value) is int:
+      least = 0 if name.endswith("_id") else 1
+      fits, rule = least <= value < 2**31, f"at least {least}, and below 2^31"
     if not fits:
       raise ValueError(f"{path}: {name}={value!r}: must be {rule}. Fetch the file again.")
+
+
+def _check_part(cls, name, raw, path):
+  """`_check_sizes` of a part of a model, which transformers has under "<name>_config"."""
+  for field in (f"{name}_config", f"{name}_config_dict"):
+    part = raw.get(field)
+    if part is not None and not isinstance(part, Mapping):
+      raise ValueError(f"{path}: {field}={part!r}: must be an object. Fetch the file again.")
+    _check_sizes(cls, part or {}, path)
 
 
 def make_entry(path: str, block: int | None, name: str, shape: tuple[int, ...]) -> Entry:

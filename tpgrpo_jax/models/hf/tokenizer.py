@@ -42,6 +42,11 @@ def load_tokenizer(kind: str, folder: str | os.PathLike[str]) -> Any:
     tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
   except Exception as error:  # the tokenizers package raises bare Exceptions
     raise ValueError(f"{folder}: not a readable tokenizer ({error}). Fetch it again.") from error
+  if tokenizer.pad_token_id is None:
+    raise ValueError(
+      f"{str(folder)!r}: pad_token={tokenizer.pad_token!r}: must be a token that fills up short prompts. "
+      "Fetch the tokenizer again."
+    )
   if kind == "qwen3":
     _check_chat(tokenizer, folder)
   return tokenizer

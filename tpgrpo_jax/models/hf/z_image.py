@@ -2,11 +2,23 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from tpgrpo_jax.models import z_image
-from tpgrpo_jax.models.hf import table
+from tpgrpo_jax.models.hf import authors, table
+from tpgrpo_jax.models.hf.authors import Rename
 from tpgrpo_jax.models.hf.table import Entry
 
 STACKS = ("layers", "noise_refiner", "context_refiner")
+# The authors' modules, which kohya and ComfyUI name; other modules are called alike.
+_ATTENTION, _INTO = rf"^({'|'.join(STACKS)})\.(\d+)\.attention", r"\1.\2.attention"
+AUTHORS = (
+  Rename(rf"{_ATTENTION}\.qkv$", tuple(f"{_INTO}.to_{side}" for side in "qkv")),
+  Rename(rf"{_ATTENTION}\.out$", (f"{_INTO}.to_out.0",)),
+  Rename(r"^x_embedder$", ("all_x_embedder.2-1",)),
+  Rename(r"^final_layer\.linear$", ("all_final_layer.2-1.linear",)),
+  Rename(r"^final_layer\.adaLN_modulation\.1$", ("all_final_layer.2-1.adaLN_modulation.1",)),
+)
 
 
 def names(config: z_image.ZImageConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
@@ -31,3 +43,8 @@ def names(config: z_image.ZImageConfig, shapes: Mapping[str, tuple[int, ...]]) -
     (r"\.(kernel|scale)$", ".weight"),
   )
   return table.stacked_names(shapes, STACKS, renames)
+
+
+def rename_adapters(found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """As `authors.rename_adapters`, of Z-Image."""
+  return authors.rename_adapters(found, AUTHORS)
