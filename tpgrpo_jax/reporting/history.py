@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import json
 import os
 from typing import Any, NamedTuple
@@ -192,12 +193,10 @@ def _split(argument):
   """(label or "", folder): a label, as a folder, may hold "=" too, so what is a folder decides."""
   parts = argument.split("=")
   ways = [("=".join(parts[:i]), "=".join(parts[i:])) for i in range(len(parts))]
-  found = (way for way in ways if epath.Path(way[1]).is_dir())
-  return next(found, ways[min(1, len(ways) - 1)])
+  return next((w for w in ways if epath.Path(w[1]).is_dir()), ways[min(1, len(ways) - 1)])
 
 
-# What may differ between the seeds of one recipe, besides everything that only says where and how
-# long it ran.
+# What may differ between the seeds of one recipe: these, and all that says where and how long it ran.
 _NOT_RECIPE = ("seed", "run.", "train.epochs", "log.", "checkpoint.", "mesh.", "eval.every")
 
 
@@ -316,10 +315,7 @@ def per_step(runs: Sequence[Run], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count_steps(row, name):
-  count = 0
-  while f"{name}/{count}" in row:
-    count += 1
-  return count
+  return next(count for count in itertools.count() if f"{name}/{count}" not in row)
 
 
 def load_rollouts(run: Run) -> list[Rollout]:
