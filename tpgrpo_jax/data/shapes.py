@@ -3,11 +3,10 @@
 A combination is what a scene shows or a prompt asks for: a shape alone, so many of one colour, two
 shapes together, in their colours, in their places. Which split it belongs to is a property of the
 combination itself. A prompt or scene belongs to "train" if all its combinations do, so whatever draws
-training prompts or scenes (pretraining, RL) can never meet a held-out combination. A prompt belongs to
-"test" if the combination that it is about is held out and its parts are not; others belong to neither.
+training prompts or scenes (pretraining, RL) can never meet a held-out combination.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import functools
 import itertools
 from typing import Any, NamedTuple
@@ -34,8 +33,7 @@ _TEST_SHARE = 6  # one combination in so many is held out
 _SALT = "shapes 35 "  # chosen so that every kind of combination has some of both splits
 _NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 _PLURALS = {"cross": "crosses"}
-CELL = 8  # pixels a side; a shape of a scene fills a cell
-PLACES = (0, 3)  # the columns and rows of cells that shapes lie in: one in each corner
+CELL = 8  # pixels a side; a shape of a scene fills a cell, and no shape lies in the eight around it
 RADIUS = CELL / 2  # half a shape's side in pixels
 ARM = 0.4  # half the width of a cross's arms, in radii
 
@@ -65,11 +63,8 @@ def split_of(combination: str) -> str:
 
 
 def split_of_prompt(metadata: Mapping[str, Any]) -> str:
-  """The split of a prompt, "" where it belongs to none: too much of it is held out."""
-  asked = asked_for(metadata)
-  held_out = {combination for combination in asked if split_of(combination) == "test"}
-  about = max(asked, key=len)  # the text of a combination is longer than that of its parts
-  return "train" if not held_out else "test" if held_out == {about} else ""
+  """The split of a prompt: "test" if one combination that it asks for is held out."""
+  return _split_of_all(asked_for(metadata))
 
 
 def asked_for(metadata: Mapping[str, Any]) -> set[str]:
@@ -152,8 +147,8 @@ def _draw_scene(rng, metadata, split):
       color = clause.get("color") or list(COLORS)[rng.integers(len(COLORS))]
       kinds += [(clause["class"], color)] * clause["count"]
     scene = _place(rng, kinds)
-    if _fulfils(scene, metadata):
-      if split == "test" or all(split_of(c) == "train" for c in shown(scene)):
+    if scene and _fulfils(scene, metadata):
+      if split == "test" or _split_of_all(shown(scene)) == "train":
         return scene
 
 
@@ -166,12 +161,17 @@ def _fulfils(scene, metadata):
 
 
 def _place(rng, kinds):
-  """The shapes at places drawn evenly, no two at one."""
-  places = [(CELL * x + RADIUS, CELL * y + RADIUS) for x, y in itertools.product(PLACES, repeat=2)]
-  drawn = rng.permutation(len(places)).tolist()
-  return tuple(
-    Shape(kind, color, *places[n], RADIUS) for (kind, color), n in zip(kinds, drawn, strict=False)
-  )
+  """The shapes at places drawn evenly, apart from each other; None where one finds no place."""
+  placed: list[Shape] = []
+  for kind, color in kinds:
+    for _ in range(20):
+      x, y = (CELL * rng.integers(SIZE // CELL, size=2) + RADIUS).tolist()
+      if all(max(abs(x - s.x), abs(y - s.y)) >= 2 * CELL for s in placed):
+        placed.append(Shape(kind, color, x, y, RADIUS))
+        break
+    else:
+      return None
+  return tuple(placed)
 
 
 def render(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "scenes 32 32 3"]:
@@ -238,6 +238,10 @@ def _combinations(groups, places) -> set[str]:
 
 def _named(group):
   return " ".join(word for word in group[1:] if word)
+
+
+def _split_of_all(combinations: Iterable[str]) -> str:
+  return "test" if any(split_of(c) == "test" for c in combinations) else "train"
 
 
 @functools.lru_cache
