@@ -12,7 +12,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit
 from tpgrpo_jax.flow import sampler, schedule, steps
-from tpgrpo_jax.training import build, rollout, state, step
+from tpgrpo_jax.training import build, rollout, state, step, sums
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
@@ -382,7 +382,7 @@ def test_merged_metrics_average_sums_and_keep_extremes():
       "ratio/max_abs_log": log,
     }
   )
-  merged = step.merge_metrics([row(1.0, 0.9, 1.0, 0.0), row(3.0, 1.0, 1.2, 0.3)])
+  merged = sums.of_updates([row(1.0, 0.9, 1.0, 0.0), row(3.0, 1.0, 1.2, 0.3)])
   assert {merged[name] for name in names} == {2.0}
   assert (merged["ratio/min"], merged["ratio/max"], merged["ratio/max_abs_log"]) == (0.9, 1.2, 0.3)
   assert merged["ratio/first_update_max_abs_log"] == 0.0

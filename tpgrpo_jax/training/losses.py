@@ -15,6 +15,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import registry, types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.objective import forward_process, ratio, surrogate
+from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
 PairLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -263,7 +264,7 @@ def _make_forward_loss(
 
   def pair_loss(params, reference, old, pair, condition):
     data, sigma = pair["data"], pair["sigma"]
-    noise = jax.random.normal(pair["key"], data.shape)
+    noise = mesh_lib.normal(pair["key"], data.shape)
     x = forward_process.noised(data, noise, sigma)
     velocity = method.velocity_fn(params, x, sigma, condition)
     old_velocity = velocity
