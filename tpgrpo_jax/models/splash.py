@@ -47,9 +47,7 @@ def attention(
     specs = (spec,) * 3 if length is None else (spec,) * 3 + (P(spec[0]),)
     mesh = jax.sharding.get_abstract_mesh()
     axes = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)  # those that divide x still
-    local = jax.shard_map(
-      local, in_specs=specs, out_specs=spec, axis_names=axes, check_vma=False
-    )
+    local = jax.shard_map(local, in_specs=specs, out_specs=spec, axis_names=axes, check_vma=False)
   return local(*inputs)
 
 

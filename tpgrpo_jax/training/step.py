@@ -94,17 +94,19 @@ def make_train_step(config: config_lib.Config, method: method_lib.Method):
       condition, final = jax.tree.map(lambda a: a[pair["chunk"]], data)
       at = params | {"trainable": trainable}
       loss, metrics = pair_loss(at, reference, old, pair | {"data": final}, condition)
-      return sums.of_pair(pair["weight"], loss, metrics, weight_sum)
+      share, metrics = sums.of_pair(pair["weight"], loss, metrics, weight_sum)
+      return share, (metrics, ())
 
-    gradient = jax.grad(share_of_mean, has_aux=True)
+    pairs, of_group = sums.side_by_side(config, pairs, share_of_mean)
+    gradient = jax.grad(of_group, has_aux=True)
 
     def accumulate(carry, pair):
       grads, metrics = carry
-      new, found = gradient(params["trainable"], pair)
+      new, (found, _) = gradient(params["trainable"], pair)
       grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new)
       return (grads, sums.of_two(metrics, found)), None
 
-    start = sums.none(lambda pair: gradient(params["trainable"], pair)[1], pairs)
+    start = sums.none(lambda pair: of_group(params["trainable"], pair)[1][0], pairs)
     (grads, metrics), _ = jax.lax.scan(accumulate, (_zeros(params), start), pairs)
     return mesh_lib.total(grads), sums.of_parts(metrics)
 
@@ -152,9 +154,11 @@ def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
       share, metrics = sums.of_pair(pair["weight"], loss, metrics, weight_sum)
       return share, (metrics, score)
 
+    pairs, of_group = sums.side_by_side(config, pairs, share_of_mean)
+
     def accumulate(carry, pair):
       grads, metrics = carry
-      share = functools.partial(share_of_mean, pair=pair)
+      share = functools.partial(of_group, pair=pair)
       mean, backward, (found, score) = jax.vjp(share, params["trainable"], has_aux=True)
       add = lambda: jax.tree.map(
         lambda a, b: a + b.astype(jnp.float32), grads, backward(jnp.ones_like(mean))[0]
@@ -162,8 +166,9 @@ def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
       grads = jax.lax.cond(phase == SCORE, lambda: grads, add)
       return (grads, sums.of_two(metrics, found)), score
 
-    start = sums.none(lambda pair: share_of_mean(params["trainable"], pair)[1][0], pairs)
+    start = sums.none(lambda pair: of_group(params["trainable"], pair)[1][0], pairs)
     (grads, metrics), scores = jax.lax.scan(accumulate, (_zeros(params), start), pairs)
+    scores = sums.one_by_one(config, scores)
     return mesh_lib.total(grads), sums.of_parts(metrics), chunk_scores or scores
 
   def rescoring_step(state, frozen, reference, batch: Batch):

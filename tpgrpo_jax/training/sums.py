@@ -1,11 +1,14 @@
 """How the losses and metrics of pairs become those of an update, and those of updates an epoch's."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.models import in_turn
 from tpgrpo_jax.training import mesh as mesh_lib
 
 
@@ -55,6 +58,34 @@ def of_two(a: dict[str, jax.Array], b: dict[str, jax.Array]) -> dict[str, jax.Ar
   """Of pairs that were summed before."""
   add = lambda name: _EXTREMES[name].of_two if name in _EXTREMES else jnp.add
   return {name: add(name)(a[name], b[name]) for name in a}
+
+
+def side_by_side(config: config_lib.Config, pairs: dict[str, jax.Array], share_of_mean: Callable):
+  """(pairs, share) of train.steps_per_call pairs at once.
+
+  Args:
+    config: of the run.
+    pairs: leading axis C W, which becomes [C W / steps_per_call, steps_per_call].
+    share_of_mean: (trainable, pair) -> (its share of the loss, (metrics, scores)).
+  """
+  count = config.train.steps_per_call
+  if count == 1:
+    return pairs, share_of_mean
+
+  def share_of_group(trainable, pair):
+    each = in_turn.side_by_side(functools.partial(share_of_mean, trainable))
+    shares, (metrics, scores) = each(pair)
+    add = lambda name: _EXTREMES[name].within if name in _EXTREMES else jnp.sum
+    return jnp.sum(shares), ({name: add(name)(a) for name, a in metrics.items()}, scores)
+
+  return jax.tree.map(lambda a: a.reshape(-1, count, *a.shape[1:]), pairs), share_of_group
+
+
+def one_by_one(config: config_lib.Config, scores: Any) -> Any:
+  """What a scan over the pairs of `side_by_side` has stacked, with one leading axis again."""
+  if config.train.steps_per_call == 1:
+    return scores
+  return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), scores)
 
 
 def of_parts(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
