@@ -78,6 +78,11 @@ BAD = {
     {"loss.level_draw": "permute"},
     ("loss.level_draw='permute':", "Did you mean 'permuted'?"),
   ),
+  "steps_per_call": (
+    "",
+    {"train.steps_per_call": 4},
+    ("train.steps_per_call=4:", "must divide the", "Set it to"),
+  ),
   "updates_by": (
     "",
     {"train.updates_by": "step"},

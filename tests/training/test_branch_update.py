@@ -189,7 +189,7 @@ def test_gradient_of_a_pair_is_that_of_one_evaluation_a_member_in_float64(
     reference = {"trainable": jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), WEIGHTS)}
     gradients = []
     for each in (batch, divided(batch, MEMBERS)):
-      pairs, conditions, _ = step._pairs(config, method, each)
+      pairs, (conditions, _) = step._pairs(config, method, each)
       pairs = {k: jnp.asarray(v, jnp.float64) if v.ndim > 1 else v for k, v in pairs.items()}
       conditions = conditions.astype(jnp.float64)
 

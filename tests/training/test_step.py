@@ -11,8 +11,9 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit
+from tpgrpo_jax.cost import collectives
 from tpgrpo_jax.flow import sampler, schedule, steps
-from tpgrpo_jax.training import build, rollout, state, step
+from tpgrpo_jax.training import build, rollout, state, step, sums
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
@@ -261,6 +262,63 @@ def test_learning_rate_reaches_its_final_scale_at_the_last_update(name, falling,
   assert rates[-1] == pytest.approx(0.1, rel=1e-4)
 
 
+def forward_batch(batch):
+  """Of a forward process: what is noised afresh, at levels of its own."""
+  levels = np.random.default_rng(3).uniform(0.2, 0.9, (CHUNKS, WINDOW, BATCH)).astype(np.float32)
+  return dataclasses.replace(batch, levels=jnp.asarray(levels), key=jax.random.key(5))
+
+
+FIRST = {"make": step.make_rescoring_step, "phase": step.FIRST}
+
+
+@pytest.mark.parametrize(
+  "axes, objective, program",
+  [((4, 1, 1), "policy", {}), ((4, 1, 1), "policy", FIRST), ((4, 1, 1), "nft", {})],
+)
+def test_gradients_are_summed_over_the_data_once_an_update(axes, objective, program, batch):
+  make, phase = program.get("make", step.make_train_step), program.get("phase")
+  config = make_config(objective=objective, clip_range=0.5 if objective == "policy" else 0.0)
+  if objective == "nft":
+    batch = forward_batch(batch)
+  batch = dataclasses.replace(batch, phase=phase)
+  keeps_old = objective == "nft"
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(*axes), jax.devices()[:4])
+  single = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+
+  def compiled(mesh, batch):
+    run, copied = make(config, method := make_method()), jax.NamedSharding(mesh, jax.P())
+    before = state.init_state(other_weights(), method.optimizer, keeps_old=keeps_old)
+    reference = {"frozen": {}, "trainable": WEIGHTS}
+    lay = lambda a: jax.device_put(
+      a,
+      jax.NamedSharding(mesh, jax.P(None, mesh_lib.BATCH))
+      if a.ndim > 1 and a.shape[1] == BATCH
+      else copied,
+    )
+    laid = dataclasses.replace(batch, transitions=jax.tree.map(lay, batch.transitions))
+    args = jax.device_put((before, {}, reference), copied)
+    with jax.set_mesh(mesh):
+      return run.lower(*args, laid).compile(), (*args, laid)
+
+  run, args = compiled(mesh, batch)
+  cut = lambda a: a[:-1]
+  fewer = dataclasses.replace(
+    batch,
+    transitions=cut(batch.transitions),
+    conditions=cut(batch.conditions),
+    advantage=cut(batch.advantage),
+    weight=cut(batch.weight),
+    levels=None if batch.levels is None else cut(batch.levels),
+  )
+  exchanged = lambda program: collectives.read_traffic(program.as_text(), devices=4)
+  sent, sent_for_fewer = exchanged(run), exchanged(compiled(mesh, fewer)[0])
+  assert sent.runs["all-reduce"] == sent_for_fewer.runs["all-reduce"] > 0
+  alone, args_alone = compiled(single, batch)
+  (after, metrics), (wanted, wanted_metrics) = run(*args)[:2], alone(*args_alone)[:2]
+  assert_close(jax.device_get(after.trainable), jax.device_get(wanted.trainable))
+  assert_close(jax.device_get(metrics), jax.device_get(wanted_metrics))
+
+
 def test_update_without_any_weight_leaves_a_moving_optimizer_as_it_is(batch):
   config = dataclasses.replace(make_config(), ema=config_lib.Ema(decay=0.5, every=1))
   train_step = step.make_train_step(config, method := make_method(optimizer=optax.adam(0.1)))
@@ -382,7 +440,7 @@ def test_merged_metrics_average_sums_and_keep_extremes():
       "ratio/max_abs_log": log,
     }
   )
-  merged = step.merge_metrics([row(1.0, 0.9, 1.0, 0.0), row(3.0, 1.0, 1.2, 0.3)])
+  merged = sums.of_updates([row(1.0, 0.9, 1.0, 0.0), row(3.0, 1.0, 1.2, 0.3)])
   assert {merged[name] for name in names} == {2.0}
   assert (merged["ratio/min"], merged["ratio/max"], merged["ratio/max_abs_log"]) == (0.9, 1.2, 0.3)
   assert merged["ratio/first_update_max_abs_log"] == 0.0

@@ -262,6 +262,8 @@ class Train:
     updates_per_epoch: optimizer updates, each on an equal share of the epoch's samples.
     updates_by: what they share out: "samples", or the "steps" of the window, in order (G2RPO).
     shuffle: samples go into the updates in random order, and not prompt by prompt.
+    steps_per_call: pairs of microbatch and step that an update evaluates side by side. With mesh.fsdp each
+      block's weights are gathered once for all of them, at the price of memory: docs/scaling.md.
   """
 
   epochs: int = 100
@@ -271,6 +273,7 @@ class Train:
   updates_per_epoch: int = 2
   updates_by: str = "samples"
   shuffle: bool = False
+  steps_per_call: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

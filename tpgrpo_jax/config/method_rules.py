@@ -13,6 +13,7 @@ _MEMBERS = ("branch", "branch_gain")  # credit of members
 def check(config: fields.Config) -> Iterator[str]:
   """One line for each broken rule: field, value, rule, fix."""
   groups = (_branches, _moving_windows, _noise_levels, _completions, _credit, _latents, _objective)
+  groups += (_calls,)
   for group in groups:
     yield from group(config)
   yield from _policy(config) if config.loss.objective == "policy" else _forward(config)
@@ -277,6 +278,18 @@ def _of_values(config) -> Iterator[str]:
       f"advantage.bonus={asked.bonus}: is of advantage.normalization='value', and it is "
       f"{asked.normalization!r}. Leave it at {fields.Advantage().bonus}."
     )
+
+
+def _calls(config) -> Iterator[str]:
+  count, s, t = config.train.steps_per_call, config.sampler, config.train
+  drawn = {"branch": s.branch_steps, "ode": config.loss.levels}.get(s.rollout, 0)
+  rows = drawn or s.window[1] - s.window[0]
+  rows //= max(t.updates_per_epoch, 1) if t.updates_by == "steps" else 1
+  if count < 1 or rows % count:
+    found = math.gcd(rows, max(count, 1))
+    yield f"train.steps_per_call={count}: must divide the {rows} steps of an update. Set it to {found}."
+  if count > 1 and config.mesh.tensor > 1:
+    yield f"train.steps_per_call={count}: gathers whole weights. Set mesh.tensor=1, or it to 1."
 
 
 def _objective(config) -> Iterator[str]:

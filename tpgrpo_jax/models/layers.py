@@ -73,13 +73,17 @@ def lay_out(x: jax.Array, *, tensor: int | None = None) -> jax.Array:
 
 
 def _layout(x, tensor):
-  """The layout of `lay_out`; None without a mesh, or on one of a single device."""
+  """The layout of `lay_out`; None without a mesh, or where x is what a single device has.
+
+  Within a shard_map x is one part of the batch already, and only the other axes divide it.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.size <= 1:  # 0 without a mesh
+  axes = {name: n for name, n in mesh.shape.items() if name not in mesh.manual_axes}
+  if math.prod(axes.values()) <= 1:
     return None
-  spec: list[Any] = [tuple(name for name in mesh.axis_names if name != "tensor")]
+  spec: list[Any] = [tuple(name for name in axes if name != "tensor")]
   spec += [None] * (x.ndim - 1)
-  if tensor is not None and x.shape[tensor] % mesh.shape.get("tensor", 1) == 0:
+  if tensor is not None and "tensor" in axes and x.shape[tensor] % axes["tensor"] == 0:
     spec[tensor] = "tensor"
   return P(*spec)
 

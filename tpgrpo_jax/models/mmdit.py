@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax.models import layers
+from tpgrpo_jax.models import in_turn, layers
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -287,9 +287,13 @@ def scan_blocks(stack: nnx.Module, carry: tuple, *terms, remat: str) -> tuple:
   """
   graphdef, weights = nnx.split(stack)
 
-  def body(carry, weights):
-    return nnx.merge(graphdef, weights)(*carry, *terms), None
+  def apply(weights, carry, terms):
+    return nnx.merge(graphdef, weights)(*carry, *terms)
 
-  if remat != "none":
-    body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-  return jax.lax.scan(body, carry, weights)[0]
+  def keeps_less(function):
+    if remat == "none":
+      return function
+    return jax.checkpoint(function, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+  block = in_turn.block(apply, keeps_less)
+  return jax.lax.scan(lambda carry, w: (block(w, carry, terms), None), carry, weights)[0]

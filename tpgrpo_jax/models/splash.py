@@ -45,7 +45,9 @@ def attention(
   inputs = (q, k, v) if length is None else (q, k, v, length)
   if spec is not None:
     specs = (spec,) * 3 if length is None else (spec,) * 3 + (P(spec[0]),)
-    local = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)  # those that divide x still
+    local = jax.shard_map(local, in_specs=specs, out_specs=spec, axis_names=axes, check_vma=False)
   return local(*inputs)
 
 

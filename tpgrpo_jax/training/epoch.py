@@ -16,7 +16,7 @@ from tpgrpo_jax.data import groups
 from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes, run_folder
 from tpgrpo_jax.training import method as method_lib
-from tpgrpo_jax.training import progress, rollout, step
+from tpgrpo_jax.training import progress, rollout, step, sums
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -172,7 +172,7 @@ def update_epoch(
     group_size,
     per_reward=config.advantage.per_reward,
   )
-  result |= step.merge_metrics(rows) | {"evaluations_per_sample": float(sampled.evaluations)}
+  result |= sums.of_updates(rows) | {"evaluations_per_sample": float(sampled.evaluations)}
   result |= {f"noise_level/{k}": a for k, a in enumerate(session.method.noise_levels)}
   if off:
     result["ratio/rollout_max_abs_log"] = float(max(off))

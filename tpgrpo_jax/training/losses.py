@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import registry, types
 from tpgrpo_jax.flow import sampler
+from tpgrpo_jax.models import in_turn
 from tpgrpo_jax.objective import forward_process, ratio, surrogate
+from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
 PairLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -127,7 +129,8 @@ def _of_log_probs(method: method_lib.Method, config: config_lib.Config) -> Score
 
   def score(pair, velocity):
     at = (pair["x"], pair["x_next"], velocity, pair["sigma"], pair["sigma_next"])
-    return {"log_prob": sampler.score(method.step_fn, method.log_prob_fn, *at)}
+    score = in_turn.alone(functools.partial(sampler.score, method.step_fn, method.log_prob_fn))
+    return {"log_prob": score(*at)}
 
   return Scorer(score, lambda pair, new, old: ratio.log_prob(new["log_prob"], old["log_prob"]))
 
@@ -263,7 +266,7 @@ def _make_forward_loss(
 
   def pair_loss(params, reference, old, pair, condition):
     data, sigma = pair["data"], pair["sigma"]
-    noise = jax.random.normal(pair["key"], data.shape)
+    noise = mesh_lib.normal(pair["key"], data.shape)
     x = forward_process.noised(data, noise, sigma)
     velocity = method.velocity_fn(params, x, sigma, condition)
     old_velocity = velocity

@@ -1,6 +1,6 @@
 """The device mesh, and the one table that says how every weight is laid out on it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import math
 import re
@@ -152,6 +152,47 @@ def laid_out(tree: Any) -> Any:
   """
   mesh = jax.sharding.get_abstract_mesh()
   return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, param_shardings(mesh, tree))
+
+
+def by_data(function: Callable[..., Any], *, divided: Any, gives: Any) -> Callable[..., Any]:
+  """Inside a jitted function: each part of the "data" axis calls the function on its own samples.
+
+  What the function adds up stays a part's own until it calls `total`; left to the partitioner, a sum of
+  gradients in a loop is a collective in every turn. The other axes are divided as outside. Without a
+  mesh, or with one part, the function as it is.
+
+  Args:
+    function: of as many arguments as `divided` has.
+    divided: for each argument a tree of bools, or one for all its leaves: whether axis 1 is divided.
+    gives: likewise, for the results; those not divided must be equal in all parts.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.shape.get("data", 1) == 1:
+    return function
+  specs = functools.partial(jax.tree.map, lambda cut: P(None, "data") if cut else P())
+  # An axis of one device is taken along: with no other axis left, kernels need no shard_map of their own.
+  axes = {name for name, size in mesh.shape.items() if name == "data" or size == 1}
+  return jax.shard_map(
+    function, in_specs=specs(divided), out_specs=specs(gives), axis_names=axes, check_vma=False
+  )
+
+
+def total(tree: Any, reduce: Callable[..., Any] = jax.lax.psum) -> Any:
+  """Over all parts of `by_data`; the tree as it is outside."""
+  return reduce(tree, "data") if _is_part() else tree
+
+
+def normal(key: Any, shape: tuple[int, ...]) -> jax.Array:
+  """jax.random.normal, of which a part of `by_data` takes its own rows, `shape` being those."""
+  if not _is_part():
+    return jax.random.normal(key, shape)
+  rows, parts = shape[0], jax.sharding.get_abstract_mesh().shape["data"]
+  whole = jax.random.normal(key, (parts * rows, *shape[1:]))
+  return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index("data") * rows, rows)
+
+
+def _is_part():
+  return "data" in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def make_placement(mesh: jax.sharding.Mesh) -> types.Placement:

@@ -13,7 +13,7 @@ from tpgrpo_jax import types
 from tpgrpo_jax.credit import advantages
 from tpgrpo_jax.flow import schedule, steps
 from tpgrpo_jax.objective import surrogate
-from tpgrpo_jax.training import build, losses
+from tpgrpo_jax.training import build, losses, sums
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
@@ -79,36 +79,44 @@ def make_train_step(config: config_lib.Config, method: method_lib.Method):
   The gradient of the weighted mean loss over all (sample, step) pairs is accumulated in float32 over a
   scan whose every iteration evaluates the velocity once, at one step of one microbatch: the batch shape
   and layout of the rollout, so that the first update's log-ratio is exactly 0. The members of a state
-  share that evaluation. A batch whose weights are all 0 leaves the weights as they are.
+  share that evaluation. Each part of the mesh's "data" axis sums its own samples' gradients, and the
+  parts are added once, after the scan. A batch whose weights are all 0 leaves the weights as they are.
   """
   pair_loss = losses.OBJECTIVES[config.loss.objective].make_loss(config, method)
 
-  def train_step(state, frozen, reference, batch: Batch):
-    pairs, conditions, finals = _pairs(config, method, batch)
-    weight_sum = jnp.sum(batch.weight)
-    params = {"frozen": frozen, "trainable": state.trainable}
+  def accumulated(weights, pairs, data, weight_sum):
+    params, reference, old = weights
     if config.loss.chunks:
-      chunked = _chunk_log_ratios(config, method, params, pairs, conditions, lambda pair, new: pair)
-      pairs["chunk_log_ratio"] = chunked[0]
+      chunked = _chunk_log_ratios(config, method, params, pairs, data[0], lambda pair, new: pair)
+      pairs = pairs | {"chunk_log_ratio": chunked[0]}
 
     def share_of_mean(trainable, pair):
-      condition, data = jax.tree.map(lambda a: a[pair["chunk"]], (conditions, finals))
-      pair = pair | {"data": data}
+      condition, final = jax.tree.map(lambda a: a[pair["chunk"]], data)
       at = params | {"trainable": trainable}
-      loss, metrics = pair_loss(at, reference, state.old, pair, condition)
-      return _share(pair, loss, metrics, weight_sum)
+      loss, metrics = pair_loss(at, reference, old, pair | {"data": final}, condition)
+      share, metrics = sums.of_pair(pair["weight"], loss, metrics, weight_sum)
+      return share, (metrics, ())
 
-    gradient = jax.grad(share_of_mean, has_aux=True)
+    pairs, of_group = sums.side_by_side(config, pairs, share_of_mean)
+    gradient = jax.grad(of_group, has_aux=True)
 
     def accumulate(carry, pair):
-      grads, sums = carry
-      new, metrics = gradient(state.trainable, pair)
+      grads, metrics = carry
+      new, (found, _) = gradient(params["trainable"], pair)
       grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new)
-      return (grads, _combine(sums, metrics)), None
+      return (grads, sums.of_two(metrics, found)), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
-    start = _no_metrics(lambda pair: gradient(state.trainable, pair)[1], pairs)
-    (grads, metrics), _ = jax.lax.scan(accumulate, (zeros, start), pairs)
+    start = sums.none(lambda pair: of_group(params["trainable"], pair)[1][0], pairs)
+    (grads, metrics), _ = jax.lax.scan(accumulate, (_zeros(params), start), pairs)
+    return mesh_lib.total(grads), sums.of_parts(metrics)
+
+  def train_step(state, frozen, reference, batch: Batch):
+    pairs, data = _pairs(config, method, batch)
+    weight_sum = jnp.sum(batch.weight)
+    weights = {"frozen": frozen, "trainable": state.trainable}, reference, state.old
+    divided = (False, *_per_sample(pairs, data), False)
+    sum_up = mesh_lib.by_data(accumulated, divided=divided, gives=(False, False))
+    grads, metrics = sum_up(weights, pairs, data, weight_sum)
     after = _learn(config, method, state, grads, metrics, weight_sum)
     if batch.limit is not None:
       is_off = metrics["ratio/max_abs_log"] > batch.limit
@@ -130,44 +138,65 @@ def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
   pair_loss = losses.make_rescored_loss(config, method)
   scorer = losses.make_scorer(config, method)
 
-  def rescoring_step(state, frozen, reference, batch: Batch):
-    pairs, conditions, _ = _pairs(config, method, batch)
-    weight_sum = jnp.sum(batch.weight)
-    params = {"frozen": frozen, "trainable": state.trainable}
-    pairs["is_first"] = jnp.broadcast_to(batch.phase == FIRST, pairs["chunk"].shape)
+  def accumulated(weights, pairs, data, weight_sum, phase):
+    (params, reference), (conditions, _) = weights, data
     chunk_scores = None
     if config.loss.chunks:
       found = _chunk_log_ratios(config, method, params, pairs, conditions, losses.old_score)
-      pairs["chunk_log_ratio"], chunk_scores = found
+      pairs, chunk_scores = pairs | {"chunk_log_ratio": found[0]}, found[1]
 
     def share_of_mean(trainable, pair):
       condition = jax.tree.map(lambda a: a[pair["chunk"]], conditions)
       at = params | {"trainable": trainable}
       loss, metrics, score = pair_loss(at, reference, pair, condition)
       off = jnp.abs(scorer.compare(pair, score, pair))
-      metrics["ratio/rollout_max_abs_log"] = jnp.where(batch.phase == LATER, 0.0, off)
-      total, metrics = _share(pair, loss, metrics, weight_sum)
-      return total, (metrics, score)
+      metrics["ratio/rollout_max_abs_log"] = jnp.where(phase == LATER, 0.0, off)
+      share, metrics = sums.of_pair(pair["weight"], loss, metrics, weight_sum)
+      return share, (metrics, score)
+
+    pairs, of_group = sums.side_by_side(config, pairs, share_of_mean)
 
     def accumulate(carry, pair):
-      grads, sums = carry
-      share = functools.partial(share_of_mean, pair=pair)
-      total, backward, (metrics, score) = jax.vjp(share, state.trainable, has_aux=True)
+      grads, metrics = carry
+      share = functools.partial(of_group, pair=pair)
+      mean, backward, (found, score) = jax.vjp(share, params["trainable"], has_aux=True)
       add = lambda: jax.tree.map(
-        lambda a, b: a + b.astype(jnp.float32), grads, backward(jnp.ones_like(total))[0]
+        lambda a, b: a + b.astype(jnp.float32), grads, backward(jnp.ones_like(mean))[0]
       )
-      grads = jax.lax.cond(batch.phase == SCORE, lambda: grads, add)
-      return (grads, _combine(sums, metrics)), score
+      grads = jax.lax.cond(phase == SCORE, lambda: grads, add)
+      return (grads, sums.of_two(metrics, found)), score
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trainable)
-    start = _no_metrics(lambda pair: share_of_mean(state.trainable, pair)[1][0], pairs)
-    (grads, metrics), scores = jax.lax.scan(accumulate, (zeros, start), pairs)
+    start = sums.none(lambda pair: of_group(params["trainable"], pair)[1][0], pairs)
+    (grads, metrics), scores = jax.lax.scan(accumulate, (_zeros(params), start), pairs)
+    scores = sums.one_by_one(config, scores)
+    return mesh_lib.total(grads), sums.of_parts(metrics), chunk_scores or scores
+
+  def rescoring_step(state, frozen, reference, batch: Batch):
+    pairs, data = _pairs(config, method, batch)
+    weight_sum = jnp.sum(batch.weight)
+    weights = {"frozen": frozen, "trainable": state.trainable}, reference
+    pairs["is_first"] = jnp.broadcast_to(batch.phase == FIRST, pairs["chunk"].shape)
+    divided = (False, *_per_sample(pairs, data), False, False)
+    sum_up = mesh_lib.by_data(accumulated, divided=divided, gives=(False, False, True))
+    grads, metrics, scores = sum_up(weights, pairs, data, weight_sum, batch.phase)
     after = _learn(config, method, state, grads, metrics, weight_sum)
     after = jax.tree.map(lambda a, b: jnp.where(batch.phase == SCORE, a, b), state, after)
     by_chunk = lambda a: a.reshape(len(batch.transitions), -1, *a.shape[1:])
-    return after, metrics, jax.tree.map(by_chunk, chunk_scores or scores)
+    return after, metrics, jax.tree.map(by_chunk, scores)
 
   return build.jit(config, rescoring_step, donate_argnums=0)
+
+
+def _zeros(params):
+  """What the gradients of a scan start from."""
+  return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params["trainable"])
+
+
+def _per_sample(pairs, data):
+  """Which of the leaves have a row for each state, behind their leading axis: see `mesh.by_data`."""
+  states = pairs["weight"].shape[1]
+  is_row = lambda a: a.ndim > 1 and a.shape[1] == states
+  return jax.tree.map(is_row, pairs), jax.tree.map(is_row, data)
 
 
 def with_scores(batch: Batch, scores: dict[str, jax.Array]) -> Batch:
@@ -186,7 +215,7 @@ def make_scores(config: config_lib.Config, method: method_lib.Method):
   scorer = losses.make_scorer(config, method)
 
   def scores(state, frozen, reference, batch: Batch):
-    pairs, conditions, _ = _pairs(config, method, batch)
+    pairs, (conditions, _) = _pairs(config, method, batch)
     params = {"frozen": frozen, "trainable": state.trainable}
 
     def score(pair):
@@ -197,13 +226,6 @@ def make_scores(config: config_lib.Config, method: method_lib.Method):
     return jax.lax.map(score, pairs)
 
   return scores
-
-
-def _share(pair, loss, metrics, weight_sum):
-  """A pair's part of the mean loss, and of the metrics."""
-  mean = lambda values: jnp.sum(pair["weight"] * values) / jnp.maximum(weight_sum, 1.0)
-  total = mean(loss)
-  return total, {"loss": total} | {k: _REDUCE.get(k, mean)(v) for k, v in metrics.items()}
 
 
 def _learn(config, method, state, grads, metrics, weight_sum):
@@ -218,33 +240,6 @@ def _learn(config, method, state, grads, metrics, weight_sum):
     ema=keep(after.ema, state.ema),  # of the weights that are not kept
   )
   return dataclasses.replace(after, **mesh_lib.laid_out(kept))
-
-
-_REDUCE = {
-  "ratio/min": jnp.min,
-  "ratio/max": jnp.max,
-  "ratio/max_abs_log": jnp.max,
-  "ratio/rollout_max_abs_log": jnp.max,
-}
-# Extremes: how two are combined on the devices, what they start from, how on the host. Others are sums.
-_EXTREMES = {
-  "ratio/min": (jnp.minimum, jnp.inf, min),
-  "ratio/max": (jnp.maximum, -jnp.inf, max),
-  "ratio/max_abs_log": (jnp.maximum, 0.0, max),
-  "ratio/rollout_max_abs_log": (jnp.maximum, 0.0, max),
-}
-
-
-def _no_metrics(metrics_of, pairs):
-  """What the metrics of a scan start from."""
-  first = {name: jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for name, a in pairs.items()}
-  metrics = jax.eval_shape(metrics_of, first)
-  start = lambda name: _EXTREMES.get(name, (None, 0.0))[1]
-  return {name: jnp.asarray(start(name), jnp.float32) for name in metrics}
-
-
-def _combine(a, b):
-  return {name: _EXTREMES.get(name, (jnp.add,))[0](a[name], b[name]) for name in a}
 
 
 def _chunk_log_ratios(config, method, params, pairs, conditions, find_old):
@@ -264,7 +259,7 @@ def _chunk_log_ratios(config, method, params, pairs, conditions, find_old):
 
 
 def _pairs(config, method, batch):
-  """Leading axis C W over (microbatch, step), and conditions and finished latents of leading axis C."""
+  """Leading axis C W over (microbatch, step), and (conditions, finished latents) of leading axis C."""
   stack = lambda *leaves: jnp.stack(leaves)
   transitions = jax.tree.map(stack, *batch.transitions)
   conditions = jax.tree.map(stack, *batch.conditions)
@@ -285,7 +280,7 @@ def _pairs(config, method, batch):
   flat = {name: a.reshape(chunks * rows, *a.shape[2:]) for name, a in pairs.items()}
   flat = {k: a.astype(jnp.float32) if k in ("x", "x_next") else a for k, a in flat.items()}
   flat["chunk"] = jnp.repeat(jnp.arange(chunks), rows)
-  return flat, conditions, transitions.final
+  return flat, (conditions, transitions.final)
 
 
 def _step_weights(config, method, sigma, sigma_next):
@@ -385,16 +380,3 @@ def _draw_levels(config, rollout, rng, chunks):
   count, batch = config.loss.levels or end - start, config.train.microbatch
   drawn = [draw(rng, rollout.sigmas, (start, end), count, batch) for _ in range(chunks)]
   return np.stack(drawn).astype(np.float32)
-
-
-def merge_metrics(rows: list[dict[str, jax.Array]]) -> dict[str, float]:
-  """One row of an epoch from those of its updates; sums become means, extremes stay extremes."""
-  mean = lambda values: sum(values) / len(rows)
-  merged = {
-    name: float(_EXTREMES.get(name, (None, None, mean))[2]([float(row[name]) for row in rows]))
-    for name in rows[0]
-  }
-  if "ratio/max_abs_log" in merged:
-    # The first update is on-policy: anything but 0 here says that rollout and update disagree.
-    merged["ratio/first_update_max_abs_log"] = float(rows[0]["ratio/max_abs_log"])
-  return merged
