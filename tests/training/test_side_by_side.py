@@ -107,7 +107,6 @@ def test_pairs_side_by_side_gather_once_and_change_nothing(parts):
       traffic = collectives.read_traffic(program.as_text(), devices=4)
       after, metrics = program(*args)
       found[count] = work, traffic.received, *jax.device_get((after.trainable, metrics))
-  print({n: (f[0], f[1], f[3]) for n, f in found.items()})
   assert found[4][0] <= found[1][0]  # no pass more
   assert found[4][1]["all-gather"] < 0.3 * found[1][1]["all-gather"]
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
