@@ -204,6 +204,8 @@ def test_packed_run_has_the_same_rows_in_the_same_bytes_each_time(tmp_path):
   (run / "config.json").write_text(json.dumps({"seed": 3, "run": {"dir": str(run), "label": "a"}}))
   metrics.pack(run, first)
   metrics.pack(run, second)
+  metrics.pack(first, again := tmp_path / "again")
+  assert (again / "metrics.jsonl.gz").read_bytes() == (first / "metrics.jsonl.gz").read_bytes()
   assert metrics.rows_of(first) == metrics.rows_of(run) == [{"epoch": 1, "kind": "train", "a": 0.5}]
   for name in ("config.json", "metrics.jsonl.gz"):
     assert (first / name).read_bytes() == (second / name).read_bytes()

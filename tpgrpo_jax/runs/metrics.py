@@ -228,15 +228,16 @@ def rows_of(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def pack(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
   """Keeps what a report needs of a run, in a few kilobytes: its config and its compressed metrics.
 
-  The same run gives the same bytes, wherever it lies: of run.dir the name alone is kept.
+  The same run gives the same bytes, wherever it lies, packed or not: of run.dir the name alone is kept.
   """
   run_dir, output = epath.Path(run_dir), epath.Path(output)
   output.mkdir(parents=True, exist_ok=True)
   config = json.loads((run_dir / "config.json").read_text())
   config["run"]["dir"] = run_dir.name
   (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-  rows = (run_dir / "metrics.jsonl").read_bytes()
-  (output / "metrics.jsonl.gz").write_bytes(gzip.compress(rows, mtime=0))
+  rows, packed = run_dir / "metrics.jsonl", run_dir / "metrics.jsonl.gz"
+  content = gzip.compress(rows.read_bytes(), mtime=0) if rows.is_file() else packed.read_bytes()
+  (output / "metrics.jsonl.gz").write_bytes(content)
 
 
 def _number(value):
