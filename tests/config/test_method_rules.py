@@ -78,6 +78,11 @@ BAD = {
     {"loss.level_draw": "permute"},
     ("loss.level_draw='permute':", "Did you mean 'permuted'?"),
   ),
+  "steps_per_call on tensors": (
+    "",
+    {"train.steps_per_call": 3, "mesh.tensor": 2},
+    ("train.steps_per_call=3:", "gathers whole weights", "Set mesh.tensor=1"),
+  ),
   "steps_per_call": (
     "",
     {"train.steps_per_call": 4},

@@ -166,7 +166,7 @@ def weight_gradient(remat):
   return gradient(weights, *draw_inputs(SMALL, 4, 6))[1]
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "dots"])
 def test_rematerialisation_leaves_the_gradient_alone(remat):
   wanted = weight_gradient("none")
   scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))

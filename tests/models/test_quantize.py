@@ -26,6 +26,7 @@ FLUX = flux.FluxConfig(
   num_attention_heads=2, joint_attention_dim=12, pooled_projection_dim=12, axes_dims_rope=(8, 12, 12),
 )  # fmt: skip
 CONFIGS = {"sd3": SD3, "flux": FLUX}
+SD3_LATER = (pytest.param("sd3", marks=pytest.mark.slow), "flux")
 
 
 def kernel(seed=0, shape=(2, 128, 24)):
@@ -146,7 +147,7 @@ def test_kernels_are_given_back_as_they_are_quantised():
   assert w.is_deleted()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SD3_LATER)
 @pytest.mark.parametrize("kind", NF4_LATER)
 def test_forward_inside_value_and_grad_is_bit_identical_to_forward_alone(name, kind):
   """The first update must see a log-ratio of exactly 0."""
@@ -157,7 +158,7 @@ def test_forward_inside_value_and_grad_is_bit_identical_to_forward_alone(name, k
   np.testing.assert_array_equal(velocity(trainable, frozen), inside)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SD3_LATER)
 @pytest.mark.parametrize("kind", KINDS)
 def test_velocity_and_gradient_are_those_of_the_restored_weights(name, kind):
   _, gradient = functions(name)
@@ -181,7 +182,8 @@ def test_velocity_is_near_that_of_the_true_weights(name, kind, error):
   assert 0 < float(jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)) < error
 
 
-@pytest.mark.parametrize("kind", NF4_LATER)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_codes_lie_on_the_mesh_as_the_kernels_do(kind):
   velocity, _ = functions("sd3")
   trainable, frozen = weights("sd3")

@@ -202,7 +202,7 @@ FLUX_TARGETS = (*model_fields.REFERENCE_LORA_TARGETS, "ff.net.2", "proj_mlp", "p
 @pytest.mark.parametrize(
   "family, shape, rank",
   [
-    ("mmdit", (2, 2, 2), 4),
+    pytest.param("mmdit", (2, 2, 2), 4, marks=pytest.mark.slow),
     pytest.param("flux", (1, 2, 4), 4, marks=pytest.mark.slow),
     pytest.param("mmdit", (1, 4, 2), 0, marks=pytest.mark.slow),
     *(

@@ -109,13 +109,14 @@ def one(config_in, single_mesh, tmp_path_factory):
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "count, mesh",
   [
     (2, config_lib.Mesh(2, 1, 1)),
-    pytest.param(2, config_lib.Mesh(1, 2, 1), marks=pytest.mark.slow),
-    pytest.param(2, config_lib.Mesh(1, 1, 2), marks=pytest.mark.slow),
-    pytest.param(4, config_lib.Mesh(1, 2, 2), marks=pytest.mark.slow),
+    (2, config_lib.Mesh(1, 2, 1)),
+    (2, config_lib.Mesh(1, 1, 2)),
+    (4, config_lib.Mesh(1, 2, 2)),
   ],
 )
 def test_several_processes_learn_what_one_does(one, config_in, one_device, tmp_path, count, mesh):

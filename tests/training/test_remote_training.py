@@ -56,6 +56,7 @@ def rarely(*names):
   return [pytest.param(name, marks=pytest.mark.exhaustive) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "fault", ["killed", *rarely("hang", "truncated", "502", "slow", "busy", "reordered")]
 )

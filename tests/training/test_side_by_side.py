@@ -96,6 +96,7 @@ def run_of(parts, mesh, count):
   return step.make_train_step(config, method), (before, place(frozen), {}, laid)
 
 
+@pytest.mark.slow
 def test_pairs_side_by_side_gather_once_and_change_nothing(parts):
   mesh = mesh_lib.make_mesh(config_lib.Mesh(1, 4, 1), jax.devices()[:4])
   found = {}
