@@ -17,7 +17,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.models import byte_text, hf, lora, mmdit
-from tpgrpo_jax.reporting import run_recipe
+from tpgrpo_jax.reporting import history, run_recipe
 from tpgrpo_jax.runs import best, checkpoint, run_folder
 from tpgrpo_jax.training import build, comparing, restore, scoring
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -241,6 +241,31 @@ def test_prompts_file_that_cannot_be_used_is_named(tmp_path):
   for path in (empty, tmp_path / "none.txt"):
     with pytest.raises(ValueError, match=f"--prompts_file='{path}'"):
       scoring.load_prompt_lines(path)
+
+
+def test_prompts_file_is_read_as_the_files_of_a_dataset_are(tmp_path):
+  lines, rows = tmp_path / "a.txt", tmp_path / "a.jsonl"
+  lines.write_bytes("\ufeffa cat\r\n\r\n a dog \n".encode())
+  rows.write_text('{"prompt": "a cat", "text": "CAT"}\n{"prompt": "a dog"}\n')
+  assert scoring.load_prompt_lines(lines) == scoring.load_prompt_lines(rows) == ["a cat", "a dog"]
+  for name, content in (
+    ("b.txt", rows.read_text()),
+    ("c.txt", '[{"prompt": "a cat"},\n'),
+    ("d.txt", "id,prompt\n1,a\n"),
+  ):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"--prompts_file='.*{name}'.*would be the prompts"):
+      scoring.load_prompt_lines(tmp_path / name)
+
+
+def test_a_run_that_is_compared_is_sampled_as_the_other_and_looked_for_first(run_dir, tmp_path):
+  own = history.load_run_config(run_dir)
+  config = dataclasses.replace(own, sampler=dataclasses.replace(own.sampler, guidance_scale=3.0))
+  assert comparing.choose_other(config, "base") is config
+  other = comparing.choose_other(config, str(run_dir))
+  assert other.sampler == config.sampler and other.train == own.train
+  with pytest.raises(ValueError, match="no such folder"):
+    comparing.choose_other(config, str(tmp_path / "typo"))
 
 
 @pytest.mark.slow

@@ -193,3 +193,16 @@ def test_config_that_the_adapter_file_contradicts_is_refused(work, adapted, fiel
   assert f"lora.path={str(path)!r}" in message and "the file's values" in message
   for line in lines:
     assert any(found.startswith(line) for found in message.splitlines())
+
+
+def test_files_that_are_not_an_exports_are_neither_uploaded_nor_written_over(work, tmp_path):
+  run_folder.save_config(work / "told", config_of(work))
+  (tmp_path / "secret.txt").write_text("mine")
+  done = export(work, "--run", "told", "--output", tmp_path, "--push", "me/mine")
+  assert done.returncode == 1 and "holds 'secret.txt'" in done.stderr
+  (tmp_path / "README.md").write_text("mine")
+  done = export(work, "--run", "told", "--output", tmp_path)
+  assert done.returncode == 1 and "holds a README.md that no export wrote" in done.stderr
+  assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+    ("secret.txt", "README.md"), "mine"
+  )

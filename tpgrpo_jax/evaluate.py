@@ -71,6 +71,7 @@ def main(argv: list[str]) -> None:
   from tpgrpo_jax.training import comparing, evaluation, scoring
   from tpgrpo_jax.training import session as session_lib
 
+  other_config = comparing.choose_other(config, _COMPARE.value) if _COMPARE.value else None
   distributed.set_up(config)
   reward_fn = session_lib.build_eval_rewards(config, restore.mesh_here(config))
   prompts = scoring.load_split(config, _SPLIT.value, count=_PROMPTS.value)
@@ -102,9 +103,9 @@ def main(argv: list[str]) -> None:
   setting |= {"sampler": kind, "num_steps": num_steps}
   setting["guidance_scale"] = config.sampler.guidance_scale
   result, lines = setting | found, []
-  if _COMPARE.value:
+  if other_config:
     other_name, _, other = score(
-      comparing.open_other(config, _COMPARE.value, prompts, _WEIGHTS.value)
+      comparing.open_other(other_config, _COMPARE.value, prompts, _WEIGHTS.value)
     )
     gains = comparing.gains(found, other)
     result["compared"] = {

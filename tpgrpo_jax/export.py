@@ -2,7 +2,8 @@
 
 Adapters become pytorch_lora_weights.safetensors, for pipe.load_lora_weights(FOLDER). With --merge, and
 for a run that trained every weight, the whole transformer is written, for from_pretrained(FOLDER). Beside
-them lies README.md, a page for the hub; --push owner/name uploads all of it.
+them lies README.md, a page for the hub; --push owner/name uploads all of it. With --push the folder must hold
+nothing that an export does not write.
 """
 
 import dataclasses
@@ -17,6 +18,10 @@ _MERGE = flags.DEFINE_boolean("merge", False, "Add the adapters to the weights a
 _PUSH = flags.DEFINE_string("push", None, "Also upload the folder to the hub, as owner/name.")
 _WEIGHTS, _STRENGTH = command.define_weights()
 
+# What exports write.
+FILES = ("*.safetensors", "*.index.json", "config.json", "README.md", "run_config.json")
+FILES += ("before.png", "after.png")
+
 
 def main(argv: list[str]) -> None:
   """Parses, opens and writes."""
@@ -26,7 +31,12 @@ def main(argv: list[str]) -> None:
   from tpgrpo_jax.training import restore
 
   config = restore.choose_config(_RUN.value, None)
-  command.open_output("--output", _OUTPUT.value)
+  # All that lies in the folder would be uploaded.
+  folder = command.open_output("--output", _OUTPUT.value, only=FILES if _PUSH.value else ())
+  if (folder / "README.md").exists() and not (folder / "run_config.json").exists():
+    raise ValueError(
+      f"--output={_OUTPUT.value!r}: holds a README.md that no export wrote. Name a new folder."
+    )
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantize=""))
   opened = restore.open_model(config, _RUN.value, weights=_WEIGHTS.value, strength=_STRENGTH.value)
   sizes, params, adapters = opened.model.config, opened.params, config.lora

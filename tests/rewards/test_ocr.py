@@ -99,6 +99,12 @@ def test_normalize_forgets_case_space_and_width(one, other):
     ('A sign that reads ""OPEN LATE""', "OPEN LATE"),
     ("Ein Schild mit „Offen“", "Offen"),
     ("Un panneau «Ouvert»", "Ouvert"),
+    ("En skylt med ”Öppet”", "Öppet"),
+    ("看板に「営業中」と書いてある", "営業中"),
+    ("\"A street, with a sign that says 'OPEN'\"", "OPEN"),
+    ('"Don\'t Enter"', "Don't Enter"),
+    ('A sign \\"OPEN\\" here', "OPEN"),
+    ("'Twas night, and a sign said 'OPEN'", "OPEN"),
   ],
 )
 def test_target_is_the_first_text_between_double_quotes_or_all(prompt, target):

@@ -1,5 +1,6 @@
 """Who has peers waits for them; who has none needs no coordinator."""
 
+import os
 import socket
 
 import jax
@@ -63,6 +64,25 @@ def called(monkeypatch):
 def set_environment(monkeypatch, variables):
   for name, value in variables.items():
     monkeypatch.setenv(name, str(value))
+
+
+def test_steps_of_one_slurm_job_have_ports_of_their_own(monkeypatch, called):
+  """An evaluation by srun beside a training would join the training's processes."""
+  found = {}
+  for step in (0, 1, 2):
+    set_environment(monkeypatch, SLURM | {"SLURM_NTASKS": 2, "SLURM_STEP_ID": step})
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "")  # restored afterwards
+    monkeypatch.delenv("JAX_COORDINATOR_PORT")
+    for process in (0, 1):
+      monkeypatch.setenv("SLURM_PROCID", str(process))
+      distributed.initialize(config_lib.Distributed())
+      found.setdefault(step, set()).add(os.environ["JAX_COORDINATOR_PORT"])
+  assert found[0] == {str(65535 - 4096 + 1 + 12)}  # JAX's own, of job 12
+  assert all(len(ports) == 1 for ports in found.values())
+  assert len(set.union(*found.values())) == 3 and len(called) == 6
+  monkeypatch.setenv("JAX_COORDINATOR_PORT", "7000")
+  distributed.initialize(config_lib.Distributed())
+  assert os.environ["JAX_COORDINATOR_PORT"] == "7000"
 
 
 @pytest.mark.parametrize("size, joins", [(1, False), (2, True)])

@@ -7,37 +7,24 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from test_mesh import FLUX
+from test_step import make_method
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import credit, models, types
+from tpgrpo_jax import models, types
 from tpgrpo_jax.cost import collectives, flops
-from tpgrpo_jax.flow import steps
 from tpgrpo_jax.models import flux, lora
 from tpgrpo_jax.training import mesh as mesh_lib
-from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state, step
 
-SIZES = flux.FluxConfig(
-  in_channels=16,
-  out_channels=16,
-  num_layers=2,
-  num_single_layers=2,
-  attention_head_dim=8,
-  num_attention_heads=4,
-  joint_attention_dim=12,
-  pooled_projection_dim=10,
-  guidance_embeds=True,
-  axes_dims_rope=(2, 2, 4),
-)
 ROWS, BATCH = 4, 4
 
 
 @pytest.fixture(scope="module")
 def parts():
   """(velocity function, adapters, frozen weights, batch) of a small FLUX."""
-  model = flux.Flux(SIZES, guidance=3.5, remat="full", rngs=nnx.Rngs(params=0))
+  model = flux.Flux(FLUX, guidance=3.5, remat="full", rngs=nnx.Rngs(params=0))
   targets = ("attn.to_q", "proj_mlp")
   lora.add_lora(model, jax.random.key(1), rank=2, alpha=4.0, init="gaussian", targets=targets)
   graphdef, trainable, frozen = lora.split_trainable(model, rank=2)
@@ -64,19 +51,11 @@ def parts():
 def run_of(parts, mesh, count):
   """(program, its arguments) of an update with `count` pairs side by side."""
   velocity_fn, trainable, frozen, batch = parts
-  method = method_lib.Method(
+  method = make_method(
     velocity_fn=velocity_fn,
     reference_velocity_fn=velocity_fn,
-    step_fn=functools.partial(steps.cps_step, noise_level=0.7),
-    log_prob_fn=steps.cps_log_prob,
-    noise_levels=(),
     sigmas=np.linspace(0.9, 0.3, ROWS + 1),
     window=ROWS,
-    members=1,
-    copies=1,
-    credit=credit.CREDIT["increments"],
-    normalize=None,
-    optimizer=optax.sgd(1.0),
   )
   config = config_lib.Config(
     loss=config_lib.Loss(clip_range=0.9), train=config_lib.Train(steps_per_call=count)

@@ -122,8 +122,7 @@ def _folder_sources(path: str) -> dict[str, _Source]:
         "one file. Remove or rename the others."
       )
     for file in found:
-      parse = _parse_jsonl if file.suffix == ".jsonl" else _parse_txt
-      sources[split] = _Source(str(file), file.read_bytes(), parse)
+      sources[split] = _Source(str(file), file.read_bytes(), _parser(file))
   if not sources:
     looked_for = ", ".join(name for names in FILES.values() for name in names)
     raise ValueError(
@@ -178,6 +177,27 @@ PROMPT_SOURCES: dict[str, Callable[[str], dict[str, _Source]]] = {
 _COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 
 
+def read_file(path: pathlib.Path, where: str) -> list[Prompt]:
+  """The prompts of a .jsonl file or, under any other name, of lines of text; see `load_prompts`.
+
+  Args:
+    path: of the file.
+    where: what messages call it.
+
+  Raises:
+    ValueError: no such file, one in another form, or nothing in it.
+  """
+  if not path.is_file():
+    raise ValueError(
+      f"{where}: no such file. Give a text file, one prompt a line, or a .jsonl file."
+    )
+  return _parser(path)(path.read_bytes(), where)
+
+
+def _parser(file):
+  return _parse_jsonl if file.suffix == ".jsonl" else _parse_txt
+
+
 def _parse_txt(content: bytes, where: str) -> list[Prompt]:
   lines = _lines(content, where, ends=r"\r\n|[\r\n\x85\u2028\u2029]")  # those of every system
   first = lines[0][1]
@@ -185,7 +205,7 @@ def _parse_txt(content: bytes, where: str) -> list[Prompt]:
   try:
     is_json = isinstance(json.loads(first), dict | list)
   except ValueError:
-    is_json = first in ("[", "{")
+    is_json = re.match(r"\[?\s*\{\s*[\"']|[\[{]+\s*$", first) is not None
   if is_json:
     raise ValueError(f"{where}: holds JSON, and its lines would be the prompts. {fix}.")
   cells = [cell.strip().strip('"').lower() for cell in re.split(r"[,;\t]", first)]

@@ -19,10 +19,11 @@ from tpgrpo_jax import registry, types, version
 _BATCH = 8
 # What opens after a digit is an inch mark. CSV doubles its quotes.
 _DOUBLED = re.compile(r'(?<!")""(?=[^"\s])(.*?[^"\s])""(?!")')
-_QUOTED = re.compile(r"(?<!\d)[\"“„«]([^\"“”«»]*)[\"“”»]")
-# An apostrophe stands after a letter, and closes nothing before one; nor do decades and 'n' open.
+_QUOTED = re.compile(r"(?<!\d)[\"“”„«「『]([^\"“”«»「」『』]*)[\"“”»」』]")
+# An apostrophe stands after a letter, and closes nothing before one; nor do decades, 'n' and 'Tis open.
 _SINGLE = re.compile(
-  r"(?<![^\s(\[{:,;-])['‘‚](?!\d0s\b|[nN]['’](?:\s|$))(?=\S)(.*?\S)['’‘](?=$|[\s.,;:!?)\]}-])"
+  r"(?<![^\s(\[{:,;-])['‘‚](?!\d0s\b|[tT](?:is|was)\b|[nN]['’](?:\s|$))(?=\S)(.*?\S)"
+  r"['’‘](?=$|[\s.,;:!?)\]}-])"
 )
 _FOLDED = str.maketrans(
   {**dict.fromkeys("‘’‚‛′`´", "'"), **dict.fromkeys("“”„‟«»″", '"')} | dict.fromkeys("‐‑‒–—―−", "-")
@@ -123,8 +124,11 @@ def survey(alphabet: Callable[[], Set[str]], prompts: Sequence[types.Prompt]) ->
 
 def quoted_text(prompt: str) -> str | None:
   """What a prompt quotes: the first text in double quotes, else the first in single ones; None for none."""
-  if re.fullmatch(r'".*"".*"', prompt, re.DOTALL):  # a whole field of CSV
-    prompt = prompt[1:-1]
+  prompt = prompt.replace('\\"', '"')
+  inner = prompt[1:-1]
+  is_field = re.fullmatch(r'".*"".*"', prompt, re.DOTALL)  # of CSV, as a whole
+  if is_field or (re.fullmatch(r'"[^"]*"', prompt) and _SINGLE.search(inner)):
+    prompt = inner
   prompt = _DOUBLED.sub(r'"\1"', prompt)
   found = _QUOTED.search(prompt) or _SINGLE.search(prompt)
   return found.group(1) if found else None

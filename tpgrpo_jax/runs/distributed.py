@@ -79,6 +79,7 @@ def initialize(config: config_lib.Distributed) -> None:
       _check_alone()
     return
   explicit: dict[str, Any] = {}
+  _part_steps()
   if config.coordinator != "auto":
     explicit = dict(
       coordinator_address=config.coordinator,
@@ -107,6 +108,17 @@ def initialize(config: config_lib.Distributed) -> None:
   # JAX has taken SIGTERM, to have a checkpoint saved, and would not end. Until training takes it, there is
   # nothing to save (runs.preemption).
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _part_steps():
+  """Gives every step of a SLURM job a port of its own; JAX makes it of the job's number alone.
+
+  Else the processes of one srun would join those of another in the same job.
+  """
+  job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+  if job.isdecimal() and step.isdecimal():
+    first, count = 65535 - 2**12 + 1, 2**12  # JAX's range; the first step keeps JAX's port
+    os.environ.setdefault("JAX_COORDINATOR_PORT", str(first + (int(job) + 31 * int(step)) % count))
 
 
 def _check_alone():
@@ -177,7 +189,7 @@ def _in_cluster():
 def _address_of_first():
   """Where JAX will have process 0 listen; "" in other processes, and where only a service knows it.
 
-  Two runs of one SLURM job are given the same port, made of the job's number.
+  Two runs of one step of a SLURM job are given the same port: see `_part_steps`.
   """
   found: Any = _cluster()
   if found.__name__ not in _BY_ENVIRONMENT or found.get_process_id() != 0:

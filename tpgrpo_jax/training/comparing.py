@@ -1,33 +1,52 @@
 """Two models on the same prompts and the same noise: what one gains over the other, prompt by prompt."""
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
+from tpgrpo_jax.config import rules
 from tpgrpo_jax.training import judging, restore
 
 BASE = "base"
 
 
-def open_other(
-  config: config_lib.Config, name: str, prompts: Sequence[types.Prompt], weights: str
-) -> restore.Opened:
-  """What --compare names: the base model of the config, or the run in another folder.
+def choose_other(config: config_lib.Config, name: str) -> config_lib.Config:
+  """The config of what --compare names: the base model of `config`, or the run in another folder.
+
+  Both are sampled alike, with the sampler of `config`.
 
   Args:
     config: of the model that is compared.
+    name: BASE or a run folder.
+
+  Raises:
+    ValueError: no run folder, or one whose model has no such sampler.
+  """
+  if name == BASE:
+    return config
+  other = dataclasses.replace(restore.choose_config(name, None), sampler=config.sampler)
+  rules.validate(other)
+  return other
+
+
+def open_other(
+  config: config_lib.Config, name: str, prompts: Sequence[types.Prompt], weights: str
+) -> restore.Opened:
+  """Opens what --compare names.
+
+  Args:
+    config: of `choose_other`.
     name: BASE or a run folder.
     prompts: as of `restore.open_model`.
     weights: of a run, likewise.
   """
   if name == BASE:
     return restore.open_model(config, prompts=prompts)
-  return restore.open_model(
-    restore.choose_config(name, None), name, prompts=prompts, weights=weights
-  )
+  return restore.open_model(config, name, prompts=prompts, weights=weights)
 
 
 def gains(result: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, judging.Estimate]:

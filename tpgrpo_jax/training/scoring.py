@@ -200,20 +200,9 @@ def make_prompts(
 
 
 def load_prompt_lines(path: str | os.PathLike[str]) -> list[str]:
-  """Reads prompts from a text file, one a line; blank lines are skipped.
+  """Reads the texts of prompts from a file of lines, or of objects with a "prompt" (.jsonl).
 
   Raises:
-    ValueError: no such file, or nothing in it.
+    ValueError: no such file, one in another form, or nothing in it.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise ValueError(
-      f"--prompts_file={str(path)!r}: no such file. Give a text file, one prompt a line."
-    )
-  try:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-  except UnicodeDecodeError as error:
-    raise ValueError(f"--prompts_file={str(path)!r}: is no text in UTF-8 ({error}).") from error
-  if not any(lines):
-    raise ValueError(f"--prompts_file={str(path)!r}: holds no prompts. Write one a line.")
-  return [line for line in lines if line]
+  return types.texts_of(prompts_lib.read_file(pathlib.Path(path), f"--prompts_file={str(path)!r}"))
