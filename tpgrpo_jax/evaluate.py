@@ -71,7 +71,8 @@ def main(argv: list[str]) -> None:
   from tpgrpo_jax.training import comparing, evaluation, scoring
   from tpgrpo_jax.training import session as session_lib
 
-  other_config = comparing.choose_other(config, _COMPARE.value) if _COMPARE.value else None
+  compared = _COMPARE.value or ""
+  other_config = comparing.choose_other(config, compared) if compared else None
   distributed.set_up(config)
   reward_fn = session_lib.build_eval_rewards(config, restore.mesh_here(config))
   prompts = scoring.load_split(config, _SPLIT.value, count=_PROMPTS.value)
@@ -105,7 +106,7 @@ def main(argv: list[str]) -> None:
   result, lines = setting | found, []
   if other_config:
     other_name, _, other = score(
-      comparing.open_other(other_config, _COMPARE.value, prompts, _WEIGHTS.value)
+      comparing.open_other(other_config, compared, prompts, _WEIGHTS.value)
     )
     gains = comparing.gains(found, other)
     result["compared"] = {
