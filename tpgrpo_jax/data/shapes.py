@@ -19,7 +19,7 @@ from tpgrpo_jax import registry
 from tpgrpo_jax.data import geneval
 
 SIZE = 32  # pixels a side
-CLASSES = ("circle", "square", "triangle", "cross")
+CLASSES = ("circle", "square", "triangle", "cross", "cup", "tee")
 COLORS = {
   "red": (235, 40, 40),
   "green": (40, 200, 60),
@@ -33,9 +33,22 @@ _TEST_SHARE = 6  # one combination in so many is held out
 _SALT = "shapes 35 "  # chosen so that every kind of combination has some of both splits
 _NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 _PLURALS = {"cross": "crosses"}
-CELL = 8  # pixels a side; a shape of a scene fills a cell, and no shape lies in the eight around it
-RADIUS = CELL / 2  # half a shape's side in pixels
-ARM = 0.4  # half the width of a cross's arms, in radii
+RADIUS = 4.0  # half a side of a shape in a scene, in pixels
+# The middles of the places that a shape of a scene may have: the corners. From left to right, then down.
+PLACES = tuple(itertools.product((RADIUS, SIZE - RADIUS), repeat=2))
+_IN_ORDER = 0.85  # of scenes in which shapes lie in the order of their names, as in most captions
+# How often a kind is drawn, next to the others: what is hard to learn more often.
+SHARES = {
+  "single_object": 1,
+  "two_object": 3,
+  "counting": 3,
+  "colors": 1,
+  "position": 6,
+  "color_attr": 6,
+}
+ARM = 0.4  # half the width of a cross's arms and a tee's stem, in radii
+NOTCH = (0.38, 0.3)  # of a cup: half its width, and how deep it goes, from above; in radii
+BAR = -0.2  # where the bar of a tee ends; in radii
 
 
 class Shape(NamedTuple):
@@ -119,7 +132,7 @@ def task_prompts(split: str, count: int) -> list[dict[str, Any]]:
 def draw_scenes(
   rng: np.random.Generator, count: int, *, split: str = "train"
 ) -> tuple[list[dict[str, Any]], list[Scene]]:
-  """Draws prompts, every kind equally likely, and a scene that fulfils each.
+  """Draws prompts, each kind as often as SHARES says, and a scene that fulfils each.
 
   A training scene shows no held-out combination, even where its prompt leaves open what it shows.
 
@@ -133,21 +146,26 @@ def draw_scenes(
   """
   registry.check(split, SPLITS, field="split")
   prompts, scenes = [], []
-  for tag in rng.integers(len(geneval.TAGS), size=count).tolist():
-    rows = _prompts_once(geneval.TAGS[tag], split)
+  shares = np.asarray([SHARES[tag] for tag in geneval.TAGS])
+  for tag in rng.choice(geneval.TAGS, size=count, p=shares / shares.sum()).tolist():
+    rows = _prompts_once(tag, split)
     prompts.append(rows[rng.integers(len(rows))])
     scenes.append(_draw_scene(rng, prompts[-1], split))
   return prompts, scenes
 
 
 def _draw_scene(rng, metadata, split):
+  placed = any("position" in clause for clause in metadata["include"])
   while True:
     kinds = []
     for clause in metadata["include"]:
       color = clause.get("color") or list(COLORS)[rng.integers(len(COLORS))]
       kinds += [(clause["class"], color)] * clause["count"]
-    scene = _place(rng, kinds)
-    if scene and _fulfils(scene, metadata):
+    places = rng.permutation(len(PLACES))[: len(kinds)]
+    if not placed and rng.random() < _IN_ORDER:
+      places = np.sort(places)
+    scene = tuple(Shape(*kind, *PLACES[place], RADIUS) for kind, place in zip(kinds, places))
+    if _fulfils(scene, metadata):
       if split == "test" or _split_of_all(shown(scene)) == "train":
         return scene
 
@@ -158,20 +176,6 @@ def _fulfils(scene, metadata):
     if "position" in clause:
       return geneval.relations(scene[1].box, scene[0].box) == {clause["position"][0]}
   return True
-
-
-def _place(rng, kinds):
-  """The shapes at places drawn evenly, apart from each other; None where one finds no place."""
-  placed: list[Shape] = []
-  for kind, color in kinds:
-    for _ in range(20):
-      x, y = (CELL * rng.integers(SIZE // CELL, size=2) + RADIUS).tolist()
-      if all(max(abs(x - s.x), abs(y - s.y)) >= 2 * CELL for s in placed):
-        placed.append(Shape(kind, color, x, y, RADIUS))
-        break
-    else:
-      return None
-  return tuple(placed)
 
 
 def render(scenes: Sequence[Scene]) -> UInt8[np.ndarray, "scenes 32 32 3"]:
@@ -209,12 +213,24 @@ def _cross(x, y, r):
   return np.minimum(np.maximum(x - r, y - arm), np.maximum(x - arm, y - r))
 
 
+def _cup(x, y, r):
+  width, depth = NOTCH
+  return np.maximum(_square(x, y, r), -np.maximum(x - width * r, y - depth * r))
+
+
+def _tee(x, y, r):
+  bar = np.maximum(x - r, np.maximum(y - BAR * r, -r - y))
+  return np.minimum(bar, np.maximum(x - ARM * r, np.abs(y) - r))
+
+
 # Kind -> (|x|, y, radius) -> distance to the edge, negative inside.
 DISTANCES: dict[str, Callable[..., np.ndarray]] = {
   "circle": _circle,
   "square": _square,
   "triangle": _triangle,
   "cross": _cross,
+  "cup": _cup,
+  "tee": _tee,
 }
 
 

@@ -197,10 +197,20 @@ def _overlaps(share) -> dict[str, float]:
   return found
 
 
+def _of_parts(*parts):
+  """(area, how far the centroid lies below the middle) of rectangles (area, centre); a hole's area is < 0."""
+  area = sum(size for size, _ in parts)
+  return area, sum(size * below for size, below in parts) / area
+
+
+_HALF, _DEPTH = shapes.NOTCH
+_BAR, _STEM = 2 * (shapes.BAR + 1), 2 * shapes.ARM * (1 - shapes.BAR)
 # Kind -> (its area at radius 1, how far its centroid lies below its middle, in radii).
 _IDEAL = {
   "circle": (np.pi, 0.0),
   "square": (4.0, 0.0),
   "triangle": (2.0, 1 / 3),
   "cross": (4 * shapes.ARM * (2 - shapes.ARM), 0.0),
+  "cup": _of_parts((4.0, 0.0), (-2 * _HALF * (1 + _DEPTH), (_DEPTH - 1) / 2)),
+  "tee": _of_parts((_BAR, (shapes.BAR - 1) / 2), (_STEM, (shapes.BAR + 1) / 2)),
 }
