@@ -395,6 +395,9 @@ def test_sample_paints_every_prompt_of_the_base_model(work):
   words = ["CAT", "CAT", "A_B", "A_B", "ELK", "ELK"]
   assert names == [f"{i:04d}_{word}.png" for i, word in enumerate(words)] + ["grid.png"]
   assert Image.open(work / "painted" / names[0]).size == (48, 24)
+  again = run_command(work, "sample", "--config", "recipe.py", "EMU", "--output", "painted")
+  assert again.returncode == 1 and "earlier grid.png" in again.stderr
+  assert sorted(p.name for p in (work / "painted").iterdir()) == names
 
 
 def test_sample_without_prompts_says_where_to_put_them(work):

@@ -32,6 +32,11 @@ def test_every_command_prints_the_packages_version(capsys):
   assert capsys.readouterr().out == f"tpgrpo_jax {importlib.metadata.version('tpgrpo_jax')}\n"
 
 
+def test_a_source_tree_says_its_own_version_installed_or_not(monkeypatch):
+  monkeypatch.setattr(version.importlib.metadata, "version", lambda name: pytest.fail("asked"))
+  assert version.installed() == VERSION
+
+
 def test_changelog_and_citation_have_the_version():
   assert f"## {VERSION}" in (ROOT / "CHANGELOG.md").read_text()
   citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())

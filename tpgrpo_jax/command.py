@@ -4,7 +4,6 @@ from collections.abc import Callable
 import os
 import pathlib
 import re
-import signal
 import sys
 import tempfile
 import traceback
@@ -15,6 +14,7 @@ from absl import app, flags, logging
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import registry, version
 from tpgrpo_jax.config import bridge, describe
+from tpgrpo_jax.runs import interrupts
 
 PACKAGE = pathlib.Path(__file__).parent
 
@@ -68,9 +68,10 @@ def run(
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       sys.stderr.flush()
-      os._exit(128 + signal.SIGINT)  # without waiting for threads: that is what was asked for
+      os._exit(interrupts.INTERRUPTED)  # without waiting for threads: that is what was asked for
 
-  app.run(quiet, argv=argv, flags_parser=parse)
+  with interrupts.second_ends_at_once():
+    app.run(quiet, argv=argv, flags_parser=parse)
 
 
 def define_weights() -> tuple[flags.FlagHolder, flags.FlagHolder]:
@@ -93,22 +94,30 @@ def define_epoch() -> flags.FlagHolder:
   )
 
 
+def define_overwrite(what: str) -> flags.FlagHolder:
+  """The flag --overwrite of the commands that leave earlier results in --output alone."""
+  return flags.DEFINE_boolean("overwrite", False, f"Replace {what} in --output.")
+
+
 def refuse_arguments(argv: list[str]) -> None:
   """Raises ValueError for arguments that are not flags, where a command takes none."""
   if len(argv) > 1:
     raise ValueError(f"unexpected arguments {' '.join(argv[1:])}. Recipes go behind --config.")
 
 
-def open_output(flag: str, folder: str, *, only: tuple[str, ...] = ()) -> pathlib.Path:
+def open_output(
+  flag: str, folder: str, *, only: tuple[str, ...] = (), new: str | None = None
+) -> pathlib.Path:
   """Makes the folder of a command's results before any work is done.
 
   Args:
     flag: its name, for messages.
     folder: as the user gave it.
     only: patterns of the files that may be in it, where the command replaces its content.
+    new: a file that must not be there yet, where earlier results stay.
 
   Raises:
-    ValueError: no folder, one that cannot be written to, or one that holds other files.
+    ValueError: no folder, one that cannot be written to, or one that holds other files, or that one.
   """
   path = pathlib.Path(folder).expanduser()
   if "://" in folder:
@@ -123,6 +132,10 @@ def open_output(flag: str, folder: str, *, only: tuple[str, ...] = ()) -> pathli
     raise ValueError(
       f"{flag}={folder!r}: must be a folder that can be written to ({error.strerror or error})."
     ) from error
+  if new and (path / new).exists():
+    raise ValueError(
+      f"{flag}={folder!r}: holds an earlier {new}. Name another folder, or --overwrite."
+    )
   others = [p.name for p in path.iterdir() if not any(p.match(pattern) for pattern in only)]
   if only and others:
     raise ValueError(

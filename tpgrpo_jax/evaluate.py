@@ -47,7 +47,7 @@ _SEED = flags.DEFINE_integer(
   upper_bound=2**32 - 1,
 )
 _OUTPUT = flags.DEFINE_string("output", "evaluation", "Folder for evaluation.json and grid.png.")
-_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace an earlier evaluation in it.")
+_OVERWRITE = command.define_overwrite("an earlier evaluation")
 
 
 def main(argv: list[str]) -> None:
@@ -62,11 +62,9 @@ def main(argv: list[str]) -> None:
   asked |= {} if _NUM_STEPS.value is None else {"num_steps": _NUM_STEPS.value}
   config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, **asked))
   rules.validate(config)
-  folder = command.open_output("--output", _OUTPUT.value)
-  if (folder / "evaluation.json").exists() and not _OVERWRITE.value:
-    raise ValueError(
-      f"--output={_OUTPUT.value!r}: holds an earlier evaluation.json. Name another folder, or --overwrite."
-    )
+  command.open_output(
+    "--output", _OUTPUT.value, new=None if _OVERWRITE.value else "evaluation.json"
+  )
   from tpgrpo_jax.runs import distributed, processes
   from tpgrpo_jax.training import comparing, evaluation, scoring
   from tpgrpo_jax.training import session as session_lib

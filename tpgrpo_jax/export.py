@@ -2,8 +2,8 @@
 
 Adapters become pytorch_lora_weights.safetensors, for pipe.load_lora_weights(FOLDER). With --merge, and
 for a run that trained every weight, the whole transformer is written, for from_pretrained(FOLDER). Beside
-them lies README.md, a page for the hub; --push owner/name uploads all of it. With --push the folder must hold
-nothing that an export does not write.
+them lies README.md, a page for the hub; --push owner/name uploads all of it, for everyone to see unless
+--private. With --push the folder must hold nothing that an export does not write.
 """
 
 import dataclasses
@@ -16,6 +16,9 @@ _RUN = flags.DEFINE_string("run", None, "Run folder.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for the files.", required=True)
 _MERGE = flags.DEFINE_boolean("merge", False, "Add the adapters to the weights and write them all.")
 _PUSH = flags.DEFINE_string("push", None, "Also upload the folder to the hub, as owner/name.")
+_PRIVATE = flags.DEFINE_boolean(
+  "private", False, "With --push: a new repository is private. One that exists stays as it is."
+)
 _WEIGHTS, _STRENGTH = command.define_weights()
 
 # What exports write.
@@ -27,6 +30,8 @@ def main(argv: list[str]) -> None:
   """Parses, opens and writes."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments {argv[1:]}. Did you mean --run {argv[1]}?")
+  if _PRIVATE.value and not _PUSH.value:
+    raise ValueError("--private: is for --push, which is not given. Name the repository by --push.")
   from tpgrpo_jax.models import hf, lora
   from tpgrpo_jax.training import restore
 
@@ -73,7 +78,8 @@ def _finish(how):
   if metrics.rows_of(_RUN.value):
     model_card.write_card(_RUN.value, _OUTPUT.value, weights=_WEIGHTS.value, how=how)
   if _PUSH.value:
-    print(f"uploaded to {model_card.push(_OUTPUT.value, _PUSH.value)}")
+    address = model_card.push(_OUTPUT.value, _PUSH.value, private=_PRIVATE.value)
+    print(f"uploaded to {address}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ _GUIDANCE = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
 _OUTPUT = flags.DEFINE_string("output", "samples", "Folder for one PNG each, and grid.png.")
+_OVERWRITE = command.define_overwrite("the pictures of an earlier command")
 
 
 def main(argv: list[str]) -> None:
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
   from tpgrpo_jax.runs import distributed, processes
   from tpgrpo_jax.training import scoring
 
-  command.open_output("--output", _OUTPUT.value)
+  command.open_output("--output", _OUTPUT.value, new=None if _OVERWRITE.value else "grid.png")
   texts = argv[1:] + (scoring.load_prompt_lines(_FILE.value) if _FILE.value else [])
   if not texts:
     raise ValueError("no prompts: give them as arguments, or one a line in --prompts_file.")

@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
   try:
     row = loop.train(config, announced=True)
   except preemption.Preempted as ended:
-    print(
-      f"{config.run.dir}: ends, as asked; the finished epochs are saved. The same command goes on.",
-      file=sys.stderr,
-    )
+    saved = f"saved up to epoch {ended.epoch}. The same command goes on."
+    if not ended.epoch:
+      saved = "no epoch has finished, so nothing is saved. The same command begins anew."
+    print(f"{config.run.dir}: ends, as asked; {saved}", file=sys.stderr)
     preemption.leave(ended.signal)
   if processes.is_first():
     print({k: round(v, 4) for k, v in row.items()})

@@ -1,15 +1,23 @@
 """Which version this is, and what its extras bring."""
 
 import importlib.metadata
+import pathlib
 import re
+import tomllib
+
+_PROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
 
 
 def installed() -> str:
-  """Of the installed package, as its metadata says."""
+  """Of this source tree, as its pyproject.toml says, or of the installed package."""
+  if _PROJECT.is_file():
+    project = tomllib.loads(_PROJECT.read_text()).get("project", {})
+    if project.get("name") == "tpgrpo_jax":
+      return project["version"]
   try:
     return importlib.metadata.version("tpgrpo_jax")
-  except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-    return "not installed"
+  except importlib.metadata.PackageNotFoundError:  # its files alone, copied
+    return "unknown"
 
 
 def install(extra: str) -> str:

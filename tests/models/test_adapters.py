@@ -195,7 +195,12 @@ def without_scale(tensors):
 
 @pytest.mark.parametrize(
   "name",
-  ["text_encoder.layers.0.lora_A.weight", "lora_te1_text_model_encoder_layers_0.lora_up.weight"],
+  [
+    "text_encoder.layers.0.lora_A.weight",
+    "_orig_mod.text_encoder.layers.0.lora_A.weight",
+    "lora_te1_text_model_encoder_layers_0.lora_up.weight",
+    "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.lora_down.weight",
+  ],
 )
 def test_adapters_of_text_encoders_are_left_out_with_a_warning(file, trainable, abstract, name):
   rewrite(file, lambda t: t | {name: np.zeros((3, 4), np.float32)})

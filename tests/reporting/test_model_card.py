@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax import version
 from tpgrpo_jax.config import presets
 from tpgrpo_jax.reporting import model_card
 
@@ -51,10 +52,24 @@ def test_the_page_has_base_model_method_gains_pictures_and_command(run_dir, tmp_
   front = yaml.safe_load(text.split("---")[1])
   assert front["base_model"] == "stabilityai/stable-diffusion-3.5-medium"
   assert front["library_name"] == "diffusers" and "lora" in front["tags"]
+  assert front["pipeline_tag"] == "text-to-image"
+  assert "eprint = {2508.04324}" in text and f"version = {{{version.installed()}}}" in text
   assert "| ocr | 0.500 ± 0.039 | 0.800 ± 0.020 | 0.300 ± 0.029 |" in text
   assert presets.PAPERS["tempflow"] in text and "pipe.load()" in text
   assert (tmp_path / "out" / "before.png").read_bytes() == b"picture 0"
   assert (tmp_path / "out" / "after.png").read_bytes() == b"picture 7"
+
+
+@pytest.mark.parametrize("path", ["models/mine", "/models/mine"])
+def test_a_model_of_this_machine_is_no_base_model_of_the_hub(run_dir, tmp_path, monkeypatch, path):
+  (tmp_path / "models" / "mine").mkdir(parents=True)
+  monkeypatch.chdir(tmp_path)
+  model = dataclasses.replace(CONFIG.model, path=path, variant="flux_kontext")
+  config = dataclasses.replace(CONFIG, model=model)
+  (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+  front = yaml.safe_load(card_of(run_dir, tmp_path / "out").split("---")[1])
+  assert not {"base_model", "base_model_relation"} & {*front}
+  assert front["pipeline_tag"] == "image-to-image"  # it edits
 
 
 def test_a_run_that_was_not_judged_shows_its_evaluations(run_dir, tmp_path):
@@ -84,12 +99,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
   files: dict = {}
   refuses = False
+  asked: dict = {}  # of the repository that is made
 
   def do_POST(self):
     body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
     if self.refuses:
       return self._answer({"error": "no"}, 403)
     if self.path.endswith("/repos/create"):
+      self.asked |= json.loads(body)
       return self._answer({"url": f"http://127.0.0.1:{self.server.server_port}/me/mine"})
     if "/preupload/" in self.path:
       names = [f["path"] for f in json.loads(body)["files"]]
@@ -131,6 +148,7 @@ def hub(monkeypatch):
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   monkeypatch.setattr(Hub, "files", {})
+  monkeypatch.setattr(Hub, "asked", {})
   monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
   monkeypatch.setenv("HF_TOKEN", "hf_test")
   yield Hub
@@ -145,6 +163,13 @@ def test_a_push_uploads_every_file_of_the_folder(hub, run_dir, tmp_path):
   assert hub.files["README.md"].decode() == text
   assert hub.files["pytorch_lora_weights.safetensors"] == b"weights"
   assert {"run_config.json", "before.png", "after.png"} < {*hub.files}
+  assert not hub.asked.get("private") and hub.asked.get("visibility") != "private"
+
+
+def test_a_repository_is_made_private_where_that_is_asked_for(hub, tmp_path):
+  (tmp_path / "README.md").write_text("page")
+  model_card.push(tmp_path, "me/mine", private=True)
+  assert hub.asked.get("private") or hub.asked.get("visibility") == "private"
 
 
 def test_a_push_that_is_refused_says_so_and_where_the_files_are(hub, monkeypatch, tmp_path):

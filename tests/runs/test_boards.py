@@ -1,5 +1,6 @@
 """TensorBoard and Weights & Biases show a resumed run as one curve, read back from their own files."""
 
+import functools
 import json
 import pathlib
 import time
@@ -110,8 +111,18 @@ def test_weights_and_biases_shows_a_resumed_run_as_one_curve(tmp_path, monkeypat
 def test_id_is_as_asked_or_kept_or_new(tmp_path, monkeypatch):
   monkeypatch.delenv("WANDB_RUN_ID", raising=False)
   (tmp_path / "other").mkdir()
-  first = boards.keep_id(tmp_path, "")
-  assert first and boards.keep_id(tmp_path, "") == first != boards.keep_id(tmp_path / "other", "")
+  keep = functools.partial(boards.keep_id, tmp_path, goes_on=True)
+  first = keep("")
+  assert first and keep("") == first
+  assert boards.keep_id(tmp_path / "other", "", goes_on=True) != first
   monkeypatch.setenv("WANDB_RUN_ID", "of_a_sweep")
-  assert boards.keep_id(tmp_path, "") == first  # the run's own goes first
-  assert boards.keep_id(tmp_path, "mine") == boards.keep_id(tmp_path, "") == "mine"
+  assert keep("") == first  # the run's own goes first
+  assert keep("mine") == keep("") == "mine"
+
+
+def test_a_run_that_begins_anew_in_its_folder_is_another_curve(tmp_path, monkeypatch):
+  monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+  begin = functools.partial(boards.keep_id, tmp_path, goes_on=False)
+  first = begin("")
+  assert begin("") != first
+  assert begin("mine") == begin("mine") == "mine"

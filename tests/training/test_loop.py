@@ -1,5 +1,6 @@
 """A run cut anywhere and resumed is the uninterrupted run; a bad reward stops it with the culprit named."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -108,7 +109,7 @@ def test_reward_that_hangs_stops_the_run_with_the_finished_epochs_saved(
   "what, call, finished",
   [
     ("term", 1 + CHUNKS + 2, 1),  # in the second epoch
-    ("interrupt", 1 + CHUNKS + 2, 1),
+    ("interrupt", 1, 0),  # in the first
     pytest.param("term_and_hang", 1 + CHUNKS + 2, 1, marks=pytest.mark.slow),
     ("term_and_hang", 2 * (CHUNKS + 1), 2),  # in the evaluation after it
   ],
@@ -120,12 +121,13 @@ def test_run_that_is_asked_to_end_saves_and_goes(
   script(monkeypatch, f"{what}:{call}")
   before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
   request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-  with pytest.raises(preemption.Preempted):
+  with pytest.raises(preemption.Preempted) as ended:
     loop.train(config)
+  assert ended.value.epoch == finished
   if what == "term_and_hang":
     assert time.monotonic() - scripted_rewards.HUNG.pop() < 25  # not the 30 s that the reward hangs
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
-    assert kept.steps() == [finished]
+    assert kept.steps() == [finished] * (finished > 0)
   script(monkeypatch, "")
   loop.train(config)
   left_behind.assert_same_run(config, uninterrupted)
@@ -325,12 +327,33 @@ def test_credit_that_is_not_finite_stops_the_run(make_config, one_device, prompt
   assert "gave nan to step 0" in message and any(f"sample of {word!r}" in message for word in words)
 
 
-def test_update_that_is_not_finite_stops_the_run_before_its_checkpoint(make_config, one_device):
-  config = make_config({"optimizer.learning_rate": 1e30, "checkpoint.every": 1})
-  with pytest.raises(ValueError, match="must be finite"):
+@pytest.mark.parametrize(
+  "first, said",
+  [
+    (0, "No checkpoint was saved."),
+    (2, "The newest checkpoint is that of epoch 1, and what came after it is lost: 1 finished"),
+  ],
+)
+def test_update_that_is_not_finite_stops_the_run_and_says_what_is_kept(
+  first, said, make_config, one_device, monkeypatch
+):
+  config, update = make_config({"checkpoint.every": 1}), epoch_lib.update_epoch
+  save = checkpoint.RunCheckpoints.save
+  only_first = lambda self, step, *rest, **how: step == 1 and save(self, step, *rest, **how)
+
+  def broken(session, state, epoch, sampled):
+    if epoch == first:
+      sampled = dataclasses.replace(sampled, advantage=np.full_like(sampled.advantage, np.nan))
+    return update(session, state, epoch, sampled)
+
+  monkeypatch.setattr(epoch_lib, "update_epoch", broken)
+  monkeypatch.setattr(checkpoint.RunCheckpoints, "save", only_first)
+  with pytest.raises(ValueError, match=r"epoch \d: loss nan.*must be finite") as caught:
     loop.train(config)
+  (note,) = caught.value.__notes__
+  assert note.startswith(said)
   with checkpoint.RunCheckpoints(config.run.dir, read_only=True) as kept:
-    assert kept.steps() == []
+    assert kept.steps() == [1] * (first > 0)
 
 
 def test_other_prompts_in_the_same_folder_are_refused_on_resume(make_config, one_device, tmp_path):
@@ -535,9 +558,10 @@ def test_interrupted_command_saves_and_the_same_one_goes_on(command, whole_comma
   interrupted = command(run_dir, "interrupt:2")  # in the second epoch
   assert interrupted.returncode == 128 + signal.SIGINT, interrupted.stderr
   assert (
-    "Ctrl-C: saves the finished epochs and ends. Once more: ends at once." in interrupted.stderr
+    "Ctrl-C: saves the finished epochs, if any, and ends. Once more: ends at once."
+    in interrupted.stderr
   )
-  assert "The same command goes on." in interrupted.stderr
+  assert "saved up to epoch 1. The same command goes on." in interrupted.stderr
   assert "Traceback" not in interrupted.stderr
   at_once = command(run_dir, "interrupt_twice:1")  # in the evaluation at the end
   assert at_once.returncode == 128 + signal.SIGINT, at_once.stderr
@@ -656,8 +680,8 @@ def test_ctrl_c_in_a_terminal_at_any_moment_saves_and_the_same_command_goes_on(
     status, shown = press_ctrl_c(arguments, environment, moment)
     assert status == 128 + signal.SIGINT, shown
     assert f"@{moment}@" in shown and "Traceback" not in shown, shown
-    assert "Ctrl-C: saves the finished epochs and ends." in shown, shown
-    assert "The same command goes on." in shown, shown
+    assert "Ctrl-C: saves the finished epochs, if any, and ends." in shown, shown
+    assert f"saved up to epoch {kept}. The same command goes on." in shown, shown
     with checkpoint.RunCheckpoints(run_dir, read_only=True) as checkpoints:
       assert checkpoints.latest() == kept, moment
   done = command(run_dir, arguments=longer)

@@ -9,8 +9,9 @@ from typing import Any
 from etils import epath
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import version
+from tpgrpo_jax import models, version
 from tpgrpo_jax.config import bridge, presets
+from tpgrpo_jax.models.hf import files
 from tpgrpo_jax.reporting import history
 
 CARD, RUN_CONFIG = "README.md", "run_config.json"
@@ -55,8 +56,7 @@ def write_card(
     parts.append(f"## Pictures\n\nHeld-out prompts under each, from the same noise.\n\n{shown}")
   parts += [
     f"## How it was made\n\n```sh\n{train_command(config)}\n```\n\nAll fields: `{RUN_CONFIG}`.",
-    "## Citation\n\nCite the paper of the method, of the base model, and tpgrpo_jax. The licence of the base "
-    "model holds for this one.",
+    f"## Citation\n\n{_citation(config, name, number)}",
   ]
   path = folder / CARD
   path.write_text("\n\n".join(parts) + "\n")
@@ -92,13 +92,35 @@ def train_command(config: config_lib.Config) -> str:
 
 
 def _front_matter(config):
-  lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-  if config.model.path and not config.model.path.startswith(("/", ".", "~")):
+  edits = models.MODELS[config.model.variant].task == "edit"
+  tag = "image-to-image" if edits else "text-to-image"
+  lines = ["library_name: diffusers", f"pipeline_tag: {tag}"]
+  if files.is_hub_id(config.model.path):
     lines += [f"base_model: {config.model.path}"]
     if config.lora.rank:
       lines += ["base_model_relation: adapter"]
   tags = ["tpgrpo_jax", "reinforcement-learning", *(["lora"] if config.lora.rank else [])]
   return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
+
+
+def _citation(config, name, number):
+  """What to cite: entries of BibTeX for the method and the software, and the page of the base model."""
+  entries = [
+    "@software{tpgrpo_jax,\n  title = {tpgrpo_jax: RL fine-tuning of flow-matching image generators},\n"
+    f"  author = {{The tpgrpo_jax authors}},\n  version = {{{version.installed()}}}\n}}"
+  ]
+  if number:
+    entries.insert(
+      0,
+      f"@misc{{{name},\n  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n"
+      f"  url = {{https://arxiv.org/abs/{number}}}\n}}",
+    )
+  base = "The licence of the base model holds for this one."
+  if files.is_hub_id(config.model.path):
+    page = f"https://huggingface.co/{config.model.path}"
+    base = f"The base model's [page]({page}) says how to cite it. Its licence holds for this one."
+  text = "\n\n".join(entries)
+  return f"```bibtex\n{text}\n```\n\n{base}"
 
 
 def _gains(run: history.Run, weights: str) -> str:
@@ -136,12 +158,13 @@ def _gains(run: history.Run, weights: str) -> str:
   return "\n".join([head, "", "| reward | before | after |", "| --- | --- | --- |", *rows])
 
 
-def push(folder: str | os.PathLike[str], repository: str) -> str:
+def push(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:
   """Uploads a folder to the hub as a model; returns its address.
 
   Args:
     folder: of an export.
     repository: "owner/name"; made where it does not exist. $HF_ENDPOINT is another hub than the public one.
+    private: one that is made is not for everyone to see.
 
   Raises:
     ValueError: it cannot be uploaded; the files stay where they are.
@@ -150,7 +173,7 @@ def push(folder: str | os.PathLike[str], repository: str) -> str:
 
   api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
   try:
-    address = api.create_repo(repository, exist_ok=True)
+    address = api.create_repo(repository, private=private, exist_ok=True)
     api.upload_folder(
       repo_id=repository, folder_path=os.fspath(folder), commit_message="tpgrpo export"
     )

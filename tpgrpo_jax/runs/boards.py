@@ -59,8 +59,8 @@ class WandB:
   Its steps are epochs. They only grow: of rows that are written again the first ones stay.
   """
 
-  def __init__(self, run_dir: os.PathLike | str, log: config_lib.Log, config: Any):
-    """Opens the run, or goes on with it.
+  def __init__(self, run_dir: os.PathLike | str, log: config_lib.Log, config: Any, next_epoch: int):
+    """Opens the run, or goes on with it where epochs of it are kept.
 
     Raises:
       ValueError: wandb is missing, or refuses.
@@ -74,7 +74,7 @@ class WandB:
         project=log.project or None,
         name=log.name or os.path.basename(os.path.normpath(run_dir)),
         group=log.group or None,
-        id=keep_id(run_dir, log.id),
+        id=keep_id(run_dir, log.id, goes_on=next_epoch > 0),
         dir=None if run_folder.is_remote(run_dir) else os.fspath(run_dir),
         config=config,
         resume="allow",
@@ -114,11 +114,17 @@ def check(log: config_lib.Log) -> None:
     raise ValueError("log.wandb=True: wandb is missing. pip install wandb")
 
 
-def keep_id(run_dir: os.PathLike | str, asked: str) -> str:
-  """The run's id: as asked, else the run folder's, else $WANDB_RUN_ID, else a new one; kept there."""
+def keep_id(run_dir: os.PathLike | str, asked: str, *, goes_on: bool) -> str:
+  """The run's id, kept in its folder: as asked, else the kept one of a run that goes on, else $WANDB_RUN_ID,
+  else a new one.
+
+  A run that begins anew in a folder, because nothing was saved, is a new curve: of an old one W&B would keep
+  the rows that are there.
+  """
   path = epath.Path(run_dir) / ID_FILE
   kept = path.read_text().strip() if path.exists() else ""
-  found = asked or kept or os.environ.get("WANDB_RUN_ID", "") or secrets.token_hex(4)
+  known = asked or (kept if goes_on else "") or os.environ.get("WANDB_RUN_ID", "")
+  found = known or secrets.token_hex(4)
   if found != kept:
     run_folder.write(path, f"{found}\n".encode())
   return found

@@ -148,7 +148,7 @@ class MetricsLog:
       return
     self._path = epath.Path(run_dir) / "metrics.jsonl"
     if log.wandb:
-      self._boards.append(boards.WandB(run_dir, log, config))
+      self._boards.append(boards.WandB(run_dir, log, config, next_epoch))
     if log.tensorboard:
       self._boards.append(boards.TensorBoard(run_dir, next_epoch))
 

@@ -6,12 +6,13 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from tpgrpo_jax.runs import processes
+from tpgrpo_jax.runs import interrupts, processes
 
 OnChunk = Callable[[futures.Future | None], Any]
 """Called between the pieces of long work, with a scoring to wait for or None; raises to end the work."""
@@ -22,11 +23,12 @@ class Preempted(Exception):
 
   Attributes:
     signal: that asked.
+    epoch: up to which the run is saved; 0 where nothing is.
   """
 
   def __init__(self, number: int = signal.SIGTERM):
     super().__init__()
-    self.signal = number
+    self.signal, self.epoch = number, 0
 
 
 class Notice:
@@ -50,20 +52,25 @@ def watch() -> Iterator[Notice]:
   The second SIGINT is what it always was, a KeyboardInterrupt. A process that ignores SIGINT, as those of a
   shell's background do, goes on to.
   """
-  notice = Notice()
+  notice, said = Notice(), threading.Event()
+
+  def say(number):  # at once, and `take` when the main thread is back from compiling
+    if number == signal.SIGINT and not said.is_set():
+      said.set()
+      os.write(
+        2, b"\nCtrl-C: saves the finished epochs, if any, and ends. Once more: ends at once.\n"
+      )
 
   def take(number, _):
-    if number == signal.SIGINT:
-      if notice.given:
-        raise KeyboardInterrupt
-      # Not print: the signal may have come while it writes.
-      os.write(2, b"\nCtrl-C: saves the finished epochs and ends. Once more: ends at once.\n")
+    if number == signal.SIGINT and notice.given:
+      raise KeyboardInterrupt
     notice.given, notice.signal = True, number
 
   asking = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
   before = {number: signal.signal(number, take) for number in asking}
   try:
-    yield notice
+    with interrupts.listening(say):
+      yield notice
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)

@@ -262,7 +262,7 @@ def _check_update_is_finite(config, epoch, rows):
     if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
       raise ValueError(
         f"epoch {epoch + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}: must be finite. "
-        "Nothing of this epoch is kept; the last checkpoint is good. Start anew in another run.dir "
+        "Nothing of this epoch is kept; every checkpoint is good. Start anew in another run.dir "
         f"with optimizer.learning_rate below {config.optimizer.learning_rate}."
       )
 

@@ -99,7 +99,11 @@ def _train_in_folder(session, notice):
         )
       ) as best,
     ):
-      return _train(session, state, totals, checkpoints, best, sink, run_dir, notice)
+      try:
+        return _train(session, state, totals, checkpoints, best, sink, run_dir, notice)
+      except preemption.Preempted as ended:
+        ended.epoch = checkpoints.latest() or 0
+        raise
 
 
 def _kind_of_evaluation(config):
@@ -165,7 +169,11 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
       with _profiled(config, epoch):
         with saved_on_failure(state, totals):
           sampled = epoch_lib.sample_epoch(session, state, epoch, on_chunk)
-        state, train_row = epoch_lib.update_epoch(session, state, epoch, sampled)
+        try:
+          state, train_row = epoch_lib.update_epoch(session, state, epoch, sampled)
+        except Exception as error:  # the state that it began from is used up
+          error.add_note(_what_is_kept(checkpoints, epoch))
+          raise
       if processes.is_first() and config.log.images_every and epoch % config.log.images_every == 0:
         epoch_lib.save_rollout(run_dir, epoch + 1, sampled)
       totals["evaluations"] += round(sampled.evaluations * len(sampled.rollout.prompts))
@@ -219,6 +227,15 @@ def _saved_on_failure(checkpoints, notice, state, totals):
       checkpoints.save(epoch, state, totals, force=True)
       checkpoints.wait()
     raise
+
+
+def _what_is_kept(checkpoints, done):
+  """Where a run stands that fails in the update after `done` epochs."""
+  checkpoints.wait()
+  kept = checkpoints.latest() or 0
+  newest = f"The newest checkpoint is that of epoch {kept}" if kept else "No checkpoint was saved"
+  lost = f", and what came after it is lost: {done - kept} finished epochs" if done > kept else ""
+  return f"{newest}{lost}. checkpoint.every says how often one is saved."
 
 
 @contextlib.contextmanager

@@ -27,7 +27,10 @@ _ENDINGS = (
   (r"\.(lora_B|lora_up|lora\.up)(\.default)?\.weight$", "b"),
   (r"\.alpha$", "alpha"),
 )
-_TEXT_ENCODER = r"^(base_model\.model\.)?(text_encoder(_\d)?\.|text_encoders\.|lora_te\d?_|te\d\.)"
+_TEXT_ENCODER = (
+  r"^((base_model\.model|_orig_mod)\.)*"
+  r"(text_encoder(_\d)?\.|text_encoders\.|lora_te\d?_|te\d\.|clip_[lgh]\.|t5xxl\.)"
+)
 # Settings of PEFT that change what an adapter computes, and the only value that is read here.
 _PLAIN = {
   "peft_type": "LORA", "use_dora": False, "use_rslora": False, "lora_bias": False, "bias": "none",

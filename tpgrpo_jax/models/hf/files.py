@@ -58,10 +58,15 @@ def resolve(
     ValueError: a hub id that cannot be fetched.
   """
   folder = pathlib.Path(path)
-  is_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
-  if is_id and not folder.exists():
+  if is_hub_id(path):
     folder = _fetch(str(path), subfolder, field, weights)
   return folder / subfolder if (folder / subfolder).is_dir() else folder
+
+
+def is_hub_id(path: str | os.PathLike[str]) -> bool:
+  """Whether it is "owner/name", and not a folder that is here."""
+  is_id = isinstance(path, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
+  return bool(is_id) and not os.path.exists(path)
 
 
 def _fetch(repo, subfolder, field, with_weights):
