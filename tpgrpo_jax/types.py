@@ -64,8 +64,9 @@ class Transitions:
   On trajectories M = 1 and S = B samples; on branches S anchors have M members each, S M = B.
 
   Attributes:
-    x: [W, S, h, w, c] states before each step.
-    x_next: [W, S, M, h, w, c] states after it.
+    states: [W, S, h, w, c] those before each step; of trajectories [W + 1, S, h, w, c], each of which leads to
+      the next.
+    members: [W, S, M, h, w, c] those after each step, on branches; None of trajectories.
     velocity: [W, S, h, w, c] the model's output at x, of the weights that sampled; None where no update
       reads it.
     log_prob: [W, S, M] mean over latent dims of the log-density of x_next.
@@ -74,13 +75,23 @@ class Transitions:
     final: [S, h, w, c] the finished latent of the trajectory (of the anchor, on branches).
   """
 
-  x: jax.Array
-  x_next: jax.Array
+  states: jax.Array
+  members: jax.Array | None
   velocity: jax.Array | None
   log_prob: jax.Array
   sigma: jax.Array
   sigma_next: jax.Array
   final: jax.Array
+
+  @property
+  def x(self) -> jax.Array:
+    """[W, S, h, w, c] states before each step."""
+    return self.states[: len(self.sigma)]
+
+  @property
+  def x_next(self) -> jax.Array:
+    """[W, S, M, h, w, c] states after it."""
+    return self.states[1:, :, None] if self.members is None else self.members
 
 
 @_pytree

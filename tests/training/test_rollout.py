@@ -11,7 +11,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.models import tiny
-from tpgrpo_jax.training import build, pipeline, rollout, step
+from tpgrpo_jax.training import batches, build, pipeline, rollout
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
@@ -241,7 +241,7 @@ def test_advantages_of_a_shuffled_epoch_go_with_their_samples(single_mesh):
     rolled, _ = run_epoch(config, single_mesh, order=order)
     config = dataclasses.replace(config, loss=config_lib.Loss("nft", clip_range=0.0))
     advantage = np.tile(rolled.completion_reward[0, -1], (3, 1))
-    (batch,) = step.split_updates(config, rolled, advantage, np.ones(12), 0)
+    (batch,) = batches.split_updates(config, rolled, advantage, np.ones(12), 0)
     finals = np.concatenate([t.final for t in batch.transitions])
     np.testing.assert_allclose(
       np.concatenate(batch.advantage, 1)[0], brightness_of(finals), rtol=1e-6

@@ -15,8 +15,9 @@ from tpgrpo_jax.cost import memory
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes, run_folder
+from tpgrpo_jax.training import batches as batches_lib
 from tpgrpo_jax.training import method as method_lib
-from tpgrpo_jax.training import progress, rollout, step, sums
+from tpgrpo_jax.training import progress, rollout, sums
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -135,8 +136,7 @@ def _alignment(rolled):
 
 @jax.jit
 def _cosines(transitions):
-  last = transitions.x_next[-1:, :, 0]
-  states = jnp.concatenate([transitions.x, last]).astype(jnp.float32)
+  states = transitions.states.astype(jnp.float32)
   flat = states.reshape(*states.shape[:2], -1)
   final = transitions.final.reshape(1, len(transitions.final), -1)
   norm = lambda a: jnp.linalg.norm(a, axis=-1)
@@ -153,7 +153,7 @@ def update_epoch(
   """
   config, rolled = session.config, sampled.rollout
   began = time.perf_counter()
-  batches = step.split_updates(config, rolled, sampled.advantage, sampled.weight, epoch)
+  batches = _stacked(config, sampled, epoch)
   args = (state, session.model.frozen, session.reference, batches[0])
   session.meter.count("update", config.train.updates_per_epoch, *args)
   state, rows, seconds = _update_by(session, state, epoch, batches)
@@ -182,6 +182,15 @@ def update_epoch(
   result |= session.meter.row(times) | sampled.memory | memory.peak_row("update")
   result["time/samples_per_second"] = count / (ended - sampled.began)
   return state, result
+
+
+def _stacked(config, sampled, epoch):
+  """The batches of an epoch's updates; the rollout's own arrays are given up, share by share."""
+  rolled = sampled.rollout
+  shares = batches_lib.split_updates(config, rolled, sampled.advantage, sampled.weight, epoch)
+  rolled.transitions.clear()
+  rolled.conditions.clear()
+  return [batches_lib.stacked(config, shares.pop(0)) for _ in range(len(shares))]
 
 
 def _update_by(session, state, epoch, batches):
@@ -235,12 +244,12 @@ def _score_and_update(session, state, batches, bar):
   for batch in batches[1:]:
     args = (state, session.model.frozen, session.reference, batch)
     session.meter.count("old_log_prob", len(batches) - 1, *args)
-    state, _, scores = run(state, batch, step.SCORE)
-    scored.append(step.with_scores(batch, scores))
+    state, _, scores = run(state, batch, batches_lib.SCORE)
+    scored.append(batches_lib.with_scores(batch, scores))
   jax.block_until_ready(state)
   seconds = {"old_log_prob": time.perf_counter() - began} if batches[1:] else {}
   for number, batch in enumerate(scored):
-    state, row, _ = run(state, batch, step.LATER if number else step.FIRST)
+    state, row, _ = run(state, batch, batches_lib.LATER if number else batches_lib.FIRST)
     rows.append(row)
   _follow(bar, off, last=True)
   return state, (rows, off), seconds

@@ -90,7 +90,7 @@ def build_method(
     noise_levels=levels,
     sigmas=sigmas,
     window=num_rows(config),
-    members=_neighbours(sampler.branches, train.microbatch, shards),
+    members=_neighbours(sampler.branches, train.update_microbatch or train.microbatch, shards),
     copies=_neighbours(train.group_size, train.microbatch, shards)
     if sampler.rollout == "trajectory" and sampler.same_latent and is_late and not train.shuffle
     else 1,

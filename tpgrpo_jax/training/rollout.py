@@ -30,7 +30,7 @@ class Rollout:
   """The scored samples of one epoch, prompt-major, whatever the order that they were made in.
 
   Attributes:
-    transitions: one for each microbatch, on the device.
+    transitions: one for each microbatch, on the device; none once the update has taken them.
     conditions: likewise.
     order: [B] the samples in the order of the microbatches.
     sigmas: [T + 1] the grid.
@@ -226,10 +226,14 @@ def sample_microbatch(
   if method.credit.completions == "states":
     latents = jnp.concatenate([transitions.x.swapaxes(0, 1), latents], axis=1)
     levels = jnp.concatenate([transitions.sigma, levels])
-  kept = lambda x: x.astype(config.sampler.latents)  # without loss: they were rounded to it
+  # Without loss: they were rounded to it.
+  kept = functools.partial(jax.tree.map, lambda x: x.astype(config.sampler.latents))
   velocity = transitions.velocity if losses.reads_old_velocity(config) else None
   transitions = dataclasses.replace(
-    transitions, x=kept(transitions.x), x_next=kept(transitions.x_next), velocity=velocity
+    transitions,
+    states=kept(transitions.states),
+    members=kept(transitions.members),
+    velocity=velocity,
   )
   seen = rewards.reads(config.rewards)
   if not seen.pictures:
@@ -282,11 +286,12 @@ def collect(
       asked = [prompts[i] for i in lead]
       condition = method_lib.build_condition(config, model, asked)
       placed = processes.put_batch(mesh, (group[first : first + size : method.members], condition))
-      found, seen = rollout_fn(chunk, *placed)
+      condition = _with_one_negative(placed[1], conditions[:1])
+      found, seen = rollout_fn(chunk, placed[0], condition)
       transitions.append(found)
-      conditions.append(placed[1])
+      conditions.append(condition)
       shown = model.pipeline.show(asked)
-      job = _begin_scoring(reward_fn, seen, placed[1], shown, samples < KEPT)
+      job = _begin_scoring(reward_fn, seen, condition, shown, samples < KEPT)
       pending.append(scorer.submit(job))
       # Two microbatches at most are under way, so that images do not pile up on the device.
       on_chunk(len(samples), pending[chunk - 1] if chunk else None)
@@ -320,6 +325,13 @@ def collect(
     list(prompts),
     {"rollout": device_done - began, "reward_wait": finished - device_done},
   )
+
+
+def _with_one_negative(condition, earlier):
+  """The condition with an earlier one's arrays of what all microbatches are guided away from."""
+  if not earlier or not isinstance(condition, types.GuidedCondition):
+    return condition
+  return dataclasses.replace(condition, negative=earlier[0].negative)
 
 
 def _begin_scoring(reward_fn, seen, condition, prompts, kept):
