@@ -64,8 +64,8 @@ class Transitions:
   On trajectories M = 1 and S = B samples; on branches S anchors have M members each, S M = B.
 
   Attributes:
-    states: [W, S, h, w, c] those before each step; of trajectories [W + 1, S, h, w, c], each of which leads to
-      the next.
+    states: [W, S, h, w, c] those before each step; of trajectories [W + 1, S, h, w, c], each of which
+      leads to the next.
     members: [W, S, M, h, w, c] those after each step, on branches; None of trajectories.
     velocity: [W, S, h, w, c] the model's output at x, of the weights that sampled; None where no update
       reads it.
@@ -151,7 +151,9 @@ class Plan(NamedTuple):
 
 
 VelocityFn = Callable[[Params, jax.Array, jax.Array, Any], jax.Array]
-"""(params, x [B, h, w, c], sigma [B], condition) -> velocity [B, h, w, c] = noise - data."""
+"""(params, x [B, h, w, c], sigma [B], condition) -> velocity [B, h, w, c] = noise - data.
+
+The condition's leading axis is B or a divisor of it: neighbours of the batch share its rows."""
 
 StepFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Gaussian]
 """(x, velocity, sigma, sigma_next) -> the Gaussian of x_next."""

@@ -54,6 +54,7 @@ def make_method(dynamics="cps", velocity_fn=linear_velocity, window=WINDOW):
     window=window,
     members=1,  # the update reads it off its transitions
     copies=1,
+    neighbours=1,
     credit=credit.CREDIT["branch"],
     normalize=None,
     optimizer=KEEP,

@@ -39,6 +39,7 @@ def make_method(**changes):
     window=WINDOW,
     members=1,
     copies=1,
+    neighbours=1,
     credit=credit.CREDIT["increments"],
     normalize=None,
     optimizer=optax.sgd(1.0),  # so that a step is the negative gradient
@@ -499,7 +500,8 @@ def first_update_metrics(config, mesh):
       numbers = [np.repeat([0, 1], anchors) + 2 * chunk, np.tile(np.arange(anchors), 2)]
       group = np.stack(numbers, axis=1)
       texts = [("CAT3", "XY7", "HELP", "9RT")[i] for i in group[:, 0]]
-      placed = (group.astype(np.int32), method_lib.build_condition(config, model, texts))
+      rows = texts[:: method.neighbours]
+      placed = (group.astype(np.int32), method_lib.build_condition(config, model, rows))
       placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
       key = rollout.epoch_key(0, 0)
       found, _ = sample_fn(params, key, chunk, *placed, place, plan)

@@ -187,7 +187,7 @@ def complete(
     velocity_fn: the model.
     params: of velocity_fn.
     trajectory: its x and velocity are used.
-    condition: of velocity_fn, leading axis B (or 1).
+    condition: of velocity_fn, leading axis B or a divisor of it.
     plan: of this trajectory's grid and window.
     lanes_per_chunk: lanes computed at once when memory is short; 0 is all.
 
@@ -224,7 +224,7 @@ def run(
     params: of velocity_fn.
     begun: [segments, B, h, w, c] the latents at the segments' first levels.
     data: [segments, B, h, w, c] the data predictions of the evaluations before, where a solver uses them.
-    condition: of velocity_fn, leading axis B (or 1).
+    condition: of velocity_fn, leading axis B or a divisor of it: it serves all lanes of a sample.
     plan: of these segments.
     lanes_per_chunk: lanes computed at once when memory is short; 0 is all.
 
@@ -255,9 +255,6 @@ def _scan_lanes(velocity_fn, params, condition, begun, data, done, tables):
   """Runs one chunk of lanes; `done` [W, B, ...] receives what they complete."""
   size = tables[0].shape[1]
   batch = begun.shape[1]
-  # What all samples share (leading axis 1) stays as it is.
-  widen = lambda c: jnp.repeat(c, size, axis=0) if len(c) == batch else c
-  repeated = jax.tree.map(widen, condition)
   # Lanes lie inside the batch axis ([B, lanes] flattened), so that its layout on a mesh stays.
   per_sample = lambda row: jnp.tile(row, batch)
   wide = lambda row: per_sample(row).reshape(-1, *(1,) * (begun.ndim - 2))
@@ -267,7 +264,7 @@ def _scan_lanes(velocity_fn, params, condition, begun, data, done, tables):
     load, store, sigma, sigma_next, extrapolation = row
     x = _reload(x, begun, load, size)
     previous = _reload(previous, data, load, size)
-    velocity = velocity_fn(params, x, per_sample(sigma), repeated)
+    velocity = velocity_fn(params, x, per_sample(sigma), condition)
     dt = wide(sigma_next - sigma)
     prediction = x - wide(sigma) * velocity
     correction = wide(extrapolation / sigma) * (prediction - previous)

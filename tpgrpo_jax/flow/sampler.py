@@ -34,7 +34,7 @@ def sample_trajectory(
     params: of velocity_fn.
     key: of this batch.
     x_init: [B, h, w, c] noise, at sigmas[0].
-    condition: of velocity_fn, leading axis B.
+    condition: of velocity_fn, leading axis B or a divisor of it.
     sigmas: [T + 1], decreasing to 0.
     start: first stochastic step; may be traced, so that a drawn window compiles once.
     window: W, how many; static.
@@ -93,7 +93,8 @@ def _once_for_copies(velocity_fn, copies):
     return lambda are_copies, *inputs: velocity_fn(*inputs)
 
   def shared(params, x, sigma, condition):
-    first = lambda a: a.reshape(-1, copies, *a.shape[1:])[:, 0] if len(a) == len(x) else a
+    # Of what all copies share already, as many rows as are left of x are enough.
+    first = lambda a: a.reshape(-1, max(1, len(a) * copies // len(x)), *a.shape[1:])[:, 0]
     velocity = velocity_fn(params, *jax.tree.map(first, (x, sigma, condition)))
     return jnp.repeat(velocity, copies, axis=0)
 

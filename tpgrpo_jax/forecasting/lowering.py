@@ -288,9 +288,9 @@ def _behind_an_axis(whole, one):
   return jax.tree.map(place, whole, one)
 
 
-def condition(plan: Plan) -> Any:
-  """The shapes of a microbatch's embedded prompts."""
-  prompts = ["A"] * plan.states
+def condition(plan: Plan, rows: int | None = None) -> Any:
+  """The shapes of a microbatch's embedded prompts; `rows` of them, or as many as the rollout takes."""
+  prompts = ["A"] * (rows or plan.states // plan.method.neighbours)
   return divided(plan.mesh, method_lib.build_condition(plan.config, plan.model, prompts))
 
 

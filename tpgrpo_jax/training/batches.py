@@ -24,7 +24,7 @@ class Batch:
 
   Attributes:
     transitions: C of them, S M = B; stacked, one with a leading axis C.
-    conditions: C of them, leading axis S (or 1); stacked, one with a leading axis C (or 1).
+    conditions: C of them, leading axis S or a divisor of it; stacked, one with a leading axis C (or 1).
     advantage: [C, W, B].
     weight: [C, W, B], 0 where a sample is left out.
     levels: [C, W, S] noise levels, where the objective is one of the forward process; else None.

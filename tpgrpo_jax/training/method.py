@@ -43,6 +43,7 @@ class Method:
     window: W, rows of an epoch's advantages: stochastic steps, branched steps, or trained noise levels.
     members: of one state in the batches of rollout and update; 1 but for branches.
     copies: neighbours of a batch that share noise and prompt until the window begins.
+    neighbours: states of a batch that share a prompt, and a row of its condition.
     credit: method and the completions it needs.
     normalize: reward [W, B] -> advantage.
     optimizer: of optax.
@@ -57,6 +58,7 @@ class Method:
   window: int
   members: int
   copies: int
+  neighbours: int
   credit: types.CreditMethod
   normalize: Callable[[jax.Array], jax.Array]
   optimizer: optax.GradientTransformation
@@ -82,6 +84,8 @@ def build_method(
   levels = noise_levels or sampler.noise_levels
   step_fn, log_prob_fn = bind_dynamics(sampler, sigmas, levels)
   is_late = any(where.min() > 0 for where in _places(config))
+  part = train.update_microbatch or train.microbatch
+  members = _neighbours(sampler.branches, part, shards)
   return Method(
     velocity_fn=guide(config, model.velocity_fn),
     reference_velocity_fn=guide(config, model.base_velocity_fn),
@@ -90,10 +94,13 @@ def build_method(
     noise_levels=levels,
     sigmas=sigmas,
     window=num_rows(config),
-    members=_neighbours(sampler.branches, train.update_microbatch or train.microbatch, shards),
+    members=members,
     copies=_neighbours(train.group_size, train.microbatch, shards)
     if sampler.rollout == "trajectory" and sampler.same_latent and is_late and not train.shuffle
     else 1,
+    neighbours=1
+    if train.shuffle
+    else _neighbours(train.group_size // members, part // members, shards),
     credit=bind_credit(config),
     normalize=_bind_advantages(config),
     optimizer=state_lib.make_optimizer(

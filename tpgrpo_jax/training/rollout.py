@@ -15,6 +15,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.credit import branch, stepwise
 from tpgrpo_jax.flow import branching, completion, sampler
+from tpgrpo_jax.models import layers
 from tpgrpo_jax.runs import metrics, preemption, processes
 from tpgrpo_jax.training import build, losses
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -31,7 +32,7 @@ class Rollout:
 
   Attributes:
     transitions: one for each microbatch, on the device; none once the update has taken them.
-    conditions: likewise.
+    conditions: likewise, with a row for each `Method.neighbours` of its states.
     order: [B] the samples in the order of the microbatches.
     sigmas: [T + 1] the grid.
     compared: the rows of completion_reward whose images are compared: the last of trajectories, all members
@@ -196,7 +197,7 @@ def sample_microbatch(
     key: of the epoch.
     chunk: number of the microbatch.
     group: [S, 2] (prompt number, anchor number within the prompt's group).
-    condition: leading axis S (or 1).
+    condition: leading axis S or a divisor of it.
     place: as of method.draw_place.
     plan: as of method.build_plan.
     sigmas: [T + 1] float32.
@@ -284,7 +285,7 @@ def collect(
       samples = order[first : first + size]
       lead = samples[:: method.members]
       asked = [prompts[i] for i in lead]
-      condition = method_lib.build_condition(config, model, asked)
+      condition = method_lib.build_condition(config, model, asked[:: method.neighbours])
       placed = processes.put_batch(mesh, (group[first : first + size : method.members], condition))
       condition = _with_one_negative(placed[1], conditions[:1])
       found, seen = rollout_fn(chunk, placed[0], condition)
@@ -344,7 +345,9 @@ def _begin_scoring(reward_fn, seen, condition, prompts, kept):
   images, looked = seen, {}
   if isinstance(seen, types.Samples):
     images = seen.images
-    looked = {"looked": reward_fn.look(seen, method_lib.positive(condition))}
+    each = lambda rows: layers.per_sample(rows, seen.x)
+    condition = jax.tree.map(each, method_lib.positive(condition))
+    looked = {"looked": reward_fn.look(seen, condition)}
   lead = images if images is not None else seen.x
   states, count = lead.shape[:2]
   members = len(kept) // states
