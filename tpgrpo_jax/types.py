@@ -138,6 +138,8 @@ class Plan(NamedTuple):
     first: [2, segments] sigma and sigma_next of the step that a trajectory's states take with the
       velocity that is known; unused for members of branches.
     first_extrapolation: [segments] m of that step.
+    busy: [L, lanes] bool, where the plan was padded: what is idle in all lanes is not evaluated. () evaluates
+      all.
   """
 
   state: np.ndarray
@@ -148,6 +150,7 @@ class Plan(NamedTuple):
   extrapolation: np.ndarray
   first: np.ndarray | tuple = ()
   first_extrapolation: np.ndarray | tuple = ()
+  busy: np.ndarray | tuple = ()
 
 
 VelocityFn = Callable[[Params, jax.Array, jax.Array, Any], jax.Array]

@@ -115,7 +115,9 @@ def test_every_row_of_the_rewards_is_the_score_of_that_state(session, epoch):
     # The last first, so that it is seen to be a matter of the state and not of its place.
     states = jnp.stack([found.final, *found.x[::-1]], axis=1)
     levels = jnp.concatenate([jnp.zeros(1), found.sigma[::-1]])
-    condition = jax.tree.map(lambda a: layers.per_sample(a, states), method_lib.positive(condition))
+    condition = jax.tree.map(
+      lambda a, x=states: layers.per_sample(a, x), method_lib.positive(condition)
+    )
     scores = session.reward_fn.look(types.Samples(states, levels), condition)
     scores = 2.0 * scores["dina_lrm"].reshape(4, 4)[:, ::-1].T
     np.testing.assert_allclose(scores, rolled.completion_reward[0, :, rows], rtol=1e-5)

@@ -116,7 +116,7 @@ class Completion:
       grid (G2RPO); the advantages add up. () is the grid itself.
     solver: euler, dpmpp_2m (DPM-Solver++(2M)), or dpmpp_2m_history, whose first step remembers the
       trajectory's evaluation before.
-    lanes_per_chunk: packed lanes computed at once; 0 is all of them.
+    lanes_per_chunk: at most so many packed lanes are computed at once; 0 is all of them.
   """
 
   steps: int = 0

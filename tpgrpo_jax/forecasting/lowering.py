@@ -14,6 +14,7 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards, types
+from tpgrpo_jax.flow import completion
 from tpgrpo_jax.models import (
   flux,
   flux2,
@@ -146,8 +147,9 @@ class Plan:
     count, plan = self.config.sampler.num_steps, self.completions
     if plan is None:
       return count
-    length, lanes = plan.load.shape
-    return count + length * -(-lanes // (self.config.completion.lanes_per_chunk or max(lanes, 1)))
+    most = self.config.completion.lanes_per_chunk
+    slots = completion.num_lane_evaluations(plan, lanes_per_chunk=most)
+    return count + slots // completion.chunk_size(plan.load.shape[1], most)
 
 
 def open_plan(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Plan:

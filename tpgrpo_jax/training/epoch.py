@@ -67,12 +67,13 @@ def sample_epoch(
   params = session.model.params(session.sampling_weights(state))
   key = rollout.epoch_key(config.seed, epoch)
   chunks = len(prompts) // config.train.microbatch
-  evaluations = []
+  evaluations, most = [], []
 
   def sample(chunk, group, condition):
     place = method_lib.draw_place(config, epoch, chunk)
     plan = method_lib.build_plan(config, method, place)
     evaluations.append(method_lib.evaluations_per_sample(config, method, plan, place))
+    most.append(method_lib.most_evaluations(config, method, plan))
     args = (params, key, chunk, group, condition, place.astype(np.int32), plan)
     session.meter.count("rollout", chunks, *args)
     with progress.first("the rollout", session.rollout_fn):
@@ -95,6 +96,7 @@ def sample_epoch(
       _sample_order(config, epoch),
       report,
     )
+  session.meter.shares["rollout"] = sum(evaluations) / sum(most)
   credit, advantage, weight = _assign_credit(session, rolled, key)
   _check_credit_is_finite(config, credit, prompts)
   peak = memory.peak_row("rollout")
