@@ -37,10 +37,10 @@ from tpgrpo_jax import types
 from tpgrpo_jax.cost import flops
 from tpgrpo_jax.flow import completion, sampler
 from tpgrpo_jax.models import flux, mmdit
+from tpgrpo_jax.training import batches
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
-from tpgrpo_jax.training import step
 
 GIB = 2**30
 
@@ -198,7 +198,8 @@ def measure_update(subject: Subject, trajectory: types.Transitions) -> Callable[
   args, run = subject.args, subject.run
   train_step, shapes = true_models.update(subject.model, run, batch=args.batch)
   advantage = draw(shapes[-1].advantage)
-  batch = step.Batch([trajectory], [subject.condition], advantage, jnp.ones(advantage.shape))
+  batch = batches.Batch([trajectory], [subject.condition], advantage, jnp.ones(advantage.shape))
+  batch = batches.stacked(run.config, batch)
   create = functools.partial(state_lib.init_state, optimizer=run.method.optimizer)
   state = [jax.jit(create)(subject.params["trainable"])]  # donated to each call, which replaces it
 

@@ -26,6 +26,7 @@ from tpgrpo_jax.config import presets
 from tpgrpo_jax.forecasting import lowering, reward_program
 from tpgrpo_jax.models import clip, layers, vae
 from tpgrpo_jax.runs import metrics, preemption
+from tpgrpo_jax.training import batches as batches_lib
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import loop, old_scores
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -321,7 +322,7 @@ def _measure_plan(args, plan, figure, small):
     inputs[0]["trainable"]
   )
   advantage = np.random.default_rng(0).normal(size=np.shape(pieces.advantage)).astype(np.float32)
-  pieces = dataclasses.replace(pieces, conditions=[inputs[4]], advantage=advantage)
+  weight = np.ones_like(advantage)
   seconds: dict[str, list[float]] = collections.defaultdict(list)
 
   def timed(name, function, *inputs, **keywords):
@@ -334,7 +335,9 @@ def _measure_plan(args, plan, figure, small):
     transitions, images = timed("rollout", sample, *inputs, **keywords)
     flat = images.reshape(-1, *images.shape[2:])
     timed("pickscore", score, tower, (flat, tokens))
-    batch = dataclasses.replace(pieces, transitions=[transitions])
+    batch = batches_lib.stacked(
+      plan.config, batches_lib.Batch([transitions], [inputs[4]], advantage, weight)
+    )
     state, row = timed("update", update, state, inputs[0]["frozen"], {}, batch)
   took = {name: both[-1] for name, both in seconds.items()}
   decode = jax.jit(plan.model.pipeline.decode)

@@ -95,6 +95,7 @@ def examples(exactly, cheaply, epoch):
   image = np.concatenate(parts, axis=1)
   prompt = [np.asarray(c.pooled if c.pooled.size else c.text) for c in rolled.conditions]
   prompt = np.concatenate([p.reshape(len(p), -1) for p in prompt])
+  prompt = prompt.repeat(image.shape[1] // len(prompt), axis=0)  # neighbours share a row
   sigma = np.asarray(rolled.transitions[0].sigma)[:, None, None]
   batch = exact.shape[1]
   rest = [

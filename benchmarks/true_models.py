@@ -14,7 +14,7 @@ from tpgrpo_jax import models, types
 from tpgrpo_jax.config import model_fields, tasks
 from tpgrpo_jax.forecasting import lowering
 from tpgrpo_jax.models import lora, mmdit, z_image
-from tpgrpo_jax.training import build, pipeline, step
+from tpgrpo_jax.training import batches, build, pipeline, step
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -180,13 +180,14 @@ def update(model: TrueModel, run: Run, *, batch: int) -> tuple[Any, tuple]:
   """(the train step of one microbatch with all its stochastic steps, the shapes of its arguments)."""
   create = functools.partial(state_lib.init_state, optimizer=run.method.optimizer)
   window = run.method.window
-  states, level = _float32(window, batch, *model.latent), _float32(window)
+  states, level = _float32(window + 1, batch, *model.latent), _float32(window)
   final, log_prob = _float32(batch, *model.latent), _float32(window, batch, 1)
-  members = _float32(window, batch, 1, *model.latent)
-  trajectory = types.Transitions(states, members, states, log_prob, level, level, final)
+  velocity = _float32(window, batch, *model.latent)
+  trajectory = types.Transitions(states, None, velocity, log_prob, level, level, final)
   advantage, weight = _float32(1, window, batch), _float32(1, window, batch)
-  pieces = step.Batch([trajectory], [conditions(model, batch)], advantage, weight)
-  arguments = (jax.eval_shape(create, run.trainable), run.frozen, {}, pieces)
+  pieces = batches.Batch([trajectory], [conditions(model, batch)], advantage, weight)
+  batch = jax.eval_shape(functools.partial(batches.stacked, run.config), pieces)
+  arguments = (jax.eval_shape(create, run.trainable), run.frozen, {}, batch)
   return step.make_train_step(run.config, run.method), arguments
 
 

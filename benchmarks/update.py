@@ -38,6 +38,7 @@ from tpgrpo_jax import models
 from tpgrpo_jax.config import presets
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.models import hf, layers, lora, mmdit
+from tpgrpo_jax.training import batches as batches_lib
 from tpgrpo_jax.training import build, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
@@ -116,7 +117,8 @@ def measure_step(batch: int, repeats: int, threads: int) -> None:
 
       return jax.value_and_grad(loss)(trainable)
 
-    x, condition = pieces.transitions[0].x[0], pieces.conditions[0]
+    first, condition = jax.tree.map(lambda a: a[0], (pieces.transitions, pieces.conditions))
+    x = first.x[0]
     sigma = jnp.full(batch, 0.5)
 
     def bare():
@@ -170,7 +172,7 @@ def measure_branches(branches: int, batch: int, repeats: int, threads: int) -> N
       method = method_lib.build_method(config, model)
       pieces = make_batch(config, model, method, mesh, chunks)
       thunks[name] = _update_thunk(config, model, method, pieces)
-    thunks["scoring"] = _scoring_thunk(method, pieces.transitions[0])
+    thunks["scoring"] = _scoring_thunk(method, jax.tree.map(lambda a: a[0], pieces.transitions))
     seconds = timing.interleave(thunks, repeats=repeats)
   for name in ("branches", "scoring"):
     timing.report_ratio(
@@ -214,7 +216,7 @@ def _scoring_thunk(method, transitions):
   return functools.partial(scored, *(getattr(transitions, name) for name in names))
 
 
-def make_batch(config, model, method, mesh, chunks: int) -> step.Batch:
+def make_batch(config, model, method, mesh, chunks: int) -> batches_lib.Batch:
   """What one update learns from: real samples with random advantages."""
   batch = config.train.microbatch
   states = batch // method.members
@@ -228,12 +230,13 @@ def make_batch(config, model, method, mesh, chunks: int) -> step.Batch:
   plan = method_lib.build_plan(config, method, place)
   pieces = [sample(params, key, i, group, condition, place, plan)[0] for i in range(chunks)]
   advantage = np.random.default_rng(0).normal(size=(chunks, method.window, batch))
-  return step.Batch(
+  whole = batches_lib.Batch(
     pieces,
     [condition] * chunks,
     advantage.astype(np.float32),
     np.ones((chunks, method.window, batch), np.float32),
   )
+  return batches_lib.stacked(config, whole)
 
 
 @dataclasses.dataclass(frozen=True)

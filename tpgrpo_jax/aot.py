@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
   config = config_lib.from_config_dict(config_lib.Config, _CONFIG.value)
   rules.validate(config)
   from tpgrpo_jax.cost import hardware
-  from tpgrpo_jax.forecasting import forecast
+  from tpgrpo_jax.forecasting import choice, forecast
 
   topology = _TOPOLOGY.value
   devices = hardware.open_topology(topology, _SLICES.value)
@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
   print(forecast.render(given), flush=True)
   chosen = None
   if _CHOOSE.value and _COMPILE.value:
-    chosen = forecast.confirm(config, devices, given, **options)
-    print(forecast.render_choice(given, chosen))
+    chosen = choice.confirm(config, devices, given, **options)
+    print(choice.render_choice(given, chosen))
   if _JSON.value:
     row = {"topology": topology, "slices": _SLICES.value, "devices": len(devices)}
     row |= {"given": forecast.to_json(given), "chosen": chosen and forecast.to_json(chosen)}

@@ -64,8 +64,9 @@ class Transitions:
   On trajectories M = 1 and S = B samples; on branches S anchors have M members each, S M = B.
 
   Attributes:
-    x: [W, S, h, w, c] states before each step.
-    x_next: [W, S, M, h, w, c] states after it.
+    states: [W, S, h, w, c] those before each step; of trajectories [W + 1, S, h, w, c], each of which
+      leads to the next.
+    members: [W, S, M, h, w, c] those after each step, on branches; None of trajectories.
     velocity: [W, S, h, w, c] the model's output at x, of the weights that sampled; None where no update
       reads it.
     log_prob: [W, S, M] mean over latent dims of the log-density of x_next.
@@ -74,13 +75,23 @@ class Transitions:
     final: [S, h, w, c] the finished latent of the trajectory (of the anchor, on branches).
   """
 
-  x: jax.Array
-  x_next: jax.Array
+  states: jax.Array
+  members: jax.Array | None
   velocity: jax.Array | None
   log_prob: jax.Array
   sigma: jax.Array
   sigma_next: jax.Array
   final: jax.Array
+
+  @property
+  def x(self) -> jax.Array:
+    """[W, S, h, w, c] states before each step."""
+    return self.states[: len(self.sigma)]
+
+  @property
+  def x_next(self) -> jax.Array:
+    """[W, S, M, h, w, c] states after it."""
+    return self.states[1:, :, None] if self.members is None else self.members
 
 
 @_pytree
@@ -127,6 +138,8 @@ class Plan(NamedTuple):
     first: [2, segments] sigma and sigma_next of the step that a trajectory's states take with the
       velocity that is known; unused for members of branches.
     first_extrapolation: [segments] m of that step.
+    busy: [L, lanes] bool, where the plan was padded: what is idle in all lanes is not evaluated. () evaluates
+      all.
   """
 
   state: np.ndarray
@@ -137,10 +150,13 @@ class Plan(NamedTuple):
   extrapolation: np.ndarray
   first: np.ndarray | tuple = ()
   first_extrapolation: np.ndarray | tuple = ()
+  busy: np.ndarray | tuple = ()
 
 
 VelocityFn = Callable[[Params, jax.Array, jax.Array, Any], jax.Array]
-"""(params, x [B, h, w, c], sigma [B], condition) -> velocity [B, h, w, c] = noise - data."""
+"""(params, x [B, h, w, c], sigma [B], condition) -> velocity [B, h, w, c] = noise - data.
+
+The condition's leading axis is B or a divisor of it: neighbours of the batch share its rows."""
 
 StepFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Gaussian]
 """(x, velocity, sigma, sigma_next) -> the Gaussian of x_next."""

@@ -60,7 +60,7 @@ def main() -> None:
     reward, _, _ = reward_fn(flat, texts * len(images), metadata)()
     reward = reward.reshape(len(images), GROUP)
     credit, advantage, _ = jax.device_get(credit_fn(reward[None], np.ones(1, np.float32), {}))
-    states = np.concatenate([trajectory.x, trajectory.x_next[-1:, :, 0]])[..., 0]
+    states = trajectory.states[..., 0]
     found = dict(word=texts[0], states=states, images=images, reward=reward)
     return found | dict(turns=credit.is_turning_point, advantage=advantage)
 

@@ -17,7 +17,7 @@ from tpgrpo_jax.data import prompts
 from tpgrpo_jax.flow import completion, schedule
 from tpgrpo_jax.models import mmdit
 from tpgrpo_jax.objective import ratio, surrogate
-from tpgrpo_jax.training import losses, rollout, state, step
+from tpgrpo_jax.training import batches, losses, rollout, state
 from tpgrpo_jax.training import method as method_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -218,7 +218,7 @@ def test_value_of_the_wrong_type_is_refused_with_field_value_and_rule(field, val
     (names.TRUST_REGIONS, surrogate.TRUST_REGIONS),
     (names.STEP_WEIGHTS, surrogate.STEP_WEIGHTS),
     (names.LEVEL_DRAWS, schedule.LEVEL_DRAWS),
-    (names.UPDATES_BY, step._SHARES),
+    (names.UPDATES_BY, batches._SHARES),
     (names.LEARNING_RATE_SCHEDULES, state.SCHEDULES),
   ],
 )

@@ -83,6 +83,11 @@ BAD = {
     {"train.steps_per_call": 3, "mesh.tensor": 2},
     ("train.steps_per_call=3:", "gathers whole weights", "Set mesh.tensor=1"),
   ),
+  "update_microbatch": (
+    "",
+    {"train.microbatch": 48, "train.update_microbatch": 20},
+    ("train.update_microbatch=20:", "must divide train.microbatch=48", "Set it to 16 or 24."),
+  ),
   "steps_per_call": (
     "",
     {"train.steps_per_call": 4},
@@ -649,6 +654,11 @@ def test_types_of_a_config_made_in_python_are_checked(fields, parts):
       "branch",
       {"train.microbatch": 4},
       ("train.microbatch=4:", "8 members 4 at a time", "Multiples of 8"),
+    ),
+    (
+      "branch",
+      {"train.update_microbatch": 4},
+      ("train.update_microbatch=4:", "8 members 4 at a time", "Multiples of 8"),
     ),
     (
       "",

@@ -31,6 +31,14 @@ def test_rate_and_share_of_the_peak(monkeypatch):
   assert row.keys() == {"time/rollout_teraflops", "time/rollout_utilisation"}
 
 
+def test_what_a_program_skips_is_not_counted_as_done():
+  meter = utilisation.Meter({"rollout": lambda a: a @ a})
+  meter.count("rollout", 1, jnp.ones((4, 4)))
+  whole, meter.shares["rollout"] = meter.total(), 0.25
+  assert meter.total() == 0.25 * whole > 0
+  assert meter.row({"rollout": 1.0})["time/rollout_teraflops"] == 0.25 * whole / 1e12
+
+
 def test_unknown_devices_have_no_share():
   meter = utilisation.Meter({"update": lambda a: a @ a})
   meter.count("update", 1, jnp.ones((4, 4)))

@@ -25,6 +25,7 @@ CONDITION = RNG.normal(size=(B, E))
 
 def velocity(params, x, sigma, condition, tanh=np.tanh):
   """A random network: nonlinear in x, different for every level and sample."""
+  condition = condition.repeat(len(x) // len(condition), axis=0)  # neighbours share a row
   hidden = x.reshape(len(x), -1) @ params["x"] + condition @ params["condition"]
   hidden = tanh(hidden + sigma[:, None] * params["sigma"])
   return (hidden @ params["out"]).reshape(x.shape)

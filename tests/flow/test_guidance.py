@@ -57,6 +57,19 @@ def test_guidance_evaluates_the_model_once_at_twice_the_batch():
   assert sizes == [(2 * B,) * 4]
 
 
+def test_neighbours_that_share_a_row_are_guided_as_if_each_had_its_own():
+  def repeating(params, x, sigma, condition):
+    each = lambda a: jnp.repeat(a, len(x) // len(a), axis=0)
+    return velocity_fn(params, x, sigma, jax.tree.map(each, condition))
+
+  x, sigma = jnp.concatenate([X, -X]), jnp.concatenate([SIGMA, SIGMA / 2])
+  found = guidance.classifier_free(repeating, 4.5)(PARAMS, x, sigma, PAIR)
+  whole = jax.tree.map(lambda a: jnp.repeat(a, 2, axis=0), PAIR)
+  np.testing.assert_allclose(
+    found, guidance.classifier_free(velocity_fn, 4.5)(PARAMS, x, sigma, whole), atol=1e-6
+  )
+
+
 def test_a_sample_is_guided_independently_of_its_neighbours():
   one = jax.tree.map(lambda a: a[1:2], (X, SIGMA, PAIR))
   alone = guidance.classifier_free(velocity_fn, 4.5)(PARAMS, *one)

@@ -1,6 +1,5 @@
 """The trajectory scan: which steps are noisy, what is kept of them, and how they are scored."""
 
-import dataclasses
 import functools
 
 import jax
@@ -193,15 +192,18 @@ def test_log_ratio_of_an_update_is_exactly_zero_on_policy(dynamics, shape):
 
   @jax.jit
   def update(params, trajectory):
-    def one(_, t):  # a scan over the steps, as the train step has it
+    def one(_, pair):  # a scan over the steps, as the train step has it
+      (x, x_next, sigma, sigma_next), old = pair
+
       def loss(params):
-        velocity = model(params, t.x, jnp.full(t.x.shape[:1], t.sigma), None)
-        new = sampler.score(step, log_prob, t.x, t.x_next, velocity, t.sigma, t.sigma_next)
-        return jnp.sum(jnp.exp(new - t.log_prob)), new - t.log_prob
+        velocity = model(params, x, jnp.full(x.shape[:1], sigma), None)
+        new = sampler.score(step, log_prob, x, x_next, velocity, sigma, sigma_next)
+        return jnp.sum(jnp.exp(new - old)), new - old
 
       return None, jax.value_and_grad(loss, has_aux=True)(params)
 
-    return jax.lax.scan(one, None, dataclasses.replace(trajectory, final=jnp.zeros(W)))[1]
+    t = trajectory
+    return jax.lax.scan(one, None, ((t.x, t.x_next, t.sigma, t.sigma_next), t.log_prob))[1]
 
   trajectory = rollout(kernel, jnp.asarray(SIGMAS, jnp.float32))
   (_, log_ratio), gradient = update(kernel, trajectory)

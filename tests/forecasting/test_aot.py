@@ -17,7 +17,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.config import tasks
 from tpgrpo_jax.cost import collectives, flops, hardware
-from tpgrpo_jax.forecasting import forecast, lowering, reward_program
+from tpgrpo_jax.forecasting import choice, forecast, lowering, reward_program
 from tpgrpo_jax.training import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -293,11 +293,36 @@ def test_a_bound_is_the_longest_of_three_times():
 
 
 def test_candidates_divide_devices_and_updates_and_begin_with_the_least_fsdp():
-  found = list(forecast.candidates(tasks.sd35m(), 16))  # 576 samples an update
+  found = list(choice.candidates(tasks.sd35m(), 16))  # 576 samples an update
   sizes = [(c.mesh.fsdp, c.train.microbatch) for c in found]
   assert sizes[:4] == [(1, 96), (1, 64), (1, 48), (1, 32)]
   assert sorted({fsdp for fsdp, _ in sizes}) == [1, 2, 4, 8, 16]
   assert all(576 % size == 0 and size % 16 == 0 for _, size in sizes)
+
+
+def test_candidates_keep_the_microbatch_of_the_update():
+  config = tasks.sd35m()
+  asked = lambda size: dataclasses.replace(
+    config, train=dataclasses.replace(config.train, update_microbatch=size)
+  )
+  sizes = {c.train.microbatch for c in choice.candidates(asked(32), 16)}
+  assert sizes == {32, 64, 96} and not [*choice.candidates(asked(8), 16)]
+
+
+def test_an_update_of_smaller_microbatches_does_the_same_work_in_less_memory():
+  def compiled(size):
+    config = small_config()
+    train = dataclasses.replace(config.train, update_microbatch=size)
+    config = dataclasses.replace(config, train=train, lora=config_lib.Lora(rank=2))
+    plan = lowering.open_plan(config, mesh_lib.make_mesh(config.mesh, jax.devices()[:1]))
+    with jax.set_mesh(plan.mesh):
+      function, args, kwargs = lowering.update_program(plan)
+      memory = function.lower(*args, **kwargs).compile().memory_analysis()
+    return flops.count(function, *args, **kwargs).total, memory.temp_size_in_bytes
+
+  whole, parts = compiled(0), compiled(2)
+  assert parts[0] == pytest.approx(whole[0], rel=0.01)  # each embeds its texts
+  assert parts[1] < 0.6 * whole[1]
 
 
 def test_the_choice_fits_where_the_config_does_not():
@@ -313,12 +338,10 @@ def test_the_choice_fits_where_the_config_does_not():
     phases = (phase, dataclasses.replace(phase, name="update"))
     return forecast.Forecast({"data": 4, "fsdp": 1, "tensor": 1}, 8, phases, "", hbm)
 
-  whole, halved = (
-    forecast.choose(config, devices, measured(share * state)) for share in (2.0, 0.8)
-  )
+  whole, halved = (choice.choose(config, devices, measured(share * state)) for share in (2.0, 0.8))
   assert whole is not None and whole.mesh.fsdp == 1
   assert halved is not None and halved.mesh.fsdp > 1
-  assert forecast.choose(config, devices, measured(1.0)) is None
+  assert choice.choose(config, devices, measured(1.0)) is None
 
 
 @pytest.mark.slow

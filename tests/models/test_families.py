@@ -1,6 +1,7 @@
 """What every family of transformers must do; small models of families.py."""
 
 import dataclasses
+import functools
 import json
 
 import families
@@ -12,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from tpgrpo_jax import models
+from tpgrpo_jax.cost import flops
 from tpgrpo_jax.models import hf, lora
 
 # SD3 and FLUX.1 have modules of tests to themselves, which ask the same of them.
@@ -59,6 +61,38 @@ def test_adapters_and_rematerialisation_leave_the_bits_alone(name):
 
   (_, inside), _ = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, *inputs)
   np.testing.assert_array_equal(jax.jit(loss)(trainable, *inputs)[1], inside)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", *NEW])
+def test_neighbours_share_a_text_that_is_embedded_once(name):
+  graphdef, *shapes = families.split(name)
+  trainable, frozen = (families.random_like(tree, i) for i, tree in enumerate(shapes))
+  velocity = functools.partial(
+    models.velocity_fn, graphdef, {"frozen": frozen, "trainable": trainable}
+  )
+  x, sigma, condition = families.draw_inputs(families.FAMILIES[name], batch=6)
+  rows = jax.tree.map(lambda a: a[:2], condition)
+  each = jax.tree.map(lambda a: np.repeat(a, 3, axis=0), rows)
+  np.testing.assert_allclose(
+    jax.jit(velocity)(x, sigma, rows), jax.jit(velocity)(x, sigma, each), rtol=1e-4, atol=1e-5
+  )
+  assert flops.count(velocity, x, sigma, rows).total < flops.count(velocity, x, sigma, each).total
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", *NEW])
+def test_rematerialisation_that_keeps_products_repeats_none_of_them(name):
+  """But those within attention, whose result it keeps."""
+  inputs, found = families.draw_inputs(families.FAMILIES[name], tokens=8, size=(4, 4)), {}
+  for remat in ("none", "dots", "full"):
+    graphdef, trainable, frozen = families.split(name, rank=2, remat=remat)
+
+    def loss(trainable, frozen, *inputs, graphdef=graphdef):
+      params = {"frozen": frozen, "trainable": trainable}
+      return jnp.mean(models.velocity_fn(graphdef, params, *inputs) ** 2)
+
+    found[remat] = flops.count(jax.grad(loss), trainable, frozen, *inputs).total
+  assert found["full"] > 1.2 * found["none"]
+  assert found["dots"] < 1.06 * found["none"]
 
 
 @pytest.mark.exhaustive

@@ -13,7 +13,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit
 from tpgrpo_jax.flow import branching, sampler, schedule, steps
-from tpgrpo_jax.training import losses, state, step
+from tpgrpo_jax.training import batches, losses, state, step
 from tpgrpo_jax.training import method as method_lib
 
 CHUNKS, WINDOW, STATES, MEMBERS, SHAPE = 2, 3, 2, 4, (2, 3, 1)
@@ -54,6 +54,7 @@ def make_method(dynamics="cps", velocity_fn=linear_velocity, window=WINDOW):
     window=window,
     members=1,  # the update reads it off its transitions
     copies=1,
+    neighbours=1,
     credit=credit.CREDIT["branch"],
     normalize=None,
     optimizer=KEEP,
@@ -89,7 +90,7 @@ def branch_batch(dynamics="cps"):
   shape = (CHUNKS, WINDOW, STATES * MEMBERS)
   advantage = rng.normal(size=shape).astype(np.float32)
   weight = (rng.random(shape) < 0.8).astype(np.float32)
-  return step.Batch(transitions, conditions, advantage, weight)
+  return batches.Batch(transitions, conditions, advantage, weight)
 
 
 def divided(batch, parts):
@@ -100,8 +101,8 @@ def divided(batch, parts):
     cut = lambda a: a.reshape(WINDOW, STATES * parts, MEMBERS // parts, *a.shape[3:])
     return dataclasses.replace(
       t,
-      x=repeat(t.x, 1),
-      x_next=cut(t.x_next),
+      states=repeat(t.states, 1),
+      members=cut(t.members),
       velocity=repeat(t.velocity, 1),
       log_prob=cut(t.log_prob),
       final=repeat(t.final, 0),
@@ -117,7 +118,9 @@ def divided(batch, parts):
 def gradient_of(batch, config, method, weights=OFF_POLICY):
   before = state.init_state(weights, method.optimizer)
   reference = {"frozen": {}, "trainable": WEIGHTS}
-  after, metrics = step.make_train_step(config, method)(before, {}, reference, batch)
+  after, metrics = step.make_train_step(config, method)(
+    before, {}, reference, batches.stacked(config, batch)
+  )
   return jax.device_get((after.opt_state, metrics))
 
 
@@ -189,17 +192,15 @@ def test_gradient_of_a_pair_is_that_of_one_evaluation_a_member_in_float64(
     reference = {"trainable": jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), WEIGHTS)}
     gradients = []
     for each in (batch, divided(batch, MEMBERS)):
-      pairs, (conditions, _) = step._pairs(config, method, each)
+      pairs, data = step._pairs(config, method, batches.stacked(config, each))
       pairs = {k: jnp.asarray(v, jnp.float64) if v.ndim > 1 else v for k, v in pairs.items()}
-      conditions = conditions.astype(jnp.float64)
+      data = jax.tree.map(lambda a: a.astype(jnp.float64), data)
 
-      def loss(weights, pairs=pairs, conditions=conditions):
+      def loss(weights, pairs=pairs, data=data):
         total = 0.0
         for n in range(WINDOW):  # the first microbatch
-          pair = {k: v[n] for k, v in pairs.items()}
-          found, _ = pair_loss(
-            {"trainable": weights}, reference, {}, pair, conditions[pair["chunk"]]
-          )
+          pair, condition = step._looked_up({k: v[n] for k, v in pairs.items()}, data)
+          found, _ = pair_loss({"trainable": weights}, reference, {}, pair, condition)
           total += jnp.sum(pair["weight"] * found)
         return total
 
@@ -262,7 +263,7 @@ def chunk_batch():
   advantage = np.repeat(advantage, WINDOW, axis=1)
   # By hand, for chunks of 1 and 2 steps: W / (chunks x length) of each step.
   weight = np.tile(np.float32([1.5, 0.75, 0.75])[None, :, None], (CHUNKS, 1, 4))
-  return step.Batch(transitions, conditions, advantage, weight)
+  return batches.Batch(transitions, conditions, advantage, weight)
 
 
 def test_gradient_of_chunks_is_that_of_a_loss_of_each_chunk():

@@ -153,6 +153,12 @@ BRANCH = config_lib.Sampler(rollout="branch", branches=4, num_steps=10, window=(
     ({"sampler.guidance_scale": 4.5}, 110),
     ({"sampler.window": (5, 9)}, 10 + 4 * 3),  # 4 | 3 + 1 | 2 and two idle slots
     ({"completion.lanes_per_chunk": 2}, 10 + 9 * 6),  # five lanes, and an idle one
+    ({"completion.lanes_per_chunk": 4}, 10 + 9 * 6),  # 3 + 3 and not 4 + 4
+    # 25 steps, of which the window's first is the 21st: four lanes of 4, and not of 24.
+    (
+      {"sampler": config_lib.Sampler(num_steps=25, window=(20, 24), window_range=(0, 25))},
+      25 + 4 * 4,
+    ),
     # The steps 0, 1, 2 at the beginning fit three lanes of nine, as those of every other place do.
     ({"sampler.window": (0, 3), "sampler.window_range": (0, 9)}, 10 + 9 * 3),
     ({"sampler": BRANCH, "credit.method": "branch"}, 45 + 10 / 4),
@@ -190,6 +196,16 @@ def counted_evaluations(config, model):
     jax.block_until_ready(sample(params, jax.random.key(0), 0, group, condition, place, plan))
   jax.effects_barrier()
   return sum(rows) / batch, method_lib.evaluations_per_sample(config, method, plan, place)
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_a_drawn_window_evaluates_the_steps_that_it_needs(config_in, full, most):
+  drawn = config_lib.Sampler(num_steps=9, window=(0, 2), window_range=(0, 8))
+  fields = {"sampler": drawn, "completion.lanes_per_chunk": most, "train.microbatch": 2}
+  config = config_in("unused", fields)
+  ran, said = counted_evaluations(config, full)
+  start = method_lib.draw_place(config, 0, 0)[0]
+  assert ran == said == 9 + 2 * (8 - start) and start > 0
 
 
 LATE = config_lib.Sampler(num_steps=6, window=(3, 5), same_latent=True)

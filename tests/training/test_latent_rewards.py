@@ -17,7 +17,7 @@ from tpgrpo_jax.config import rules
 from tpgrpo_jax.cost import flops
 from tpgrpo_jax.credit import stepwise
 from tpgrpo_jax.forecasting import checking
-from tpgrpo_jax.models import dina
+from tpgrpo_jax.models import dina, layers
 from tpgrpo_jax.runs import processes
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import loop, rollout
@@ -115,7 +115,10 @@ def test_every_row_of_the_rewards_is_the_score_of_that_state(session, epoch):
     # The last first, so that it is seen to be a matter of the state and not of its place.
     states = jnp.stack([found.final, *found.x[::-1]], axis=1)
     levels = jnp.concatenate([jnp.zeros(1), found.sigma[::-1]])
-    scores = session.reward_fn.look(types.Samples(states, levels), method_lib.positive(condition))
+    condition = jax.tree.map(
+      lambda a, x=states: layers.per_sample(a, x), method_lib.positive(condition)
+    )
+    scores = session.reward_fn.look(types.Samples(states, levels), condition)
     scores = 2.0 * scores["dina_lrm"].reshape(4, 4)[:, ::-1].T
     np.testing.assert_allclose(scores, rolled.completion_reward[0, :, rows], rtol=1e-5)
   np.testing.assert_array_equal(

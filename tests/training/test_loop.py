@@ -430,7 +430,7 @@ def test_trajectories_of_an_epoch_are_gone_before_the_next_one_samples(
   def watched(*args):
     alive.extend(ref() for ref in made if ref() is not None)
     sampled = sample(*args)
-    made.extend(weakref.ref(a) for t in sampled.rollout.transitions for a in (t.x, t.x_next))
+    made.extend(weakref.ref(a) for t in sampled.rollout.transitions for a in (t.states, t.final))
     assert all(t.velocity is None for t in sampled.rollout.transitions)  # no loss reads it
     return sampled
 
@@ -585,7 +585,7 @@ moment = sys.argv.pop()
 from jax import monitoring
 import scripted_rewards
 from tpgrpo_jax.runs import checkpoint
-from tpgrpo_jax.training import progress, step
+from tpgrpo_jax.training import batches, progress
 
 said = []
 
@@ -603,7 +603,7 @@ def before(owner, attribute, name):
   setattr(owner, attribute, run)
 
 before(progress.Bar, "advance", lambda bar, count: bar._name)  # the rollout, between two microbatches
-before(step, "split_updates", lambda *_: "update")
+before(batches, "split_updates", lambda *_: "update")
 
 def under_way(event, seconds, **kwargs):  # lowered, and not compiled yet
   if event.endswith("jaxpr_to_mlir_module_duration") and "train_step" in str(kwargs):

@@ -151,10 +151,15 @@ def test_one_epoch_of_a_method_on_a_mesh_equals_that_of_a_single_device(
 
 
 @pytest.mark.parametrize(
-  "shape", [*(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[:2]), SHAPES[2]]
+  "shape, size",
+  [*(pytest.param(shape, 0, marks=pytest.mark.slow) for shape in SHAPES[:2]), (SHAPES[2], 4)],
 )
-def test_one_epoch_on_a_mesh_equals_that_of_a_single_device(shape, single, make_config, tmp_path):
-  sized = lambda fields: make_config(fields | {"mesh": config_lib.Mesh(*shape)})
+def test_one_epoch_on_a_mesh_equals_that_of_a_single_device(
+  shape, size, single, make_config, tmp_path
+):
+  """Where `size` is given, the update takes so many samples at once, fewer than the rollout's."""
+  changes = {"mesh": config_lib.Mesh(*shape), "train.update_microbatch": size}
+  sized = lambda fields: make_config(fields | changes)
   mesh = mesh_lib.make_mesh(config_lib.Mesh(*shape))
   found = epoch_on(mesh, sized, str(tmp_path / "mesh"))
   assert_same_epoch(found, single)

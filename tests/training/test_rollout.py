@@ -11,7 +11,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.flow import sampler
 from tpgrpo_jax.models import tiny
-from tpgrpo_jax.training import build, pipeline, rollout, step
+from tpgrpo_jax.training import batches, build, pipeline, rollout
 from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
@@ -27,7 +27,8 @@ def encode(prompts):
 
 def velocity(params, x, sigma, condition):
   level = sigma.reshape(-1, 1, 1, 1)
-  return params["scale"] * jnp.tanh(x) + level * condition.pooled[:, :, None, None]
+  prompt = condition.pooled.repeat(len(x) // len(condition.pooled), axis=0)
+  return params["scale"] * jnp.tanh(x) + level * prompt[:, :, None, None]
 
 
 def decode(latents):
@@ -132,7 +133,9 @@ def test_first_images_are_the_ode_images_of_the_windows_first_states(single_mesh
 
 def test_prompts_are_those_of_the_samples(epoch):
   conditions = np.concatenate([c.pooled for c in epoch[0].conditions])
-  np.testing.assert_array_equal(conditions[:, 0], np.repeat([0, 1, 2], 4))
+  np.testing.assert_array_equal(
+    conditions[:, 0], [0, 1, 2]
+  )  # one row serves the four samples of each
 
 
 def test_method_without_completions_scores_the_finished_images_alone(single_mesh):
@@ -241,7 +244,7 @@ def test_advantages_of_a_shuffled_epoch_go_with_their_samples(single_mesh):
     rolled, _ = run_epoch(config, single_mesh, order=order)
     config = dataclasses.replace(config, loss=config_lib.Loss("nft", clip_range=0.0))
     advantage = np.tile(rolled.completion_reward[0, -1], (3, 1))
-    (batch,) = step.split_updates(config, rolled, advantage, np.ones(12), 0)
+    (batch,) = batches.split_updates(config, rolled, advantage, np.ones(12), 0)
     finals = np.concatenate([t.final for t in batch.transitions])
     np.testing.assert_allclose(
       np.concatenate(batch.advantage, 1)[0], brightness_of(finals), rtol=1e-6

@@ -15,8 +15,8 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, types
 from tpgrpo_jax.cost import collectives, flops
 from tpgrpo_jax.models import flux, lora
+from tpgrpo_jax.training import batches, state, step
 from tpgrpo_jax.training import mesh as mesh_lib
-from tpgrpo_jax.training import state, step
 
 ROWS, BATCH = 4, 4
 
@@ -34,8 +34,8 @@ def parts():
   sigma = jnp.linspace(0.9, 0.3, ROWS + 1)
   x, velocity = draw(2, ROWS, BATCH, 4, 4, 4), draw(3, ROWS, BATCH, 4, 4, 4)
   transitions = types.Transitions(
-    x=x,
-    x_next=x[:, :, None] + 0.1 * draw(4, ROWS, BATCH, 1, 4, 4, 4),
+    states=x,
+    members=x[:, :, None] + 0.1 * draw(4, ROWS, BATCH, 1, 4, 4, 4),
     velocity=velocity,
     log_prob=jnp.full((ROWS, BATCH, 1), -0.5),
     sigma=sigma[:-1],
@@ -44,7 +44,7 @@ def parts():
   )
   condition = types.Condition(draw(5, BATCH, 5, 12), draw(6, BATCH, 10))
   advantage, weight = draw(7, 1, ROWS, BATCH), jnp.ones((1, ROWS, BATCH))
-  batch = step.Batch([transitions], [condition], advantage, weight)
+  batch = batches.Batch([transitions], [condition], advantage, weight)
   return models.make_velocity_fn(graphdef), trainable, frozen, batch
 
 
@@ -71,6 +71,8 @@ def run_of(parts, mesh, count):
     transitions=[dataclasses.replace(transitions[0], final=final)],
     conditions=conditions,
   )
+  with jax.set_mesh(mesh):
+    laid = batches.stacked(config, laid)
   before = place(state.init_state(trainable, method.optimizer))
   return step.make_train_step(config, method), (before, place(frozen), {}, laid)
 

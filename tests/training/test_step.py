@@ -13,6 +13,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit
 from tpgrpo_jax.cost import collectives
 from tpgrpo_jax.flow import sampler, schedule, steps
+from tpgrpo_jax.training import batches as batches_lib
 from tpgrpo_jax.training import build, rollout, state, step, sums
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
@@ -38,6 +39,7 @@ def make_method(**changes):
     window=WINDOW,
     members=1,
     copies=1,
+    neighbours=1,
     credit=credit.CREDIT["increments"],
     normalize=None,
     optimizer=optax.sgd(1.0),  # so that a step is the negative gradient
@@ -78,7 +80,7 @@ def batch():
   trajectories, conditions = zip(*(sample(seed) for seed in range(CHUNKS)))
   advantage = jax.random.normal(jax.random.key(7), (CHUNKS, WINDOW, BATCH))
   weight = jnp.ones((CHUNKS, WINDOW, BATCH))
-  return step.Batch(list(trajectories), list(conditions), advantage, weight)
+  return batches_lib.Batch(list(trajectories), list(conditions), advantage, weight)
 
 
 def update(batch, *, weights=WEIGHTS, reference=WEIGHTS, config=None, method=None):
@@ -87,7 +89,7 @@ def update(batch, *, weights=WEIGHTS, reference=WEIGHTS, config=None, method=Non
   before = state.init_state(weights, method.optimizer)
   train_step = step.make_train_step(config, method)
   reference = {"frozen": {}, "trainable": reference}
-  after, metrics = train_step(before, {}, reference, batch)
+  after, metrics = train_step(before, {}, reference, batches_lib.stacked(config, batch))
   return after, jax.tree.map(lambda a, b: a - b, weights, after.trainable), metrics
 
 
@@ -130,13 +132,27 @@ def test_one_large_microbatch_has_the_gradient_of_many_small_ones(batch):
   joined = dataclasses.replace(
     joined, final=jnp.concatenate([t.final for t in batch.transitions]), sigma=first.sigma
   )
-  whole = step.Batch(
+  whole = batches_lib.Batch(
     [joined],
     [jnp.concatenate(batch.conditions)],
     jnp.concatenate(list(batch.advantage), axis=1)[None],
     jnp.concatenate(list(batch.weight), axis=1)[None],
   )
   assert_close(update(whole)[1], update(batch)[1])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_update_of_smaller_microbatches_has_the_gradient_of_the_rollouts(batch, size):
+  train = config_lib.Train(microbatch=BATCH, update_microbatch=size)
+  config = dataclasses.replace(make_config(), train=train)
+  assert batches_lib.stacked(config, batch).advantage.shape == (
+    CHUNKS * BATCH // size,
+    WINDOW,
+    size,
+  )
+  weight = jax.random.uniform(jax.random.key(8), batch.weight.shape)
+  batch = dataclasses.replace(batch, weight=weight)
+  assert_close(update(batch, config=config)[1:], update(batch)[1:])
 
 
 def test_samples_of_weight_zero_do_not_count(batch):
@@ -268,7 +284,7 @@ def forward_batch(batch):
   return dataclasses.replace(batch, levels=jnp.asarray(levels), key=jax.random.key(5))
 
 
-FIRST = {"make": step.make_rescoring_step, "phase": step.FIRST}
+FIRST = {"make": step.make_rescoring_step, "phase": batches_lib.FIRST}
 
 
 @pytest.mark.parametrize(
@@ -298,6 +314,7 @@ def test_gradients_are_summed_over_the_data_once_an_update(axes, objective, prog
     laid = dataclasses.replace(batch, transitions=jax.tree.map(lay, batch.transitions))
     args = jax.device_put((before, {}, reference), copied)
     with jax.set_mesh(mesh):
+      laid = batches_lib.stacked(config, laid)
       return run.lower(*args, laid).compile(), (*args, laid)
 
   run, args = compiled(mesh, batch)
@@ -323,6 +340,7 @@ def test_update_without_any_weight_leaves_a_moving_optimizer_as_it_is(batch):
   config = dataclasses.replace(make_config(), ema=config_lib.Ema(decay=0.5, every=1))
   train_step = step.make_train_step(config, method := make_method(optimizer=optax.adam(0.1)))
   reference = {"frozen": {}, "trainable": WEIGHTS}
+  batch = batches_lib.stacked(config, batch)
   moving, _ = train_step(state.init_state(WEIGHTS, method.optimizer), {}, reference, batch)
   kept = lambda s: jax.device_get((s.trainable, s.opt_state, s.ema))
   before = kept(moving)
@@ -384,7 +402,7 @@ def test_split_updates_cuts_the_epoch_in_order():
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, updates_per_epoch=2))
   rolled = epoch_of(["t0", "t1", "t2", "t3"], np.arange(8))
   advantage = np.arange(2 * 8).reshape(2, 8)  # [W, B]; sample i is column i
-  first, second = step.split_updates(config, rolled, advantage, np.arange(8), 0)
+  first, second = batches_lib.split_updates(config, rolled, advantage, np.arange(8), 0)
   assert (first.transitions, second.conditions) == (["t0", "t1"], ["c2", "c3"])
   np.testing.assert_array_equal(first.weight, [[[0, 1], [0, 1]], [[2, 3], [2, 3]]])
   np.testing.assert_array_equal(second.advantage, [[[4, 5], [12, 13]], [[6, 7], [14, 15]]])
@@ -394,7 +412,7 @@ def test_split_updates_takes_samples_in_the_order_of_the_microbatches():
   config = make_config()
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, updates_per_epoch=2))
   order = np.array([3, 0, 2, 1])
-  batches = step.split_updates(
+  batches = batches_lib.split_updates(
     config, epoch_of(["t0", "t1"], order), 10.0 * np.arange(4)[None], np.arange(4), 0
   )
   np.testing.assert_array_equal([b.advantage for b in batches], [[[[30, 0]]], [[[20, 10]]]])
@@ -408,7 +426,7 @@ def test_split_updates_by_steps_gives_every_update_its_steps_of_all_samples(batc
   )
   advantage = np.random.default_rng(0).normal(size=(WINDOW, CHUNKS * BATCH))
   rolled = epoch_of(batch.transitions, np.arange(CHUNKS * BATCH))
-  parts = step.split_updates(config, rolled, advantage, np.ones(CHUNKS * BATCH), 0)
+  parts = batches_lib.split_updates(config, rolled, advantage, np.ones(CHUNKS * BATCH), 0)
   for k, part in enumerate(parts):
     np.testing.assert_array_equal(np.concatenate(part.advantage, axis=1)[0], advantage[k])
     for found, whole in zip(part.transitions, batch.transitions, strict=True):
@@ -422,7 +440,7 @@ def test_chunks_count_alike_and_so_many_are_drawn_for_each_sample(count):
   config = make_config(chunks=(1, 3, 2), chunks_per_sample=count)
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, updates_per_epoch=1))
   rolled = epoch_of(["t0"], np.arange(32))
-  (batch,) = step.split_updates(config, rolled, np.ones((6, 32)), np.ones(32), 0)
+  (batch,) = batches_lib.split_updates(config, rolled, np.ones((6, 32)), np.ones(32), 0)
   weight = batch.weight[0]  # [W, B]
   sums = np.stack([weight[:1].sum(0), weight[1:4].sum(0), weight[4:].sum(0)])
   assert {*np.unique(sums.round(6))} == ({2.0} if count == 0 else {0.0, 2.0})
@@ -482,14 +500,16 @@ def first_update_metrics(config, mesh):
       numbers = [np.repeat([0, 1], anchors) + 2 * chunk, np.tile(np.arange(anchors), 2)]
       group = np.stack(numbers, axis=1)
       texts = [("CAT3", "XY7", "HELP", "9RT")[i] for i in group[:, 0]]
-      placed = (group.astype(np.int32), method_lib.build_condition(config, model, texts))
+      rows = texts[:: method.neighbours]
+      placed = (group.astype(np.int32), method_lib.build_condition(config, model, rows))
       placed = jax.device_put(placed, mesh_lib.batch_sharding(mesh))
       key = rollout.epoch_key(0, 0)
       found, _ = sample_fn(params, key, chunk, *placed, place, plan)
       transitions.append(found)
       conditions.append(placed[1])
     advantage = np.random.default_rng(0).standard_normal((2, 3, 32)).astype(np.float32)
-    batch = step.Batch(transitions, conditions, advantage, np.ones((2, 3, 32), np.float32))
+    batch = batches_lib.Batch(transitions, conditions, advantage, np.ones((2, 3, 32), np.float32))
+    batch = batches_lib.stacked(config, batch)
     reference = {"frozen": model.frozen, "trainable": {} if config.lora.rank else model.trainable}
     before = state.init_state(model.trainable, method.optimizer)
     _, metrics = step.make_train_step(config, method)(before, model.frozen, reference, batch)

@@ -116,7 +116,7 @@ class Completion:
       grid (G2RPO); the advantages add up. () is the grid itself.
     solver: euler, dpmpp_2m (DPM-Solver++(2M)), or dpmpp_2m_history, whose first step remembers the
       trajectory's evaluation before.
-    lanes_per_chunk: packed lanes computed at once; 0 is all of them.
+    lanes_per_chunk: at most so many packed lanes are computed at once; 0 is all of them.
   """
 
   steps: int = 0
@@ -258,7 +258,9 @@ class Train:
     epochs: of the run.
     prompts_per_epoch: P, prompts in an epoch.
     group_size: K, samples of each prompt, which are compared.
-    microbatch: samples in one device call, of all devices together; rollout and update use the same.
+    microbatch: samples in one device call, of all devices together.
+    update_microbatch: samples that an update evaluates at once, where they are fewer than the rollout's: what
+      its backward pass keeps is then less, so that model.remat may be "dots" or "none". 0 is microbatch.
     updates_per_epoch: optimizer updates, each on an equal share of the epoch's samples.
     updates_by: what they share out: "samples", or the "steps" of the window, in order (G2RPO).
     shuffle: samples go into the updates in random order, and not prompt by prompt.
@@ -270,6 +272,7 @@ class Train:
   prompts_per_epoch: int = 8
   group_size: int = 16
   microbatch: int = 64
+  update_microbatch: int = 0
   updates_per_epoch: int = 2
   updates_by: str = "samples"
   shuffle: bool = False

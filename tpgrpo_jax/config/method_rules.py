@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 import math
 
-from tpgrpo_jax.config import fields, names
+from tpgrpo_jax.config import fields, names, size_rules
 
 _OUTCOME = ("flow_grpo", "coca")  # credit of the finished image alone
 _STATES = ("latent_increments",)  # credit of the noisy states themselves
@@ -13,7 +13,6 @@ _MEMBERS = ("branch", "branch_gain")  # credit of members
 def check(config: fields.Config) -> Iterator[str]:
   """One line for each broken rule: field, value, rule, fix."""
   groups = (_branches, _moving_windows, _noise_levels, _completions, _credit, _latents, _objective)
-  groups += (_calls,)
   for group in groups:
     yield from group(config)
   yield from _policy(config) if config.loss.objective == "policy" else _forward(config)
@@ -34,10 +33,11 @@ def advise(config: fields.Config) -> Iterator[str]:
       f"credit.method={config.credit.method!r}, advantage.normalization={config.advantage.normalization!r}: "
       "VGPO's values and its normalisation 'value' were made for each other."
     )
-  together = math.gcd(s.branches, train.microbatch)
+  field = "update_microbatch" if train.update_microbatch else "microbatch"
+  together = math.gcd(s.branches, getattr(train, field))
   if together < s.branches:
     yield (
-      f"train.microbatch={train.microbatch}: takes an anchor's {s.branches} members {together} at a time, "
+      f"train.{field}={getattr(train, field)}: takes an anchor's {s.branches} members {together} at a time, "
       f"and evaluates the anchor for each part again. Multiples of {s.branches} keep them together."
     )
 
@@ -53,7 +53,7 @@ def _branches(config) -> Iterator[str]:
     elif size > 1 and size % s.branches:
       yield (
         f"sampler.branches={s.branches}: must divide train.group_size={size}, so that a prompt has a "
-        f"whole number of anchors. Set it to {nearest_divisors(s.branches, size, least=2)}."
+        f"whole number of anchors. Set it to {size_rules.nearest_divisors(s.branches, size, least=2)}."
       )
     length = s.window[1] - s.window[0]
     if not 0 <= s.branch_steps <= length:
@@ -63,7 +63,9 @@ def _branches(config) -> Iterator[str]:
       )
     if s.antithetic and s.branches % 2:
       fix = (
-        "" if size % 2 else f"sampler.branches to {nearest_divisors(s.branches, size, of=2)}, or "
+        ""
+        if size % 2
+        else f"sampler.branches to {size_rules.nearest_divisors(s.branches, size, of=2)}, or "
       )
       yield (
         f"sampler.antithetic=True: pairs need an even sampler.branches, which is {s.branches}. Set "
@@ -95,13 +97,6 @@ def _branches(config) -> Iterator[str]:
       f"advantage.group='state': only the members of sampler.rollout='branch' share a state, and it is "
       f"{s.rollout!r}. Use 'prompt'."
     )
-
-
-def nearest_divisors(number: int, size: int, *, of: int = 1, least: int = 1) -> str:
-  """The divisors of `size`, of at least `least` and multiples of `of`, next to `number`: "4 or 8"."""
-  fit = [m for m in range(least, size + 1) if size % m == 0 and m % of == 0]
-  below, above = [m for m in fit if m < number], [m for m in fit if m > number]
-  return " or ".join(map(str, below[-1:] + above[:1]))
 
 
 def _moving_windows(config) -> Iterator[str]:
@@ -278,18 +273,6 @@ def _of_values(config) -> Iterator[str]:
       f"advantage.bonus={asked.bonus}: is of advantage.normalization='value', and it is "
       f"{asked.normalization!r}. Leave it at {fields.Advantage().bonus}."
     )
-
-
-def _calls(config) -> Iterator[str]:
-  count, s, t = config.train.steps_per_call, config.sampler, config.train
-  drawn = {"branch": s.branch_steps, "ode": config.loss.levels}.get(s.rollout, 0)
-  rows = drawn or s.window[1] - s.window[0]
-  rows //= max(t.updates_per_epoch, 1) if t.updates_by == "steps" else 1
-  if count < 1 or rows % count:
-    found = math.gcd(rows, max(count, 1))
-    yield f"train.steps_per_call={count}: must divide the {rows} steps of an update. Set it to {found}."
-  if count > 1 and config.mesh.tensor > 1:
-    yield f"train.steps_per_call={count}: gathers whole weights. Set mesh.tensor=1, or it to 1."
 
 
 def _objective(config) -> Iterator[str]:

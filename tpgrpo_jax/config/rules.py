@@ -6,7 +6,7 @@ import re
 import warnings
 
 from tpgrpo_jax import registry
-from tpgrpo_jax.config import bridge, fields, method_rules, names
+from tpgrpo_jax.config import bridge, fields, method_rules, names, size_rules
 
 
 def validate(config: fields.Config) -> None:
@@ -16,7 +16,17 @@ def validate(config: fields.Config) -> None:
   checked where they are opened.
   """
   bridge.check_types(config)
-  groups = (_run, _model, _pipeline, _adapter, _names, _sampler, _credit_scale, _sizes, _optimizer)
+  groups = (
+    _run,
+    _model,
+    _pipeline,
+    _adapter,
+    _names,
+    _sampler,
+    _credit_scale,
+    size_rules.check,
+    _optimizer,
+  )
   groups += (_distributed, _best, method_rules.check)
   _raise([problem for group in groups for problem in group(config)])
   for advice in method_rules.advise(config):
@@ -61,7 +71,7 @@ def _pipeline(config) -> Iterator[str]:
       ("vae.dtype", config.vae.dtype, names.DTYPES, False),
     )
   )
-  yield from _at_least(
+  yield from size_rules.at_least(
     (
       ("sampler.height", s.height, 0),
       ("sampler.width", s.width, 0),
@@ -211,7 +221,7 @@ def _sampler(config) -> Iterator[str]:
 
 def _distributed(config) -> Iterator[str]:
   d = config.distributed
-  yield from _at_least(
+  yield from size_rules.at_least(
     (
       ("distributed.timeout", d.timeout, 1),
       ("distributed.heartbeat_timeout", d.heartbeat_timeout, 1),
@@ -252,63 +262,6 @@ def _best(config) -> Iterator[str]:
     )
 
 
-def _at_least(rows) -> Iterator[str]:
-  for field, value, least in rows:
-    if value < least:
-      yield f"{field}={value}: must be at least {least}."
-
-
-def _sizes(config) -> Iterator[str]:
-  t = config.train
-  yield from _at_least(
-    (
-      ("train.epochs", t.epochs, 1),
-      ("train.prompts_per_epoch", t.prompts_per_epoch, 1),
-      ("train.microbatch", t.microbatch, 1),
-      ("train.updates_per_epoch", t.updates_per_epoch, 1),
-      ("lora.rank", config.lora.rank, 0),
-      ("completion.steps", config.completion.steps, 0),
-      ("completion.lanes_per_chunk", config.completion.lanes_per_chunk, 0),
-      ("eval.every", config.eval.every, 0),
-      ("eval.num_steps", config.eval.num_steps, 1),
-      ("eval.prompts", config.eval.prompts, 1),
-      ("eval.batch", config.eval.batch, 1),
-      ("eval.patience", config.eval.patience, 0),
-      ("eval.judge_prompts", config.eval.judge_prompts, 0),
-      ("checkpoint.every", config.checkpoint.every, 1),
-      ("checkpoint.keep", config.checkpoint.keep, 1),
-      ("checkpoint.keep_every", config.checkpoint.keep_every, 0),
-      ("log.profile", config.log.profile, 0),
-      ("scoring.retries", config.scoring.retries, 0),
-      ("log.images_every", config.log.images_every, 0),
-    )
-  )
-  if t.group_size < 2:
-    yield (
-      f"train.group_size={t.group_size}: must be at least 2; an advantage compares the samples of "
-      "one prompt. The papers use 24."
-    )
-  samples = t.prompts_per_epoch * t.group_size
-  if min(samples, t.microbatch, t.updates_per_epoch) < 1:
-    return  # said above
-  updates = t.updates_per_epoch if t.updates_by == "samples" else 1
-  if samples % updates:
-    yield (
-      f"train.updates_per_epoch={t.updates_per_epoch}: must divide the prompts_per_epoch x group_size "
-      f"= {samples} samples of an epoch. Set it to {math.gcd(samples, t.updates_per_epoch)}, or "
-      "change the other two."
-    )
-  elif (share := samples // updates) % t.microbatch:
-    whole = config.sampler.branches if config.sampler.branches > 1 else 1
-    whole = whole if share % whole == 0 else 1  # members of an anchor stay together where they can
-    yield (
-      f"train.microbatch={t.microbatch}: must divide the {share} samples of an update "
-      f"(prompts_per_epoch x group_size / updates = {samples} / {updates}). "
-      f"Set microbatch to {method_rules.nearest_divisors(t.microbatch, share, of=whole)}, or change the "
-      "other three."
-    )
-
-
 def _credit_scale(config) -> Iterator[str]:
   yield from _positive(
     (
@@ -337,7 +290,7 @@ def _optimizer(config) -> Iterator[str]:
       ("optimizer.eps", o.eps),
     )
   )
-  yield from _at_least(
+  yield from size_rules.at_least(
     (("optimizer.warmup_updates", o.warmup_updates, 0), ("ema.every", config.ema.every, 1))
   )
   yield from _check_names(
@@ -366,7 +319,7 @@ def _pretrain(config) -> Iterator[str]:
   if config.model.variant not in names.BUILT_IN_VARIANTS:
     built_in = " and ".join(map(repr, names.BUILT_IN_VARIANTS))
     yield f"model.variant={config.model.variant!r}: only {built_in} are trained from scratch here."
-  yield from _at_least(
+  yield from size_rules.at_least(
     (
       ("train.updates", t.updates, 1),
       ("train.batch", t.batch, 1),

@@ -13,10 +13,12 @@ class Meter:
 
   Attributes:
     programs: phase -> what does its work and no work twice.
+    shares: phase -> share of what was counted that is done, where a program skips some of it; 1 if it is not there.
   """
 
   def __init__(self, programs: Mapping[str, Callable[..., Any]]):
     self.programs = programs
+    self.shares: dict[str, float] = {}
     self._counted: dict[str, float] = {}
 
   def count(self, phase: str, calls: int, *args: Any) -> None:
@@ -26,7 +28,10 @@ class Meter:
 
   def total(self) -> float:
     """Operations of an epoch, as far as phases were counted."""
-    return sum(self._counted.values())
+    return sum(map(self._done, self._counted))
+
+  def _done(self, phase):
+    return self.shares.get(phase, 1.0) * self._counted[phase]
 
   def row(self, seconds: dict[str, float]) -> dict[str, float]:
     """Metrics of one epoch: time/<phase>_teraflops, a second, all devices, and time/<phase>_utilisation.
@@ -40,8 +45,8 @@ class Meter:
     """
     chip = hardware.find_chip(jax.devices()[0])
     result = {}
-    for phase, operations in self._counted.items():
-      rate = operations / seconds[phase]
+    for phase in self._counted:
+      rate = self._done(phase) / seconds[phase]
       result[f"time/{phase}_teraflops"] = rate / 1e12
       if chip:
         result[f"time/{phase}_utilisation"] = rate / (chip.flops * jax.device_count())

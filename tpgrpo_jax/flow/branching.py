@@ -129,7 +129,7 @@ def sample_branches(
     params: of velocity_fn.
     key: of this batch.
     x_init: [S, h, w, c] noise, at sigmas[0].
-    condition: of velocity_fn, leading axis S (or 1).
+    condition: of velocity_fn, leading axis S or a divisor of it.
     sigmas: [T + 1], decreasing to 0.
     branched: [W] int, ascending; may be traced, so that drawn steps compile once.
     members: M.
@@ -177,7 +177,7 @@ def complete(
     velocity_fn: the model.
     params: of velocity_fn.
     transitions: of `sample_branches`.
-    condition: of velocity_fn, leading axis S (or 1).
+    condition: of velocity_fn, leading axis S or a divisor of it.
     plan: of these steps.
     lanes_per_chunk: as of `completion.complete`.
 
@@ -186,7 +186,6 @@ def complete(
   """
   _, states, members = transitions.x_next.shape[:3]
   flat = transitions.x_next.reshape(-1, states * members, *transitions.x_next.shape[3:])
-  widen = lambda c: jnp.repeat(c, members, axis=0) if len(c) == states else c
   begun = flat[jnp.asarray(plan.state)]
   run = completion.run
   return run(
@@ -194,7 +193,7 @@ def complete(
     params,
     begun,
     jnp.zeros_like(begun),
-    jax.tree.map(widen, condition),
+    condition,
     plan,
     lanes_per_chunk=lanes_per_chunk,
   )

@@ -52,10 +52,19 @@ def num_evaluations(*, num_steps: int, start: int, window: int, steps: int = 0) 
 
 
 def num_lane_evaluations(plan: Plan, *, lanes_per_chunk: int = 0) -> int:
-  """Model evaluations a sample that `run` makes: all slots of all lanes, idle ones too."""
+  """Model evaluations a sample that `run` makes: idle slots too, but for those that a padded plan skips."""
   length, lanes = plan.load.shape
-  size = lanes_per_chunk or max(lanes, 1)
-  return length * -(-lanes // size) * size
+  size = chunk_size(lanes, lanes_per_chunk)
+  if not len(plan.busy):
+    return length * -(-lanes // size) * size
+  firsts = range(0, lanes, size)
+  return size * sum(int(plan.busy[:, i : i + size].any(axis=1).sum()) for i in firsts)
+
+
+def chunk_size(lanes: int, most: int) -> int:
+  """Lanes of a chunk, in as few even chunks as hold at most `most` each; 0 is all in one."""
+  chunks = -(-lanes // (most or max(lanes, 1)))
+  return -(-lanes // chunks) if chunks else 1
 
 
 def stride_grid(sigmas: np.ndarray, *, start: int, stride: int) -> np.ndarray:
@@ -118,7 +127,8 @@ def plan(
     strides: likewise; the segments of one stride follow those of the one before.
     solver: "euler", "dpmpp_2m" (DPM-Solver++(2M)), or "dpmpp_2m_history", whose first step remembers the
       trajectory's evaluation before.
-    at_least: pads to so many (steps, lanes), so that all plans of a run have one shape.
+    at_least: pads to so many (steps, lanes), so that all plans of a run have one shape; steps in which all
+      lanes are idle are not evaluated.
 
   Raises:
     ValueError: an unknown solver.
@@ -150,9 +160,9 @@ def pack(
   """
   _check_solver(solver)
   lengths = [len(segment.levels) - 1 for segment in segments]
-  size = max([at_least[0], *lengths])
+  size = max(lengths)
   lanes = _pack(lengths, size)
-  shape = (size, max(at_least[1], len(lanes)))
+  shape = (max(at_least[0], size), max(at_least[1], len(lanes)))
   load, store = np.full(shape, -1, np.int32), np.full(shape, len(segments), np.int32)
   sigma, sigma_next = np.ones(shape, np.float32), np.ones(shape, np.float32)
   extrapolation = np.zeros(shape, np.float32)
@@ -169,7 +179,8 @@ def pack(
         )
       row += n
   state = np.asarray([segment.state for segment in segments], np.int32)
-  return Plan(state, load, store, sigma, sigma_next, extrapolation)
+  busy = sigma != sigma_next if any(at_least) else ()
+  return Plan(state, load, store, sigma, sigma_next, extrapolation, busy=busy)
 
 
 def complete(
@@ -187,7 +198,7 @@ def complete(
     velocity_fn: the model.
     params: of velocity_fn.
     trajectory: its x and velocity are used.
-    condition: of velocity_fn, leading axis B (or 1).
+    condition: of velocity_fn, leading axis B or a divisor of it.
     plan: of this trajectory's grid and window.
     lanes_per_chunk: lanes computed at once when memory is short; 0 is all.
 
@@ -224,9 +235,9 @@ def run(
     params: of velocity_fn.
     begun: [segments, B, h, w, c] the latents at the segments' first levels.
     data: [segments, B, h, w, c] the data predictions of the evaluations before, where a solver uses them.
-    condition: of velocity_fn, leading axis B (or 1).
+    condition: of velocity_fn, leading axis B or a divisor of it: it serves all lanes of a sample.
     plan: of these segments.
-    lanes_per_chunk: lanes computed at once when memory is short; 0 is all.
+    lanes_per_chunk: at most so many lanes are computed at once when memory is short; 0 is all.
 
   Returns:
     [segments, B, h, w, c].
@@ -235,9 +246,11 @@ def run(
   if not tables[0].size:
     return begun
   lanes = tables[0].shape[1]
-  size = lanes_per_chunk or lanes
+  size = chunk_size(lanes, lanes_per_chunk)
   idle = -lanes % size
   fills = (-1, begun.shape[0], 1.0, 1.0, 0.0)
+  if len(plan.busy):
+    tables, fills = (*tables, plan.busy), (*fills, False)
   tables = [
     jnp.pad(jnp.asarray(t), ((0, 0), (0, idle)), constant_values=fill)
     .reshape(t.shape[0], -1, size)
@@ -255,19 +268,21 @@ def _scan_lanes(velocity_fn, params, condition, begun, data, done, tables):
   """Runs one chunk of lanes; `done` [W, B, ...] receives what they complete."""
   size = tables[0].shape[1]
   batch = begun.shape[1]
-  # What all samples share (leading axis 1) stays as it is.
-  widen = lambda c: jnp.repeat(c, size, axis=0) if len(c) == batch else c
-  repeated = jax.tree.map(widen, condition)
   # Lanes lie inside the batch axis ([B, lanes] flattened), so that its layout on a mesh stays.
   per_sample = lambda row: jnp.tile(row, batch)
   wide = lambda row: per_sample(row).reshape(-1, *(1,) * (begun.ndim - 2))
 
   def step(carry, row):
     x, previous, done = carry
-    load, store, sigma, sigma_next, extrapolation = row
+    load, store, sigma, sigma_next, extrapolation, *busy = row
     x = _reload(x, begun, load, size)
     previous = _reload(previous, data, load, size)
-    velocity = velocity_fn(params, x, per_sample(sigma), repeated)
+    at = (params, x, per_sample(sigma), condition)
+    if busy:
+      still = lambda params, x, sigma, condition: jnp.zeros_like(x)
+      velocity = jax.lax.cond(jnp.any(busy[0]), velocity_fn, still, *at)
+    else:
+      velocity = velocity_fn(*at)
     dt = wide(sigma_next - sigma)
     prediction = x - wide(sigma) * velocity
     correction = wide(extrapolation / sigma) * (prediction - previous)

@@ -34,7 +34,7 @@ def sample_trajectory(
     params: of velocity_fn.
     key: of this batch.
     x_init: [B, h, w, c] noise, at sigmas[0].
-    condition: of velocity_fn, leading axis B.
+    condition: of velocity_fn, leading axis B or a divisor of it.
     sigmas: [T + 1], decreasing to 0.
     start: first stochastic step; may be traced, so that a drawn window compiles once.
     window: W, how many; static.
@@ -53,23 +53,38 @@ def sample_trajectory(
   keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(index)
   shared_fn = _once_for_copies(velocity_fn, copies)
 
-  def step(x, inputs):
+  def step(carry, inputs):
+    x, states, velocities = carry
     k, sigma, sigma_next, stochastic, step_key = inputs
     velocity = shared_fn(k < start, params, x, jnp.full(x.shape[:1], sigma), condition)
     noisy = step_fn(x, velocity, sigma, sigma_next)
     still = steps.ode_step(x, velocity, sigma, sigma_next)
     gaussian = jax.tree.map(lambda a, b: jnp.where(stochastic, a, b), noisy, still)
     x_next = rounded(steps.draw(step_key, gaussian), dtype)
-    return x_next, (x, x_next, velocity)
+    states = _with_row(states, k + 1 - start, x_next)
+    return (x_next, states, _with_row(velocities, k - start, velocity)), None
 
+  # Of all steps the window's are kept. Each row is written; what it is before has the layout of x.
+  x = rounded(x_init, dtype)
+  rows = lambda count: jnp.broadcast_to(x, (count, *x.shape))
   inputs = (index, levels[:-1], levels[1:], is_stochastic, keys)
-  final, stacked = jax.lax.scan(step, rounded(x_init, dtype), inputs)
+  (final, states, velocity), _ = jax.lax.scan(step, (x, rows(window + 1), rows(window)), inputs)
   in_window = lambda a: jax.lax.dynamic_slice_in_dim(a, start, window)
-  x, x_next, velocity = map(in_window, stacked)
   sigma, sigma_next = in_window(levels[:-1]), in_window(levels[1:])
-  x_next = x_next[:, :, None]
-  log_prob = score_all(step_fn, log_prob_fn, x, x_next, velocity, sigma, sigma_next)
-  return types.Transitions(x, x_next, velocity, log_prob, sigma, sigma_next, final)
+
+  def scored(k):
+    at = (states[k], states[k + 1][:, None], velocity[k], sigma[k], sigma_next[k])
+    return score(step_fn, log_prob_fn, *at)
+
+  log_prob = jax.lax.map(scored, jnp.arange(window))
+  return types.Transitions(states, None, velocity, log_prob, sigma, sigma_next, final)
+
+
+def _with_row(buffer, row, value):
+  """The buffer with the value in this row, if it has one of this number."""
+  at = jnp.clip(row, 0, len(buffer) - 1)
+  kept = jnp.where(row == at, value, buffer[at])
+  return jax.lax.dynamic_update_index_in_dim(buffer, kept, at, 0)
 
 
 def _once_for_copies(velocity_fn, copies):
@@ -78,7 +93,8 @@ def _once_for_copies(velocity_fn, copies):
     return lambda are_copies, *inputs: velocity_fn(*inputs)
 
   def shared(params, x, sigma, condition):
-    first = lambda a: a.reshape(-1, copies, *a.shape[1:])[:, 0] if len(a) == len(x) else a
+    # Of what all copies share already, as many rows as are left of x are enough.
+    first = lambda a: a.reshape(-1, max(1, len(a) * copies // len(x)), *a.shape[1:])[:, 0]
     velocity = velocity_fn(params, *jax.tree.map(first, (x, sigma, condition)))
     return jnp.repeat(velocity, copies, axis=0)
 

@@ -1,6 +1,6 @@
 """What a run would take on a topology: its programs compiled for it, and none of them run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
 import math
@@ -18,8 +18,6 @@ from tpgrpo_jax.cost import collectives, flops, hardware
 from tpgrpo_jax.cost.hardware import GIB
 from tpgrpo_jax.forecasting import lowering, reward_program
 from tpgrpo_jax.training import mesh as mesh_lib
-
-MOST_SAMPLES = 8  # of a microbatch on one device; more gain nothing once the matrix units are full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +145,8 @@ def _rollout(plan, **options):
 def _update(plan, **options):
   """A pair of microbatch and step reads all weights forward and backward, and once more for remat."""
   train = plan.config.train
-  pairs = plan.microbatches * plan.method.window // train.updates_per_epoch
+  parts = train.microbatch // (train.update_microbatch or train.microbatch)
+  pairs = plan.microbatches * parts * plan.method.window // train.updates_per_epoch
   passes = pairs * (2 if plan.config.model.remat == "none" else 3)
   read = passes * lowering.bytes_read_per_pass(_weights(plan))
   program = lowering.update_program(plan)
@@ -270,67 +269,6 @@ def _reward_phases(plan, **options):
     yield _compile(name, plan, program, runs=plan.microbatches, read=read, **options)
 
 
-def choose(
-  config: config_lib.Config, devices: Sequence[Any], measured: Forecast
-) -> config_lib.Config | None:
-  """The config with mesh and microbatch as this module would set them, by estimate; None if nothing fits.
-
-  The least fsdp that fits (it costs collectives), then the largest microbatch, of at most MOST_SAMPLES on
-  a device. Where the memory is unknown: the least fsdp. Arguments and what is held are counted exactly;
-  temporaries are taken as proportional to the samples on a device, from what the compiler said for
-  `measured`.
-  """
-  for candidate in candidates(config, len(devices)):
-    mesh = mesh_lib.make_mesh(candidate.mesh, devices)
-    estimate = _estimate(candidate, mesh, measured)
-    if measured.room is None or estimate <= measured.room:
-      return candidate
-  return None
-
-
-def confirm(
-  config: config_lib.Config, devices: Sequence[Any], given: Forecast, **options: Any
-) -> Forecast | None:
-  """Compiles what `choose` chose, which may turn out not to fit; None if nothing fits by estimate."""
-  chosen = choose(config, devices, given)
-  if chosen is None:
-    return None
-  mesh = mesh_lib.make_mesh(chosen.mesh, devices)
-  if dict(mesh.shape) == given.mesh and chosen.train.microbatch == given.microbatch:
-    return given
-  return forecast(chosen, devices, **options)
-
-
-def candidates(config: config_lib.Config, devices: int) -> Iterator[config_lib.Config]:
-  """Meshes of data and fsdp (powers of two), each with the microbatches that divide an update, best first."""
-  train = config.train
-  share = train.prompts_per_epoch * train.group_size // train.updates_per_epoch
-  for fsdp in (2**i for i in range(devices.bit_length())):
-    if devices % fsdp:
-      continue
-    for samples in range(MOST_SAMPLES, 0, -1):
-      if share % (samples * devices) == 0:
-        mesh = dataclasses.replace(config.mesh, data=-1, fsdp=fsdp, tensor=1)
-        sizes = dataclasses.replace(train, microbatch=samples * devices)
-        yield dataclasses.replace(config, mesh=mesh, train=sizes)
-
-
-def _estimate(config, mesh, measured):
-  """Bytes of one device in the phase that takes most."""
-  plan, totals = lowering.open_plan(config, mesh), []
-  before = measured.microbatch / (measured.mesh["data"] * measured.mesh["fsdp"])
-  ratio = config.train.microbatch / mesh_lib.batch_shards(mesh) / before
-  programs = {"rollout": lowering.rollout_program, "update": lowering.update_program}
-  for phase in measured.phases:
-    if phase.name not in programs:
-      continue  # rewards: small beside the others
-    _, args, kwargs = programs[phase.name](plan)
-    scaled = ratio * (phase.results + phase.temporaries)
-    held = held_bytes(plan, phase.name)
-    totals.append(lowering.bytes_per_device((args, kwargs)) + scaled + held)
-  return max(totals)
-
-
 def render(found: Forecast) -> str:
   """The forecast as a table."""
   axes = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
@@ -371,19 +309,6 @@ def render(found: Forecast) -> str:
     verdict = {True: "fits", False: "DOES NOT FIT", None: "may fit"}[found.fits]
     lines.append(f"{verdict}: {found.total / GIB:.2f} of {found.room / GIB:.2f} GiB")
   return "\n".join(lines)
-
-
-def render_choice(given: Forecast, chosen: Forecast | None) -> str:
-  """What `confirm` found, and how to ask for it."""
-  if chosen is None:
-    return (
-      "no mesh of data and fsdp with any microbatch fits, by estimate: take more devices, "
-      "or --config.completion.lanes_per_chunk=1, --config.vae.images_per_chunk=1, --config.model.remat=full"
-    )
-  flags = f"--config.mesh.fsdp={chosen.mesh['fsdp']} --config.train.microbatch={chosen.microbatch}"
-  if chosen is given:
-    return f"choice: as it is ({flags})"
-  return f"choice: {flags}\n{render(chosen)}"
 
 
 def to_json(found: Forecast) -> dict[str, Any]:

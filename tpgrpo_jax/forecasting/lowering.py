@@ -14,6 +14,7 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards, types
+from tpgrpo_jax.flow import completion
 from tpgrpo_jax.models import (
   flux,
   flux2,
@@ -26,7 +27,7 @@ from tpgrpo_jax.models import (
   vae,
   z_image,
 )
-from tpgrpo_jax.training import build, losses, pipeline, rollout, step
+from tpgrpo_jax.training import batches, build, losses, pipeline, rollout, step
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import state as state_lib
@@ -146,8 +147,9 @@ class Plan:
     count, plan = self.config.sampler.num_steps, self.completions
     if plan is None:
       return count
-    length, lanes = plan.load.shape
-    return count + length * -(-lanes // (self.config.completion.lanes_per_chunk or max(lanes, 1)))
+    most = self.config.completion.lanes_per_chunk
+    slots = completion.num_lane_evaluations(plan, lanes_per_chunk=most)
+    return count + slots // completion.chunk_size(plan.load.shape[1], most)
 
 
 def open_plan(config: config_lib.Config, mesh: jax.sharding.Mesh) -> Plan:
@@ -260,7 +262,7 @@ def update_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
   else:
     rows //= train.updates_per_epoch
   forward = plan.config.sampler.rollout == "ode"
-  pieces = step.Batch(
+  pieces = batches.Batch(
     [transitions(plan, 0 if forward else rows)] * share,
     [condition(plan)] * share,
     np.zeros((share, rows, train.microbatch), np.float32),
@@ -268,13 +270,29 @@ def update_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
     np.ones((share, rows, plan.states), np.float32) if forward else None,
     jax.eval_shape(lambda: jax.random.key(0)) if forward else None,
   )
-  args = (plan.state, plan.model.frozen, plan.reference, pieces)
+  batch = jax.eval_shape(functools.partial(batches.stacked, plan.config), pieces)
+  taken = ("transitions", "conditions")
+  laid = {n: _behind_an_axis(getattr(batch, n), getattr(pieces, n)[0]) for n in taken}
+  batch = dataclasses.replace(batch, **laid)
+  args = (plan.state, plan.model.frozen, plan.reference, batch)
   return step.make_train_step(plan.config, plan.method), args, {}
 
 
-def condition(plan: Plan) -> Any:
-  """The shapes of a microbatch's embedded prompts."""
-  prompts = ["A"] * plan.states
+def _behind_an_axis(whole, one):
+  """The shapes of `whole`, laid out as those of `one` behind another axis."""
+
+  def place(whole, one):
+    spec = P(None, *one.sharding.spec)
+    return jax.ShapeDtypeStruct(
+      whole.shape, whole.dtype, sharding=NamedSharding(one.sharding.mesh, spec)
+    )
+
+  return jax.tree.map(place, whole, one)
+
+
+def condition(plan: Plan, rows: int | None = None) -> Any:
+  """The shapes of a microbatch's embedded prompts; `rows` of them, or as many as the rollout takes."""
+  prompts = ["A"] * (rows or plan.states // plan.method.neighbours)
   return divided(plan.mesh, method_lib.build_condition(plan.config, plan.model, prompts))
 
 
@@ -296,9 +314,10 @@ def transitions(plan: Plan, rows: int | None = None) -> types.Transitions:
   members = (rows, plan.states, plan.method.members)
   level = shape(rows, spec=P())
   velocity = shape(rows, plan.states, *latent, spec=across)
+  follows = plan.config.sampler.rollout == "trajectory"  # each state the one before
   return types.Transitions(
-    x=shape(rows, plan.states, *latent, spec=across, dtype=kept),
-    x_next=shape(*members, *latent, spec=across, dtype=kept),
+    states=shape(rows + follows, plan.states, *latent, spec=across, dtype=kept),
+    members=None if follows else shape(*members, *latent, spec=across, dtype=kept),
     velocity=velocity if losses.reads_old_velocity(plan.config) else None,
     log_prob=shape(*members, spec=across),
     sigma=level,

@@ -81,7 +81,7 @@ def _of_latents(plan, options):
   shape = (plan.states, each, *plan.model.pipeline.latent_shape)
   x = lowering.divided(plan.mesh, jax.ShapeDtypeStruct(shape, jnp.float32))
   levels = jax.ShapeDtypeStruct((each,), jnp.float32)
-  condition = method_lib.positive(lowering.condition(plan))
+  condition = method_lib.positive(lowering.condition(plan, plan.states))
   run = functools.partial(latents.run_states, score)
   return jax.jit(run), (weights, x, levels, condition), {}
 

@@ -226,8 +226,9 @@ class SingleBlock(nnx.Module):
 
 
 class Flux(nnx.Module):
-  """velocity = Flux(x [B, h, w, c], sigma [B], text [B, L, E], pooled [B, F]) -> [B, h, w, c] float32.
+  """velocity = Flux(x [B, h, w, c], sigma [B], text [R, L, E], pooled [R, F]) -> [B, h, w, c] float32.
 
+  R divides B: as many neighbours share a text, which is embedded once for them.
   Computes in `dtype` from its own door on, but the angles of sigma and guidance, which are float32.
 
   Attributes:
@@ -273,7 +274,7 @@ class Flux(nnx.Module):
   ):
     """Velocity of x; `guidance`, a scalar or [B], takes the place of the model's own.
 
-    `image` [B, h', w', c] are the latents of a picture that is edited (FLUX.1-Kontext): their tokens stand
+    `image` [R, h', w', c] are the latents of a picture that is edited (FLUX.1-Kontext): their tokens stand
     behind those of x, and no velocity is taken of them.
 
     Raises:
@@ -291,9 +292,10 @@ class Flux(nnx.Module):
     terms = (conditioning, tuple(jnp.asarray(table) for table in rotation))
     x = pack_latents(x.astype(self.dtype))
     if image is not None:
-      x = jnp.concatenate([x, pack_latents(image.astype(self.dtype))], axis=1)
-    x = layers.fence(x)
-    x, context = layers.lay_out(self.x_embedder(x)), layers.lay_out(self.context_embedder(text))
+      image = layers.per_sample(pack_latents(image.astype(self.dtype)), x)
+      x = jnp.concatenate([x, image], axis=1)
+    x = layers.lay_out(self.x_embedder(layers.fence(x)))
+    context = layers.lay_out(layers.per_sample(self.context_embedder(text), x))
     x, context = mmdit.scan_blocks(self.transformer_blocks, (x, context), *terms, remat=self.remat)
     x = layers.lay_out(layers.fence(jnp.concatenate([context, x], axis=1)))
     (x,) = mmdit.scan_blocks(self.single_transformer_blocks, (x,), *terms, remat=self.remat)
@@ -317,7 +319,7 @@ class Flux(nnx.Module):
     vector = self.timestep_embedder(layers.timestep_embedding(sigma).astype(self.dtype))
     if self.config.guidance_embeds:
       vector = layers.fence(vector + tell(self.guidance_embedder, guidance, sigma, self.dtype))
-    return layers.fence(vector + self.text_embedder(pooled))
+    return layers.fence(vector + layers.per_sample(self.text_embedder(pooled), sigma))
 
 
 def tell(embedder, guidance, sigma, dtype):

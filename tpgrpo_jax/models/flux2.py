@@ -181,8 +181,9 @@ class SingleBlock(nnx.Module):
 
 
 class Flux2(nnx.Module):
-  """velocity = Flux2(x [B, h, w, c], sigma [B], text [B, L, E]) -> [B, h, w, c] float32.
+  """velocity = Flux2(x [B, h, w, c], sigma [B], text [R, L, E]) -> [B, h, w, c] float32.
 
+  R divides B: as many neighbours share a text, which is embedded once for them.
   Computes in `dtype` from its own door on, but the angles of sigma and guidance, which are float32.
 
   Attributes:
@@ -238,7 +239,7 @@ class Flux2(nnx.Module):
     double = tuple(tuple(modulate(conditioning)) for modulate in double)
     single = tuple(self.single_stream_modulation(conditioning))
     x = layers.lay_out(self.x_embedder(layers.fence(x.astype(self.dtype).reshape(b, -1, c))))
-    streams = x, layers.lay_out(self.context_embedder(text))
+    streams = x, layers.lay_out(layers.per_sample(self.context_embedder(text), x))
     scan = functools.partial(mmdit.scan_blocks, remat=self.remat)
     x, context = scan(self.transformer_blocks, streams, double, rotation)
     x = layers.lay_out(layers.fence(jnp.concatenate([context, x], axis=1)))

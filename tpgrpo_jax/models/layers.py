@@ -88,6 +88,12 @@ def _layout(x, tensor):
   return P(*spec)
 
 
+def per_sample(rows: jax.Array, x: jax.Array) -> jax.Array:
+  """What neighbours share, [R, ...], for each of the samples x [B, ...]; R divides B."""
+  count = len(x) // len(rows)
+  return rows if count == 1 else jnp.repeat(rows, count, axis=0)
+
+
 def island(forward, backward):
   """A function with a hand-written backward pass that keeps its inputs and nothing else.
 

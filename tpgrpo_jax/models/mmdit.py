@@ -217,8 +217,9 @@ class JointBlock(nnx.Module):
 
 
 class MMDiT(nnx.Module):
-  """velocity = MMDiT(x [B, h, w, c], sigma [B], text [B, L, E], pooled [B, F]) -> [B, h, w, c].
+  """velocity = MMDiT(x [B, h, w, c], sigma [B], text [R, L, E], pooled [R, F]) -> [B, h, w, c].
 
+  R divides B: as many neighbours share a text, which is embedded once for them.
   Computes in `dtype` from its own door on, and returns float32.
   """
 
@@ -247,8 +248,9 @@ class MMDiT(nnx.Module):
     p = self.config.patch_size
     x = layers.lay_out(self.pos_embed(x.astype(self.dtype)))
     conditioning = self.timestep_embedder(layers.timestep_embedding(sigma).astype(self.dtype))
-    conditioning = layers.fence(conditioning + self.text_embedder(pooled))
-    context = layers.lay_out(self.context_embedder(text))
+    pooled = layers.per_sample(self.text_embedder(pooled), x)
+    conditioning = layers.fence(conditioning + pooled)
+    context = layers.lay_out(layers.per_sample(self.context_embedder(text), x))
     for i in range(self.num_stacks):
       stack = getattr(self, f"blocks_{i}")
       x, context = scan_blocks(stack, (x, context), conditioning, remat=self.remat)

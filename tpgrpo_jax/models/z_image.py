@@ -226,8 +226,9 @@ class ModulatedBlock(Block):
 
 
 class ZImage(nnx.Module):
-  """velocity = ZImage(x [B, h, w, c], sigma [B], text [B, L, E], length [B]) -> [B, h, w, c] float32.
+  """velocity = ZImage(x [B, h, w, c], sigma [B], text [R, L, E], length [R]) -> [B, h, w, c] float32.
 
+  R divides B: as many neighbours share a caption, which is embedded and refined once for them.
   `length` says how many of the L tokens are the caption's; what the others hold does not matter. Computes in
   `dtype` from its own door on, but the angles of sigma, which are float32.
   """
@@ -265,11 +266,14 @@ class ZImage(nnx.Module):
     context = self._pad(text, self.cap_pad_token, length)
     captions, tokens = padded_length(length), x.shape[1]
     rotation = rotary_tables(self.config, captions, context.shape[1], rows, columns)
-    image_rotation, text_rotation = zip(*((a[:, :tokens], a[:, tokens:]) for a in rotation))
+    text_rotation = tuple(a[:, tokens:] for a in rotation)
+    rotation = tuple(layers.lay_out(layers.per_sample(a, x)) for a in rotation)
+    image_rotation = tuple(a[:, :tokens] for a in rotation)
     conditioning = self.t_embedder(layers.timestep_embedding(1.0 - sigma).astype(self.dtype))
     scan = functools.partial(mmdit.scan_blocks, remat=self.remat)
     (x,) = scan(self.noise_refiner, (x,), conditioning, image_rotation, None)
     (context,) = scan(self.context_refiner, (context,), text_rotation, captions)
+    context, captions = layers.per_sample(context, x), layers.per_sample(captions, x)
     x = layers.lay_out(layers.fence(jnp.concatenate([x, context], axis=1)))
     (x,) = scan(self.layers, (x,), conditioning, rotation, tokens + captions)
     x = layers.lay_out(layers.fence(x[:, : rows * columns]))

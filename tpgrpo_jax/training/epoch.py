@@ -15,8 +15,9 @@ from tpgrpo_jax.cost import memory
 from tpgrpo_jax.data import groups
 from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes, run_folder
+from tpgrpo_jax.training import batches as batches_lib
 from tpgrpo_jax.training import method as method_lib
-from tpgrpo_jax.training import progress, rollout, step, sums
+from tpgrpo_jax.training import progress, rollout, sums
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -66,12 +67,13 @@ def sample_epoch(
   params = session.model.params(session.sampling_weights(state))
   key = rollout.epoch_key(config.seed, epoch)
   chunks = len(prompts) // config.train.microbatch
-  evaluations = []
+  evaluations, most = [], []
 
   def sample(chunk, group, condition):
     place = method_lib.draw_place(config, epoch, chunk)
     plan = method_lib.build_plan(config, method, place)
     evaluations.append(method_lib.evaluations_per_sample(config, method, plan, place))
+    most.append(method_lib.most_evaluations(config, method, plan))
     args = (params, key, chunk, group, condition, place.astype(np.int32), plan)
     session.meter.count("rollout", chunks, *args)
     with progress.first("the rollout", session.rollout_fn):
@@ -94,6 +96,7 @@ def sample_epoch(
       _sample_order(config, epoch),
       report,
     )
+  session.meter.shares["rollout"] = sum(evaluations) / sum(most)
   credit, advantage, weight = _assign_credit(session, rolled, key)
   _check_credit_is_finite(config, credit, prompts)
   peak = memory.peak_row("rollout")
@@ -135,8 +138,7 @@ def _alignment(rolled):
 
 @jax.jit
 def _cosines(transitions):
-  last = transitions.x_next[-1:, :, 0]
-  states = jnp.concatenate([transitions.x, last]).astype(jnp.float32)
+  states = transitions.states.astype(jnp.float32)
   flat = states.reshape(*states.shape[:2], -1)
   final = transitions.final.reshape(1, len(transitions.final), -1)
   norm = lambda a: jnp.linalg.norm(a, axis=-1)
@@ -153,7 +155,7 @@ def update_epoch(
   """
   config, rolled = session.config, sampled.rollout
   began = time.perf_counter()
-  batches = step.split_updates(config, rolled, sampled.advantage, sampled.weight, epoch)
+  batches = _stacked(config, sampled, epoch)
   args = (state, session.model.frozen, session.reference, batches[0])
   session.meter.count("update", config.train.updates_per_epoch, *args)
   state, rows, seconds = _update_by(session, state, epoch, batches)
@@ -182,6 +184,15 @@ def update_epoch(
   result |= session.meter.row(times) | sampled.memory | memory.peak_row("update")
   result["time/samples_per_second"] = count / (ended - sampled.began)
   return state, result
+
+
+def _stacked(config, sampled, epoch):
+  """The batches of an epoch's updates; the rollout's own arrays are given up, share by share."""
+  rolled = sampled.rollout
+  shares = batches_lib.split_updates(config, rolled, sampled.advantage, sampled.weight, epoch)
+  rolled.transitions.clear()
+  rolled.conditions.clear()
+  return [batches_lib.stacked(config, shares.pop(0)) for _ in range(len(shares))]
 
 
 def _update_by(session, state, epoch, batches):
@@ -235,12 +246,12 @@ def _score_and_update(session, state, batches, bar):
   for batch in batches[1:]:
     args = (state, session.model.frozen, session.reference, batch)
     session.meter.count("old_log_prob", len(batches) - 1, *args)
-    state, _, scores = run(state, batch, step.SCORE)
-    scored.append(step.with_scores(batch, scores))
+    state, _, scores = run(state, batch, batches_lib.SCORE)
+    scored.append(batches_lib.with_scores(batch, scores))
   jax.block_until_ready(state)
   seconds = {"old_log_prob": time.perf_counter() - began} if batches[1:] else {}
   for number, batch in enumerate(scored):
-    state, row, _ = run(state, batch, step.LATER if number else step.FIRST)
+    state, row, _ = run(state, batch, batches_lib.LATER if number else batches_lib.FIRST)
     rows.append(row)
   _follow(bar, off, last=True)
   return state, (rows, off), seconds

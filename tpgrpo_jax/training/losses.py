@@ -1,7 +1,7 @@
 """The objective of a run, bound: the loss of one (microbatch, step) pair, and what it reports.
 
 A pair loss is (params, reference, old, pair, condition) -> (loss [S, M], metrics). `pair` is a dict of one
-step's arrays: see `step.Batch`. Its loss still waits for the samples' weights and for the sum.
+step's arrays: see `batches.Batch`. Its loss still waits for the samples' weights and for the sum.
 """
 
 from collections.abc import Callable

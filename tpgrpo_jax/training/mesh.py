@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
-from tpgrpo_jax.config import method_rules
+from tpgrpo_jax.config import size_rules
 from tpgrpo_jax.runs import processes
 
 AXES = ("data", "fsdp", "tensor")
@@ -106,7 +106,7 @@ def check_divides(field: str, size: int, mesh: jax.sharding.Mesh, *, total: int 
   if not size % shards:
     return
   fit = (
-    method_rules.nearest_divisors(size, total, of=shards)
+    size_rules.nearest_divisors(size, total, of=shards)
     if total
     else str(-(-size // shards) * shards)
   )
@@ -118,11 +118,13 @@ def check_divides(field: str, size: int, mesh: jax.sharding.Mesh, *, total: int 
 
 
 def check_microbatch(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError unless train.microbatch divides over the mesh; it names one that fits an update."""
+  """Raises ValueError unless the microbatches divide over the mesh; it names some that fit an update."""
   t = config.train
   updates = t.updates_per_epoch if t.updates_by == "samples" else 1
   total = t.prompts_per_epoch * t.group_size // updates
   check_divides("train.microbatch", t.microbatch, mesh, total=total)
+  if t.update_microbatch:
+    check_divides("train.update_microbatch", t.update_microbatch, mesh, total=t.microbatch)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -152,6 +154,13 @@ def laid_out(tree: Any) -> Any:
   """
   mesh = jax.sharding.get_abstract_mesh()
   return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, param_shardings(mesh, tree))
+
+
+def divided(x: jax.Array, axis: int) -> jax.Array:
+  """Inside a jitted function: x, of which the axes of BATCH divide this axis; as it is without a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, BATCH))
 
 
 def by_data(function: Callable[..., Any], *, divided: Any, gives: Any) -> Callable[..., Any]:

@@ -43,6 +43,7 @@ class Method:
     window: W, rows of an epoch's advantages: stochastic steps, branched steps, or trained noise levels.
     members: of one state in the batches of rollout and update; 1 but for branches.
     copies: neighbours of a batch that share noise and prompt until the window begins.
+    neighbours: states of a batch that share a prompt, and a row of its condition.
     credit: method and the completions it needs.
     normalize: reward [W, B] -> advantage.
     optimizer: of optax.
@@ -57,6 +58,7 @@ class Method:
   window: int
   members: int
   copies: int
+  neighbours: int
   credit: types.CreditMethod
   normalize: Callable[[jax.Array], jax.Array]
   optimizer: optax.GradientTransformation
@@ -82,6 +84,8 @@ def build_method(
   levels = noise_levels or sampler.noise_levels
   step_fn, log_prob_fn = bind_dynamics(sampler, sigmas, levels)
   is_late = any(where.min() > 0 for where in _places(config))
+  part = train.update_microbatch or train.microbatch
+  members = _neighbours(sampler.branches, part, shards)
   return Method(
     velocity_fn=guide(config, model.velocity_fn),
     reference_velocity_fn=guide(config, model.base_velocity_fn),
@@ -90,10 +94,13 @@ def build_method(
     noise_levels=levels,
     sigmas=sigmas,
     window=num_rows(config),
-    members=_neighbours(sampler.branches, train.microbatch, shards),
+    members=members,
     copies=_neighbours(train.group_size, train.microbatch, shards)
     if sampler.rollout == "trajectory" and sampler.same_latent and is_late and not train.shuffle
     else 1,
+    neighbours=1
+    if train.shuffle
+    else _neighbours(train.group_size // members, part // members, shards),
     credit=bind_credit(config),
     normalize=_bind_advantages(config),
     optimizer=state_lib.make_optimizer(
@@ -308,13 +315,13 @@ def build_plan(config: config_lib.Config, method: Method, place: np.ndarray) -> 
   """The packing of one microbatch's completions; None when the credit method makes none.
 
   Where windows or steps are drawn every plan is padded to the largest shape, so that all compile to one
-  program.
+  program, which skips what is idle.
   """
   if method.credit.completions != "all":
     return None
   plan = functools.partial(_plan, config.sampler, config.completion, tuple(method.sigmas))
-  rows, lanes = _largest_plan(config.sampler, config.completion, tuple(method.sigmas))
-  return plan(tuple(map(int, place)), at_least=(rows, lanes))
+  largest = _largest_plan(config.sampler, config.completion, tuple(method.sigmas))
+  return plan(tuple(map(int, place)), at_least=largest)
 
 
 def _plan(sampler, asked, sigmas, place, at_least=(0, 0)):
@@ -326,11 +333,13 @@ def _plan(sampler, asked, sigmas, place, at_least=(0, 0)):
 
 @functools.lru_cache(maxsize=8)
 def _largest_plan(sampler, asked, sigmas):
-  """(steps, lanes) that hold the completions of every place."""
+  """(steps, lanes) that hold the completions of every place; (0, 0) where there is but one."""
   count = sampler.branch_steps or sampler.window[1] - sampler.window[0]
   windows = list(_windows(sampler))
   choices = (itertools.combinations(range(*window), count) for window in windows)
   places = [place for some in choices for place in itertools.islice(some, _MOST_PLACES)]
+  if len(places) == 1:
+    return 0, 0
   rows, lanes = zip(*(_plan(sampler, asked, sigmas, place).load.shape for place in places))
   total = len(windows) * math.comb(sampler.window[1] - sampler.window[0], count)
   most = max(lanes) if len(places) == total else count * max(1, len(asked.strides))
@@ -341,7 +350,16 @@ def evaluations_per_sample(
   config: config_lib.Config, method: Method, plan: types.Plan | None, place: np.ndarray
 ) -> float:
   """Model evaluations that one sample of the rollout takes, idle lanes too; guidance counts twice."""
-  first = int(place[0]) if method.copies > 1 else 0
+  return _evaluations(config, method, plan, int(place[0]) if method.copies > 1 else 0)
+
+
+def most_evaluations(config: config_lib.Config, method: Method, plan: types.Plan | None) -> float:
+  """As `evaluations_per_sample`, where nothing is skipped or shared: what `flops.count` counts."""
+  return _evaluations(config, method, plan and plan._replace(busy=()), 0)
+
+
+def _evaluations(config, method, plan, first):
+  """`first` steps are made once for all copies."""
   count = first / method.copies + (config.sampler.num_steps - first)
   count /= method.members
   if plan is not None:

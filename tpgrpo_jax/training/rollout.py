@@ -15,6 +15,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models, rewards, types
 from tpgrpo_jax.credit import branch, stepwise
 from tpgrpo_jax.flow import branching, completion, sampler
+from tpgrpo_jax.models import layers
 from tpgrpo_jax.runs import metrics, preemption, processes
 from tpgrpo_jax.training import build, losses
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -30,8 +31,8 @@ class Rollout:
   """The scored samples of one epoch, prompt-major, whatever the order that they were made in.
 
   Attributes:
-    transitions: one for each microbatch, on the device.
-    conditions: likewise.
+    transitions: one for each microbatch, on the device; none once the update has taken them.
+    conditions: likewise, with a row for each `Method.neighbours` of its states.
     order: [B] the samples in the order of the microbatches.
     sigmas: [T + 1] the grid.
     compared: the rows of completion_reward whose images are compared: the last of trajectories, all members
@@ -196,7 +197,7 @@ def sample_microbatch(
     key: of the epoch.
     chunk: number of the microbatch.
     group: [S, 2] (prompt number, anchor number within the prompt's group).
-    condition: leading axis S (or 1).
+    condition: leading axis S or a divisor of it.
     place: as of method.draw_place.
     plan: as of method.build_plan.
     sigmas: [T + 1] float32.
@@ -226,10 +227,14 @@ def sample_microbatch(
   if method.credit.completions == "states":
     latents = jnp.concatenate([transitions.x.swapaxes(0, 1), latents], axis=1)
     levels = jnp.concatenate([transitions.sigma, levels])
-  kept = lambda x: x.astype(config.sampler.latents)  # without loss: they were rounded to it
+  # Without loss: they were rounded to it.
+  kept = functools.partial(jax.tree.map, lambda x: x.astype(config.sampler.latents))
   velocity = transitions.velocity if losses.reads_old_velocity(config) else None
   transitions = dataclasses.replace(
-    transitions, x=kept(transitions.x), x_next=kept(transitions.x_next), velocity=velocity
+    transitions,
+    states=kept(transitions.states),
+    members=kept(transitions.members),
+    velocity=velocity,
   )
   seen = rewards.reads(config.rewards)
   if not seen.pictures:
@@ -280,13 +285,14 @@ def collect(
       samples = order[first : first + size]
       lead = samples[:: method.members]
       asked = [prompts[i] for i in lead]
-      condition = method_lib.build_condition(config, model, asked)
+      condition = method_lib.build_condition(config, model, asked[:: method.neighbours])
       placed = processes.put_batch(mesh, (group[first : first + size : method.members], condition))
-      found, seen = rollout_fn(chunk, *placed)
+      condition = _with_one_negative(placed[1], conditions[:1])
+      found, seen = rollout_fn(chunk, placed[0], condition)
       transitions.append(found)
-      conditions.append(placed[1])
+      conditions.append(condition)
       shown = model.pipeline.show(asked)
-      job = _begin_scoring(reward_fn, seen, placed[1], shown, samples < KEPT)
+      job = _begin_scoring(reward_fn, seen, condition, shown, samples < KEPT)
       pending.append(scorer.submit(job))
       # Two microbatches at most are under way, so that images do not pile up on the device.
       on_chunk(len(samples), pending[chunk - 1] if chunk else None)
@@ -322,6 +328,13 @@ def collect(
   )
 
 
+def _with_one_negative(condition, earlier):
+  """The condition with an earlier one's arrays of what all microbatches are guided away from."""
+  if not earlier or not isinstance(condition, types.GuidedCondition):
+    return condition
+  return dataclasses.replace(condition, negative=earlier[0].negative)
+
+
 def _begin_scoring(reward_fn, seen, condition, prompts, kept):
   """Dispatches what runs on the devices; the returned function does the rest, in another thread.
 
@@ -332,7 +345,9 @@ def _begin_scoring(reward_fn, seen, condition, prompts, kept):
   images, looked = seen, {}
   if isinstance(seen, types.Samples):
     images = seen.images
-    looked = {"looked": reward_fn.look(seen, method_lib.positive(condition))}
+    each = lambda rows: layers.per_sample(rows, seen.x)
+    condition = jax.tree.map(each, method_lib.positive(condition))
+    looked = {"looked": reward_fn.look(seen, condition)}
   lead = images if images is not None else seen.x
   states, count = lead.shape[:2]
   members = len(kept) // states
