@@ -258,6 +258,84 @@ def test_flags_that_a_page_names_exist(page):
         )
 
 
+def run_of(command):
+  """(name of the package's command, its arguments) of a page's command; None of any other."""
+  words = [*command]
+  while "=" in words[0]:  # PYTHONPATH=. and the like
+    words.pop(0)
+  if words[0] == "tpgrpo":
+    return words[1], words[2:]
+  modules = [i for i, word in enumerate(words) if word.startswith("tpgrpo_jax.")]
+  return (words[modules[0]].partition(".")[2], words[modules[0] + 1 :]) if modules else None
+
+
+# Parses commands and looks at what they ask for, each in a process of its own: flags are a process's.
+PARSER = """
+import importlib, json, os, sys
+from absl import flags
+from ml_collections import config_flags
+from tpgrpo_jax import command
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import rules
+
+
+def parse(name, arguments):
+  sys.argv = [name, *arguments]  # config_flags reads it
+  module = importlib.import_module(f"tpgrpo_jax.{name}")
+
+  def look(argv):
+    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+      config = config_lib.from_config_dict(config_lib.Config, flags.FLAGS.config)
+      rules.validate(config_lib.name_run(config))
+    if name == "serve":
+      from tpgrpo_jax.serving import build
+
+      build.read_specs(module._REWARDS.value, module._OPTIONS.value)
+    if name in ("train", "export"):
+      command.refuse_arguments(argv)
+
+  command.run(look)
+
+
+failed = []
+for name, arguments in json.load(sys.stdin):
+  sys.stderr.flush()
+  if not (child := os.fork()):
+    try:
+      parse(name, arguments)
+    except SystemExit as ended:  # an error's message is on stderr
+      os._exit(1 if ended.code else 0)
+  if os.waitpid(child, 0)[1]:
+    failed.append(" ".join([name, *arguments]))
+sys.exit("\\n".join(failed) if failed else 0)
+"""
+
+
+def parsed(asked, work):
+  """The finished process that has parsed [(name, arguments)] in a folder."""
+  return subprocess.run(
+    [sys.executable, "-c", PARSER], input=json.dumps(asked), cwd=work, capture_output=True, text=True,
+    env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{work}", "JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+
+
+def test_every_command_of_every_page_is_parsed_and_its_config_is_one_that_can_run(work):
+  """Those that need an accelerator, weights or a server too; tests below run what can run here."""
+  own_files(work)
+  asked = [found for page in PAGES for c in commands(page) if (found := run_of(c))]
+  assert len(asked) > 30
+  done = parsed(asked, work)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [["--config=tiny_text", "--config.sampler.window=(0, 99)"], ["--config=tiny_text", "--chek"]],
+)
+def test_a_command_that_could_not_run_would_be_found(work, arguments):
+  assert parsed([("train", arguments)], work).returncode == 1
+
+
 # What makes an epoch of the built-in task a matter of seconds.
 SMALL = {
   "train": {
@@ -270,24 +348,19 @@ SMALL = {
 
 def run_here(command, work, *more):
   """Runs a command of a page in a folder, as small as it gets."""
-  words = [*command]
-  env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{work}", "JAX_PLATFORMS": "cpu"}
-  while "=" in words[0]:  # PYTHONPATH=. and the like
-    words.pop(0)
-  python = [sys.executable, *(["-m", "tpgrpo_jax"] if words[0] == "tpgrpo" else [])]
-  name = next(w.partition(".")[2] for w in [*words, "tpgrpo_jax." + words[1]] if "tpgrpo_jax." in w)
+  name, arguments = run_of(command)
   small = SMALL.get(name, [])
   if isinstance(small, dict):
     small = [f"--config.{field}={value}" for field, value in small.items()]
   done = subprocess.run(
-    [*python, *words[1:], *small, *more],
+    [sys.executable, "-m", "tpgrpo_jax", name, *arguments, *small, *more],
     cwd=work,
-    env=env,
+    env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{work}", "JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
     timeout=3600,
   )
-  assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
+  assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-3000:]}"
   return done.stdout
 
 
@@ -297,6 +370,22 @@ def work(tmp_path):
   for name in ("configs", "tpgrpo_jax"):
     (tmp_path / name).symlink_to(ROOT / name)
   return tmp_path
+
+
+def own_files(work):
+  """Writes what a reader of docs/bring_your_own.md has written: prompts and the page's snippets."""
+  (work / "my_prompts").mkdir()
+  for name in ("train", "test"):
+    (work / "my_prompts" / f"{name}.txt").write_text(
+      "".join(f"{name[:2]}{i}\n".upper() for i in range(9))
+    )
+  for block in blocks(DOCS / "bring_your_own.md", "python"):
+    for mark, name in (
+      ("def make(", "my_rewards"), ("config.rewards = {", "my_recipe"), ("def forward_sum", "my_credit"),
+      ("def trust_region", "my_loss"),
+    ):  # fmt: skip
+      if mark in block:
+        (work / f"{name}.py").write_text(block)
 
 
 @pytest.mark.slow
@@ -315,20 +404,17 @@ def test_commands_of_the_methods_run(work):
     run_here(command, work, f"--config.run.dir=runs/{number}")
 
 
+@pytest.mark.slow
+def test_training_commands_of_bring_your_own_pass_their_check(work):
+  own_files(work)
+  for command in filter(runs_here, commands(DOCS / "bring_your_own.md")):
+    if run_of(command)[0] == "train" and "--config.lora.path=lora" not in command:
+      assert "nothing was started" in run_here(command, work, "--check")
+
+
 @pytest.mark.exhaustive
 def test_commands_of_bring_your_own_run(work):
-  (work / "my_prompts").mkdir()
-  for name in ("train", "test"):
-    (work / "my_prompts" / f"{name}.txt").write_text(
-      "".join(f"{name[:2]}{i}\n".upper() for i in range(9))
-    )
-  for block in blocks(DOCS / "bring_your_own.md", "python"):
-    for mark, name in (
-      ("def make(", "my_rewards"), ("config.rewards = {", "my_recipe"), ("def forward_sum", "my_credit"),
-      ("def trust_region", "my_loss"),
-    ):  # fmt: skip
-      if mark in block:
-        (work / f"{name}.py").write_text(block)
+  own_files(work)
   for command in filter(runs_here, commands(DOCS / "bring_your_own.md")):
     adapters = "my_recipe.py" in command and "--config.lora.path=lora" not in command
     run_here(command, work, *["--config.lora.rank=32"] * adapters)

@@ -214,32 +214,35 @@ class Outline(NamedTuple):
 
 
 def outline(config: config_lib.Config, sizes: models.Sizes) -> Outline:
-  """What `build_model` fills with weights; nothing is computed."""
-  create = models.build_transformer(
-    sizes,
-    dtype=jnp.dtype(config.model.dtype),
-    remat=config.model.remat,
-    guidance=_told_guidance(config, sizes),
+  """What `build_model` fills with weights; nothing is computed, and nothing twice."""
+  settings, adapters = config.model, dataclasses.replace(config.lora, path="")
+  return _outline(
+    sizes, settings.dtype, settings.remat, _told_guidance(config, sizes), adapters, config.seed
   )
+
+
+@functools.lru_cache(maxsize=16)
+def _outline(sizes, dtype, remat, guidance, adapters, seed):
+  create = models.build_transformer(sizes, dtype=jnp.dtype(dtype), remat=remat, guidance=guidance)
 
   def create_adapted(key):
     model_key, lora_key = jax.random.split(key)
     model = create(model_key)
-    if config.lora.rank:
+    if adapters.rank:
       lora.add_lora(
         model,
         lora_key,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        init=config.lora.init,
-        targets=config.lora.targets,
+        rank=adapters.rank,
+        alpha=adapters.alpha,
+        init=adapters.init,
+        targets=adapters.targets,
       )
-    return lora.split_trainable(model, rank=config.lora.rank)
+    return lora.split_trainable(model, rank=adapters.rank)
 
-  key = jax.random.key(config.seed)
-  graphdef, adapters, _ = _structure(create_adapted, key)
+  key = jax.random.key(seed)
+  graphdef, trainable, _ = _structure(create_adapted, key)
   base_graphdef, base, buffers = _structure(lambda k: lora.split_trainable(create(k), rank=0), key)
-  return Outline(create_adapted, graphdef, base_graphdef, adapters, base, buffers)
+  return Outline(create_adapted, graphdef, base_graphdef, trainable, base, buffers)
 
 
 def _told_guidance(config, sizes):
