@@ -357,6 +357,11 @@ def test_the_built_in_recipe_compiles_for_a_tpu(slices):
   assert row["devices"] == given["mesh"]["data"] == 4 * slices
   assert given["fits"] and given["seconds"] > 0
   assert np.isfinite(given["flops"])
+  for phase in given["phases"]:
+    found = phase["schedule"]
+    assert {"matmul", "attention", "copies", "other"} <= found["seconds"].keys()
+    assert found["copies"][0]["source"] and sum(found["seconds"].values()) > phase["bound"]["flops"]
+  assert "as the compiler reckons" in done.stdout
 
 
 TOWERS = {

@@ -91,10 +91,25 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 
 @pytest.mark.parametrize(
-  "tokens, block", [(1024 + 333, 512), (1024 + 512, 512), (24, 256), (700, 384), (768, 384)]
+  "tokens, blocks",
+  [
+    (1024 + 333, (1408, 352, 1408, 128)),
+    (1024 + 512, (1536, 768, 512, 768)),
+    (1024 + 256, (1280, 640, 640, 640)),
+    (24, (128, 128, 128, 128)),
+  ],
 )
-def test_block_pads_the_fewest_tokens_and_is_the_largest_that_does(tokens, block):
-  assert splash.block_size(tokens) == block
+def test_blocks_pad_little_and_are_large(tokens, blocks):
+  assert splash.choose_blocks(tokens) == blocks
+
+
+@pytest.mark.parametrize("tokens", [1, 700, 1357, 2560, 4736, 4737])
+def test_blocks_divide_the_tokens_and_fit_the_memory_of_a_core(tokens):
+  padded, *blocks = splash.choose_blocks(tokens)
+  assert 0 <= padded - tokens < 5 * 128 and all(padded % block == 0 for block in blocks)
+  queries, keys, queries_back = blocks
+  assert max(queries, queries_back) * keys <= 512 * 1024
+  assert keys % 128 == queries_back % 128 == 0
 
 
 def described(shape, platform):

@@ -70,9 +70,8 @@ def tiny_shapes() -> Config:
     base,
     model=Model("tiny_shapes"),
     prompts=Prompts("shapes"),
-    rewards={"shapes": {"weight": 1.0, "strict": False}},
+    rewards={"shapes": 1.0},
     sampler=Sampler(num_steps=8, window=(0, 7), schedule="shifted", shift=3.0),
-    optimizer=dataclasses.replace(base.optimizer, learning_rate=5e-5),
     eval=dataclasses.replace(base.eval, num_steps=8, prompts=252, judge_prompts=252),
   )
 

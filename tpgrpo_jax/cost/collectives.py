@@ -1,27 +1,16 @@
 """Bytes between devices, from a compiled program's text (HLO), bodies of loops as often as they run."""
 
 import collections
-from collections.abc import Iterator
 import dataclasses
-import math
 import re
 from typing import Any
+
+from tpgrpo_jax.cost import hlo
 
 KINDS = (
   "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
   "collective-permute", "collective-broadcast",
 )  # fmt: skip
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
-
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
-_OPCODE = re.compile(r"(?:^|\s)([a-z][a-z0-9\-]*)\(")
-_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_LISTED = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_CONSTANT = re.compile(r"^s32\[\]\S* constant\((\d+)\)")
 _GROUPS = re.compile(r"replica_groups=\[(\d+),(\d+)\]|replica_groups=\{\{([\d,]*)\}")
 
 
@@ -56,7 +45,7 @@ def read_traffic(text: str, *, devices: int) -> Traffic:
     text: of `compiled.as_text()`; its shapes are those of one device.
     devices: that the program runs on.
   """
-  entry, computations = _split(text)
+  entry, computations = hlo.split(text)
   known: dict[str, collections.Counter] = {}
 
   def walk(name: str) -> collections.Counter:
@@ -71,27 +60,11 @@ def read_traffic(text: str, *, devices: int) -> Traffic:
   return Traffic(named("bytes"), named("runs"), tally["unknown", ""])
 
 
-def _split(text):
-  """(name of the entry, name -> its instructions)."""
-  entry, current, computations = "", [], {}
-  for line in text.splitlines():
-    header = _COMPUTATION.match(line)
-    if header:
-      current = computations[header[2]] = []
-      entry = header[2] if header[1] else entry
-    else:
-      instruction = _INSTRUCTION.match(line)
-      if instruction:
-        current.append(instruction[1])
-  return entry, computations
-
-
 def _count(line, tally, walk, devices, computations):
   """Adds an instruction and what it calls."""
-  opcode = _OPCODE.search(_without_layouts(line))
-  if opcode is None:
+  name = hlo.opcode(line)
+  if not name:
     return
-  name = opcode[1]
   kind = name.removesuffix("-start")
   if kind in KINDS:
     tally["bytes", kind] += _received(kind, line, name != kind, devices)
@@ -100,42 +73,15 @@ def _count(line, tally, walk, devices, computations):
     return  # its -start has been counted
   times = 1
   if name == "while":
-    trips = _trips(line, computations)
-    times = trips or 1
-    tally["unknown", ""] += trips is None
-  branches = [walk(called) for called in _calls(line)]
+    turns = hlo.trips(line, computations)
+    times = turns or 1
+    tally["unknown", ""] += turns is None
+  branches = [walk(called) for called in hlo.calls(line)]
   if name == "conditional":
     branches = [max(branches, key=lambda t: sum(n for (k, _), n in t.items() if k == "bytes"))]
   for inner in branches:
     for key, count in inner.items():
       tally[key] += times * count
-
-
-def _trips(line, computations):
-  """Turns of a loop, or None.
-
-  The CPU's compiler says it. The TPU's does not, but leaves "counter < constant" as the condition; the
-  counter of a JAX scan, as of XLA's own loops, begins with 0 and grows by 1.
-  """
-  said = _TRIPS.search(line)
-  if said:
-    return int(said[1])
-  condition = _CONDITION.search(line)
-  lines = computations.get(condition[1], ()) if condition else ()
-  constants = [found[1] for found in map(_CONSTANT.search, lines) if found]
-  counts = [line for line in lines if "compare(" in line and "direction=LT" in line]
-  return int(constants[0]) if len(counts) == len(constants) == 1 else None
-
-
-def _without_layouts(line):
-  """Layouts, as {1,0:T(8,128)}, hold what looks like an opcode."""
-  return re.sub(r"\{[^{}]*\}", "", line)
-
-
-def _calls(line) -> Iterator[str]:
-  yield from _CALLED.findall(line)
-  for names in _LISTED.findall(line):
-    yield from (name.strip().lstrip("%") for name in names.split(","))
 
 
 def _received(kind, line, started, devices):
@@ -144,10 +90,8 @@ def _received(kind, line, started, devices):
   size = devices
   if groups:
     size = int(groups[2]) if groups[2] else len(groups[3].split(","))
-  bare = _without_layouts(line)
-  opcode = _OPCODE.search(bare)
-  shapes = _SHAPE.findall(bare[: opcode.start()] if opcode else bare)
-  result = sum(_bytes(*shape) for shape in shapes if shape[1] or not started)
+  shapes = hlo.results(line)
+  result = sum(hlo.size_of(*shape) for shape in shapes if shape[1] or not started)
   if started and kind == "all-gather":
     result *= size / (size + 1)
   elif started and kind == "reduce-scatter":
@@ -161,8 +105,3 @@ def _received(kind, line, started, devices):
     "collective-permute": 1,
     "collective-broadcast": 1,
   }.get(kind, share)
-
-
-def _bytes(dtype, dims):
-  bits = _BITS.get(dtype) or int((re.search(r"\d+", dtype) or ["0"])[0])
-  return math.prod(int(d) for d in dims.split(",") if d) * bits / 8

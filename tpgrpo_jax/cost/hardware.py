@@ -21,21 +21,23 @@ class Chip:
     hbm_bandwidth: bytes a second.
     link_bandwidth: bytes a second that all its links to other devices take in (half of what the makers
       call bidirectional).
+    clock: cycles a second of a TPU's matrix units: flops over what they do in one; 0 where it is not needed.
   """
 
   hbm: float
   flops: float
   hbm_bandwidth: float
   link_bandwidth: float
+  clock: float = 0.0
 
 
 # docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "key specifications" (bfloat16, no sparsity); of the GPUs
 # NVIDIA's data sheets of the SXM modules, without sparsity.
 CHIPS = {
-  "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9),
-  "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9),
-  "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9),
-  "v6e": Chip(32 * GIB, 918e12, 1638e9, 400e9),
+  "v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, 1.05e9),
+  "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9, 1.5e9),
+  "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, 1.75e9),
+  "v6e": Chip(32 * GIB, 918e12, 1638e9, 400e9, 1.75e9),
   "a100": Chip(80 * GIB, 312e12, 2039e9, 300e9),
   "h100": Chip(80 * GIB, 989e12, 3350e9, 450e9),
   "h200": Chip(141e9, 989e12, 4800e9, 450e9),

@@ -13,8 +13,7 @@ class Meter:
 
   Attributes:
     programs: phase -> what does its work and no work twice.
-    shares: phase -> share of what was counted that is done, where a program skips some of it; 1 where it
-      is not there.
+    shares: phase -> share of what was counted that is done, where a program skips some of it.
   """
 
   def __init__(self, programs: Mapping[str, Callable[..., Any]]):

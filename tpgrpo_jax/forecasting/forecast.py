@@ -14,7 +14,7 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import rewards
-from tpgrpo_jax.cost import collectives, flops, hardware
+from tpgrpo_jax.cost import collectives, cycles, flops, hardware
 from tpgrpo_jax.cost.hardware import GIB
 from tpgrpo_jax.forecasting import lowering, reward_program
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -40,6 +40,7 @@ class Phase:
     refused: what the compiler said of a program that the memory has no room for; what it receives and
       the split of its bytes are then not known.
     compiled: False leaves results, temporaries and traffic 0, as not known; they are shown as "-".
+    schedule: of one run, as a TPU's compiler reckons; None of other devices.
   """
 
   name: str
@@ -55,6 +56,7 @@ class Phase:
   compile_seconds: float
   refused: str = ""
   compiled: bool = True
+  schedule: cycles.Schedule | None = None
 
   @property
   def total(self) -> int:
@@ -158,7 +160,7 @@ def _compile(name, plan, program, *, runs, read, chip, compiles):
   given = lowering.bytes_per_device((args, kwargs))
   began, refused = time.perf_counter(), ""
   arguments, results, temporaries = given, 0, 0
-  traffic = collectives.Traffic({}, {}, 0)
+  traffic, reckoned = collectives.Traffic({}, {}, 0), None
   if compiles:
     print(f"compiling: {name} ...", file=sys.stderr, flush=True)
     lowered = function.lower(*args, **kwargs)
@@ -170,7 +172,9 @@ def _compile(name, plan, program, *, runs, read, chip, compiles):
       memory = compiled.memory_analysis()
       arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
       results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-      traffic = collectives.read_traffic(compiled.as_text(), devices=plan.mesh.size)
+      text = compiled.as_text()
+      traffic = collectives.read_traffic(text, devices=plan.mesh.size)
+      reckoned = chip and cycles.read_schedule(text, chip, devices=plan.mesh.size)
   took = time.perf_counter() - began
   work = flops.count(function, *args, **kwargs)
   bound = chip and hardware.bound(
@@ -194,6 +198,7 @@ def _compile(name, plan, program, *, runs, read, chip, compiles):
     took,
     refused,
     compiles,
+    reckoned,
   )
 
 
@@ -290,6 +295,8 @@ def render(found: Forecast) -> str:
     if phase.bound:
       each = {k: f"{v:.3g} s" for k, v in dataclasses.asdict(phase.bound).items()}
       lines.append(f"{'':10}at best by {', '.join(f'{k} {v}' for k, v in each.items())}")
+    if phase.schedule:
+      lines += [f"{'':10}{line}" for line in cycles.render(phase.schedule)]
     if phase.refused:
       lines.append(f"{'':10}refused by the compiler: {phase.refused}; received bytes not known")
     if phase.traffic.unknown_loops:

@@ -1,18 +1,68 @@
 """Full attention on TPU by the Pallas kernel that ships with JAX (splash attention)."""
 
 import functools
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-BLOCKS = (512, 384, 256)  # tokens; three 512 x 512 float32 tiles of logits fit the 16 MiB of VMEM
+LANES = 128  # tokens, of which keys come in multiples
+SUBLANES = 16  # and queries in these, in bfloat16; the backward pass has them in LANES too
+TILE = (
+  2**19
+)  # logits of a block; the backward pass holds three float32 ones, 6 of the 16 MiB of VMEM
+STEP = 2**17  # logits that take as long as a step of the grid costs beside them, some .35 us
 
 
-def block_size(tokens: int) -> int:
-  """The block that pads the fewest tokens, the largest of equals: 512 for 1024 + 333 tokens."""
-  return min(BLOCKS, key=lambda block: -tokens % block)
+class Blocks(NamedTuple):
+  """How attention is cut.
+
+  Attributes:
+    tokens: with those that pad them.
+    queries: of a block; divides the tokens.
+    keys: likewise.
+    queries_back: likewise, of the backward pass.
+  """
+
+  tokens: int
+  queries: int
+  keys: int
+  queries_back: int
+
+
+@functools.cache
+def choose_blocks(tokens: int) -> Blocks:
+  """The blocks that should take the least time; reckoned, not measured.
+
+  Padding costs logits, quadratically, and small blocks cost steps of the grid. Blocks must divide the tokens, so
+  a few tokens more may allow larger ones. The size of a head plays no part: up to 128, the depth of the matrix
+  units, all take them as long.
+
+  | tokens | padded | queries x keys | who |
+  | ------ | ------ | -------------- | --- |
+  | 1357   | 1408   | 352 x 1408, backward 128 x 1408 | SD3.5 at 512 x 512, 333 of text |
+  | 1536   | 1536   | 768 x 512      | FLUX.1 at 512 x 512, 512 of text |
+  | 1280   | 1280   | 640 x 640      | Z-Image at 512 x 512, 256 of text |
+  """
+
+  def time(blocks):
+    logits = blocks.tokens**2
+    steps = [logits / (queries * blocks.keys) for queries in (blocks.queries, blocks.queries_back)]
+    return logits + STEP * sum(steps) / 2, abs(blocks.queries - blocks.keys)
+
+  first = -(-tokens // LANES) * LANES
+  padded = range(first, first + 4 * LANES, LANES)
+  return min(itertools.chain.from_iterable(map(_fitting, padded)), key=time)
+
+
+def _fitting(tokens):
+  """The Blocks of so many tokens: for each number of keys as many queries as TILE allows."""
+  divisors = lambda of, most: [n for n in range(of, most + 1, of) if tokens % n == 0]
+  for keys in divisors(LANES, min(tokens, TILE // LANES)):
+    widest = min(tokens, TILE // keys)
+    yield Blocks(tokens, max(divisors(SUBLANES, widest)), keys, max(divisors(LANES, widest)))
 
 
 def attention(
@@ -55,11 +105,11 @@ def _attention(q, k, v, length=None, *, interpret):
   from jax.experimental.pallas.ops.tpu import splash_attention
 
   tokens, heads, head_dim = q.shape[1:]
-  block = block_size(tokens)
-  pad = -tokens % block
+  padded, queries, keys, queries_back = choose_blocks(tokens)
+  pad = padded - tokens
   sizes = splash_attention.BlockSizes(
-    block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-    block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    block_q=queries, block_kv=keys, block_kv_compute=keys, block_q_dq=queries_back, block_kv_dq=keys,
+    block_q_dkv=queries_back, block_kv_dkv=keys, block_kv_dkv_compute=keys,
   )  # fmt: skip
   mask = splash_attention.FullMask((tokens + pad,) * 2)
   kernel: Any = splash_attention.make_splash_mha_single_device(
