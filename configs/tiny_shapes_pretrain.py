@@ -18,7 +18,7 @@ def get_config():
       output="runs/tiny_shapes_pretrain/model",
       model=config_lib.Model("tiny_shapes"),
       train=config_lib.PretrainTrain(
-        updates=5000, batch=64, logit_mean=1.0, output_dtype="bfloat16"
+        updates=9000, batch=64, logit_mean=1.0, output_dtype="bfloat16"
       ),
       optimizer=config_lib.Optimizer(
         learning_rate=1.5e-3,

@@ -130,7 +130,7 @@ def task_prompts(split: str, count: int) -> list[dict[str, Any]]:
 
 
 def draw_scenes(
-  rng: np.random.Generator, count: int, *, split: str = "train", mistakes: float = 0.0
+  rng: np.random.Generator, count: int, *, split: str = "train"
 ) -> tuple[list[dict[str, Any]], list[Scene]]:
   """Draws prompts, each kind as often as SHARES says, and a scene that fulfils each.
 
@@ -140,8 +140,6 @@ def draw_scenes(
     rng: source of randomness.
     count: how many.
     split: of the prompts.
-    mistakes: the share of scenes in which one thing is not as the prompt says, as in pictures of the web
-      and their captions. A model that learns from them knows what is asked for, and does it so often.
 
   Raises:
     ValueError: an unknown split.
@@ -152,8 +150,7 @@ def draw_scenes(
   for tag in rng.choice(geneval.TAGS, size=count, p=shares / shares.sum()).tolist():
     rows = _prompts_once(tag, split)
     prompts.append(rows[rng.integers(len(rows))])
-    shown_for = _mistaken(rng, prompts[-1], split) if rng.random() < mistakes else prompts[-1]
-    scenes.append(_draw_scene(rng, shown_for, split))
+    scenes.append(_draw_scene(rng, prompts[-1], split))
   return prompts, scenes
 
 
@@ -167,41 +164,11 @@ def _draw_scene(rng, metadata, split):
     places = rng.permutation(len(PLACES))[: len(kinds)]
     if not placed and rng.random() < _IN_ORDER:
       places = np.sort(places)
-    scene = tuple(Shape(*kind, *PLACES[place], RADIUS) for kind, place in zip(kinds, places))
+    at = [PLACES[place] for place in places]
+    scene = tuple(Shape(kind, color, x, y, RADIUS) for (kind, color), (x, y) in zip(kinds, at))
     if _fulfils(scene, metadata):
       if split == "test" or _split_of_all(shown(scene)) == "train":
         return scene
-
-
-def _mistaken(rng, metadata, split):
-  """Metadata of which one thing is changed; itself where the other split has all that."""
-  changed = [{"include": include} for include in _MISTAKES[metadata["tag"]](metadata["include"])]
-  changed = [each for each in changed if split == "test" or split_of_prompt(each) == "train"]
-  return changed[rng.integers(len(changed))] if changed else metadata
-
-
-def _others(clause, key, values):
-  return [{**clause, key: value} for value in values if value != clause[key]]
-
-
-# Tag -> (include) -> what a scene shows by mistake: another thing, colour or place, one too many or too few.
-_MISTAKES: dict[str, Callable[[Sequence[Any]], list[list[Any]]]] = {
-  "single_object": lambda include: [[each] for each in _others(include[0], "class", CLASSES)],
-  "two_object": lambda include: [[clause] for clause in include],
-  "counting": lambda include: [
-    [{**include[0], "count": count}]
-    for count in (include[0]["count"] - 1, include[0]["count"] + 1)
-    if count <= LARGEST_COUNT
-  ],
-  "colors": lambda include: [[each] for each in _others(include[0], "color", COLORS)],
-  "position": lambda include: [
-    [include[0], each]
-    for each in _others(include[1], "position", [[r, 0] for r in geneval.RELATIONS])
-  ],
-  "color_attr": lambda include: [
-    [{**a, "color": b["color"]} for a, b in zip(include, reversed(include))]
-  ],
-}
 
 
 def _fulfils(scene, metadata):

@@ -58,7 +58,7 @@ def num_lane_evaluations(plan: Plan, *, lanes_per_chunk: int = 0) -> int:
   if not len(plan.busy):
     return length * -(-lanes // size) * size
   firsts = range(0, lanes, size)
-  return size * sum(int(plan.busy[:, i : i + size].any(axis=1).sum()) for i in firsts)
+  return size * sum(int(np.asarray(plan.busy)[:, i : i + size].any(axis=1).sum()) for i in firsts)
 
 
 def chunk_size(lanes: int, most: int) -> int:
@@ -250,7 +250,7 @@ def run(
   idle = -lanes % size
   fills = (-1, begun.shape[0], 1.0, 1.0, 0.0)
   if len(plan.busy):
-    tables, fills = (*tables, plan.busy), (*fills, False)
+    tables, fills = (*tables, jnp.asarray(plan.busy)), (*fills, False)
   tables = [
     jnp.pad(jnp.asarray(t), ((0, 0), (0, idle)), constant_values=fill)
     .reshape(t.shape[0], -1, size)

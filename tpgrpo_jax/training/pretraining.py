@@ -43,14 +43,11 @@ def draw_words(rng: np.random.Generator, count: int) -> tuple[list[str], np.ndar
 
 
 def draw_shapes(rng: np.random.Generator, count: int) -> tuple[list[str], np.ndarray]:
-  """Training prompts for shapes and scenes of them, some of them mistaken, uint8 [N, H, W, 3]."""
-  drawn, scenes = shapes.draw_scenes(rng, count, mistakes=_MISTAKES)
+  """Training prompts for shapes and scenes of them, uint8 [N, H, W, 3]."""
+  drawn, scenes = shapes.draw_scenes(rng, count)
   return [row["prompt"] for row in drawn], shapes.render(scenes)
 
 
-_MISTAKES = (
-  0.4  # the share of scenes that are not as their prompt says, so that there is something to mend
-)
 # model.variant -> its lessons.
 LESSONS = {"tiny": Lessons("words", draw_words), "tiny_shapes": Lessons("shapes", draw_shapes)}
 
