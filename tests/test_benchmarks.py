@@ -222,7 +222,7 @@ def test_methods_with_changes_are_parted_at_commas_outside_of_brackets(compare):
   assert found == ["flow_grpo", "tp_grpo+sampler.window=(0,2)+train.epochs=9", "branch"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
   sizes = ["train.prompts_per_epoch=2", "train.microbatch=16", "eval.prompts=8"]
   methods = [

@@ -11,6 +11,7 @@ import pytest
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models
 from tpgrpo_jax.models import hf, lora, mmdit
+from tpgrpo_jax.training import evaluation
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -115,6 +116,7 @@ def shared_programs():
   Everything else is opened anew: files, weights, rewards, state. Tests of real processes share nothing.
   """
   opened, first = session_lib.open_session, {}
+  make_sample_fn, samplers = evaluation.make_sample_fn, {}
 
   def open_session(config, *announce):
     session = opened(config, *announce)
@@ -123,8 +125,15 @@ def shared_programs():
     names = ("method", "rollout_fn", "credit_fn", "train_step", "rescoring_step", "meter")
     return dataclasses.replace(session, **{name: getattr(kept, name) for name in names})
 
+  def share_sample_fn(config, model, mesh, **options):
+    kind = repr(replace_fields(config, _AROUND | {"eval": config.eval})), mesh, *options.items()
+    if kind not in samplers:
+      samplers[kind] = make_sample_fn(config, model, mesh, **options)
+    return samplers[kind]
+
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(session_lib, "open_session", open_session)
+    patch.setattr(evaluation, "make_sample_fn", share_sample_fn)
     yield
 
 

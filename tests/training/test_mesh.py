@@ -25,8 +25,6 @@ from tpgrpo_jax.training import session as session_lib
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))
 import families
 
-SHAPES = [(8, 1, 1), (2, 4, 1), (2, 2, 2)]
-
 
 @dataclasses.dataclass(frozen=True)
 class FarDevice:
@@ -134,9 +132,9 @@ METHODS = {"branch": BRANCH, "nft": NFT}
   [
     # Two completions of 3 steps, and the anchor's 4, which 4, 1 or 2 members share: see build_method.
     ("branch", (8, 1, 1), (6 + 4 / 4, 6 + 4 / 1)),
-    ("branch", (2, 2, 2), (6 + 4 / 4, 6 + 4 / 2)),
+    pytest.param("branch", (2, 2, 2), (6 + 4 / 4, 6 + 4 / 2), marks=pytest.mark.exhaustive),
     ("nft", (8, 1, 1), (4, 4)),
-    ("nft", (2, 2, 2), (4, 4)),
+    pytest.param("nft", (2, 2, 2), (4, 4), marks=pytest.mark.exhaustive),  # as in test_methods.py
   ],
 )
 def test_one_epoch_of_a_method_on_a_mesh_equals_that_of_a_single_device(
@@ -152,7 +150,11 @@ def test_one_epoch_of_a_method_on_a_mesh_equals_that_of_a_single_device(
 
 @pytest.mark.parametrize(
   "shape, size",
-  [*(pytest.param(shape, 0, marks=pytest.mark.slow) for shape in SHAPES[:2]), (SHAPES[2], 4)],
+  [
+    pytest.param((8, 1, 1), 0, marks=pytest.mark.exhaustive),
+    pytest.param((2, 4, 1), 0, marks=pytest.mark.slow),
+    ((2, 2, 2), 4),
+  ],
 )
 def test_one_epoch_on_a_mesh_equals_that_of_a_single_device(
   shape, size, single, make_config, tmp_path

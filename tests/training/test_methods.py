@@ -22,9 +22,9 @@ from tpgrpo_jax.training import epoch as epoch_lib
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
 
-KINDS = ("tp_grpo", "tempflow", "diffusion_nft")  # a method of each kind of states
-ON_A_MESH = (*KINDS, "densegrpo", "awm")  # in CI; the rest: pytest -m exhaustive
-IN_CI = (*ON_A_MESH, "mixgrpo", "g2rpo", "gcpo", "vgpo")  # each has a part that no other one has
+KINDS = ("tp_grpo", "tempflow", "diffusion_nft")  # a method of each kind of states; on a mesh in CI
+# Each has a part that no other one has. The rest: pytest -m exhaustive.
+IN_CI = (*KINDS, "densegrpo", "awm", "mixgrpo", "g2rpo", "gcpo", "vgpo")
 
 
 def tier(name):
@@ -186,24 +186,14 @@ def epochs_on_a_mesh(config):
   return session, arrays_of(state), rows
 
 
-@pytest.fixture
-def quick_compiler():
-  """Compiles in half the time, where neither speed nor the last bit matters."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.parametrize(
   "method",
   [
-    pytest.param(name, marks=pytest.mark.slow if name in ON_A_MESH else pytest.mark.exhaustive)
+    pytest.param(name, marks=pytest.mark.slow if name in KINDS else pytest.mark.exhaustive)
     for name in presets.METHODS
   ],
 )
-def test_mesh_of_eight_devices_learns_what_one_does(
-  finished, method, method_config, quick_compiler, tmp_path
-):
+def test_mesh_of_eight_devices_learns_what_one_does(finished, method, method_config, tmp_path):
   config = method_config(tmp_path / "run", method, {"mesh": config_lib.Mesh(2, 2, 2)})
   session, state, rows = epochs_on_a_mesh(config)
   binding = lambda session: (session.method.members, session.method.copies)

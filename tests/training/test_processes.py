@@ -113,10 +113,11 @@ def one(config_in, single_mesh, tmp_path_factory):
 @pytest.mark.parametrize(
   "count, mesh",
   [
-    (2, config_lib.Mesh(2, 1, 1)),
-    (2, config_lib.Mesh(1, 2, 1)),
-    (2, config_lib.Mesh(1, 1, 2)),
-    (4, config_lib.Mesh(1, 2, 2)),
+    *(
+      pytest.param(2, config_lib.Mesh(*shape), marks=pytest.mark.exhaustive)
+      for shape in ((2, 1, 1), (1, 2, 1), (1, 1, 2))
+    ),
+    (4, config_lib.Mesh(1, 2, 2)),  # two processes share data in the tests below
   ],
 )
 def test_several_processes_learn_what_one_does(one, config_in, one_device, tmp_path, count, mesh):
@@ -154,7 +155,7 @@ def test_a_run_of_one_process_goes_on_with_two(one, config_in, one_device, tmp_p
   "module, arguments, file",
   [
     pytest.param("evaluate", ("--prompts=7",), "evaluation.json", marks=pytest.mark.slow),
-    pytest.param("sample", ("ANT", "BEE"), "0001_BEE.png", marks=pytest.mark.slow),
+    pytest.param("sample", ("ANT", "BEE"), "0001_BEE.png", marks=pytest.mark.exhaustive),
   ],
 )
 def test_two_processes_look_at_a_model_as_one_does(config_in, tmp_path, module, arguments, file):
