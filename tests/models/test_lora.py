@@ -8,7 +8,7 @@ import pytest
 
 from tpgrpo_jax import models, types
 from tpgrpo_jax.config import model_fields
-from tpgrpo_jax.models import hf, lora, mmdit
+from tpgrpo_jax.models import adapter_layers, hf, layers, lora, mmdit
 
 RANK, ALPHA = 3, 12.0
 TARGETS = model_fields.REFERENCE_LORA_TARGETS
@@ -199,3 +199,17 @@ def test_adapter_shapes_and_spread_are_those_of_peft(init):
   assert ours_a.std() == pytest.approx(theirs_a.std(), rel=0.1)
   if init == "kaiming":
     assert np.abs(ours_a).max() == pytest.approx(np.abs(theirs_a).max(), rel=0.02)
+
+
+def test_adapters_of_one_input_share_their_first_product_and_change_nothing():
+  rngs, draw = nnx.Rngs(0), lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+  linears = [layers.Linear(8, 6, dtype=jnp.float32, rngs=rngs) for _ in range(3)]
+  for i in (0, 2):  # the one between them has none
+    linears[i] = adapter_layers.LoraLinear(linears[i], draw(i, 8, RANK), draw(i + 5, RANK, 6), 2.0)
+  x = draw(9, 4, 5, 8)
+  wanted = [linear(x) for linear in linears]
+  for found, alone in zip(adapter_layers.together(x, *linears), wanted, strict=True):
+    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)
+  dots = lambda function: str(jax.make_jaxpr(function)(x)).count("dot_general")
+  assert dots(lambda x: adapter_layers.together(x, *linears)) == 3 + 1 + 2
+  assert dots(lambda x: [linear(x) for linear in linears]) == 3 + 2 + 2

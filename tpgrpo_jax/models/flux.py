@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax.models import layers, mmdit, rotary
+from tpgrpo_jax.models import adapter_layers, layers, mmdit, rotary
 
 PACK = 2  # a token is PACK x PACK latent pixels
 THETA = 10000
@@ -143,7 +143,7 @@ class Attention(nnx.Module):
     return self._attend(*self._project(x), rotation)
 
   def _project(self, x):
-    q, k, v = self._heads(self.to_q(x)), self._heads(self.to_k(x)), self._heads(self.to_v(x))
+    q, k, v = map(self._heads, adapter_layers.together(x, self.to_q, self.to_k, self.to_v))
     return self.norm_q(q), self.norm_k(k), v
 
   def _attend(self, q, k, v, rotation):
@@ -168,8 +168,8 @@ class JointAttention(Attention):
     self.norm_added_q, self.norm_added_k = norm(), norm()
 
   def __call__(self, x, context, rotation):
-    cq, ck = self._heads(self.add_q_proj(context)), self._heads(self.add_k_proj(context))
-    cv = self._heads(self.add_v_proj(context))
+    added = self.add_q_proj, self.add_k_proj, self.add_v_proj
+    cq, ck, cv = map(self._heads, adapter_layers.together(context, *added))
     added = self.norm_added_q(cq), self.norm_added_k(ck), cv
     q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(added, self._project(x)))
     y, tokens = self._attend(q, k, v, rotation), context.shape[1]

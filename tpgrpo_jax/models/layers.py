@@ -321,10 +321,6 @@ class Buffer(nnx.Variable):
   """A tensor that belongs to the model and is never trained (the position table)."""
 
 
-class LoraParam(nnx.Param):
-  """A weight of a low-rank adapter."""
-
-
 class Linear(nnx.Module):
   """y = x kernel + bias, on the last axis; `bias` is None where there is none."""
 
@@ -350,25 +346,6 @@ class Linear(nnx.Module):
     if self.bias is None:
       return product(cast(x), cast(self.kernel[...]))
     return linear(cast(x), cast(self.kernel[...]), cast(self.bias[...]))
-
-
-class LoraLinear(Linear):
-  """A Linear with an adapter beside it: y + (alpha / rank) x A B (arXiv 2106.09685).
-
-  Takes over the weights of `base`, so that their place in the tree stays the same. A kernel
-  with leading axes (stacked blocks) gets an adapter for each of them.
-  """
-
-  def __init__(self, base: Linear, lora_a: jax.Array, lora_b: jax.Array, scale: float):
-    self.dtype, self.kernel, self.bias, self.scale = base.dtype, base.kernel, base.bias, scale
-    self.lora_a, self.lora_b = LoraParam(lora_a), LoraParam(lora_b)
-
-  def __call__(self, x):
-    cast = lambda a: a.astype(self.dtype)
-    zeros = lambda a: jnp.zeros(a.shape[-1], self.dtype)
-    a, b = cast(self.lora_a[...]), cast(self.lora_b[...])
-    low_rank = kept(linear(cast(x), a, zeros(a)))
-    return kept(fence(self._apply(x) + self.scale * linear(low_rank, b, zeros(b))))
 
 
 class RMSNorm(nnx.Module):

@@ -7,7 +7,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from tpgrpo_jax.models import hf, layers
+from tpgrpo_jax.models import adapter_layers, hf, layers
 
 
 def add_lora(
@@ -49,11 +49,13 @@ def add_lora(
     key, subkey = jax.random.split(key)
     *stack, d_in, d_out = module.kernel.shape
     lora_a = _init_a(subkey, (*stack, d_in, rank), init)
-    adapted = layers.LoraLinear(module, lora_a, jnp.zeros((*stack, rank, d_out)), alpha / rank)
+    layer = adapter_layers.LoraLinear(
+      module, lora_a, jnp.zeros((*stack, rank, d_out)), alpha / rank
+    )
     parent = model
     for part in path[:-1]:
       parent = getattr(parent, str(part))
-    setattr(parent, str(path[-1]), adapted)
+    setattr(parent, str(path[-1]), layer)
   unused = [target for target in targets if target not in used]
   if unused:
     raise ValueError(
@@ -104,6 +106,6 @@ def split_trainable(model: nnx.Module, *, rank: int) -> tuple[Any, Any, Any]:
     model: with adapters when rank > 0.
     rank: 0 trains every weight.
   """
-  kind = layers.LoraParam if rank else nnx.Param
+  kind = adapter_layers.LoraParam if rank else nnx.Param
   graphdef, trainable, frozen = nnx.split(model, kind, ...)
   return graphdef, nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax.models import in_turn, layers
+from tpgrpo_jax.models import adapter_layers, in_turn, layers
 
 REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -154,15 +154,16 @@ class Attention(nnx.Module):
 
   def __call__(self, x, context=None):
     tokens = x.shape[1]
-    q, k, v = self._heads(self.to_q(x)), self._heads(self.to_k(x)), self._heads(self.to_v(x))
+    q, k, v = map(self._heads, adapter_layers.together(x, self.to_q, self.to_k, self.to_v))
     if self.normed:
       q, k = self.norm_q(q), self.norm_k(k)
     if self.joint:
-      cq, ck = self._heads(self.add_q_proj(context)), self._heads(self.add_k_proj(context))
+      added = self.add_q_proj, self.add_k_proj, self.add_v_proj
+      cq, ck, cv = map(self._heads, adapter_layers.together(context, *added))
       if self.normed:
         cq, ck = self.norm_added_q(cq), self.norm_added_k(ck)
       q, k = jnp.concatenate([q, cq], axis=1), jnp.concatenate([k, ck], axis=1)
-      v = jnp.concatenate([v, self._heads(self.add_v_proj(context))], axis=1)
+      v = jnp.concatenate([v, cv], axis=1)
     y = layers.lay_out(layers.attention(q, k, v), tensor=2)
     y = y.reshape(*y.shape[:2], -1)
     y, c = layers.fence((y[:, :tokens], y[:, tokens:]))

@@ -36,9 +36,9 @@ class Blocks(NamedTuple):
 def choose_blocks(tokens: int) -> Blocks:
   """The blocks that should take the least time; reckoned, not measured.
 
-  Padding costs logits, quadratically, and small blocks cost steps of the grid. Blocks must divide the
-  tokens, so a few tokens more may allow larger ones. The size of a head plays no part: up to 128, the depth
-  of the matrix units, all take them as long.
+  Padding costs logits, quadratically, and small blocks cost steps of the grid. Blocks must divide the tokens,
+  so a few tokens more may allow larger ones. The size of a head plays no part: up to 128, the depth of the
+  matrix units, all take them as long.
 
   | tokens | padded | queries x keys | who |
   | ------ | ------ | -------------- | --- |

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpgrpo_jax.models import layers, mmdit, rotary
+from tpgrpo_jax.models import adapter_layers, layers, mmdit, rotary
 
 MULTIPLE = 32  # of tokens, that captions and images are padded to
 CONDITIONING = 256  # widest conditioning vector
@@ -168,7 +168,7 @@ class Attention(nnx.Module):
     self.norm_q, self.norm_k = norm(), norm()
 
   def __call__(self, x, rotation, length):
-    q, k, v = self._heads(self.to_q(x)), self._heads(self.to_k(x)), self._heads(self.to_v(x))
+    q, k, v = map(self._heads, adapter_layers.together(x, self.to_q, self.to_k, self.to_v))
     q, k = rotary.rotate(self.norm_q(q), *rotation), rotary.rotate(self.norm_k(k), *rotation)
     y = layers.lay_out(layers.attention(q, k, v, length=length), tensor=2)
     return layers.lay_out(self.to_out(layers.fence(y.reshape(*y.shape[:2], -1))))
