@@ -547,6 +547,15 @@ def test_first_update_log_ratio_is_exactly_zero(one_device, dynamics, scale, ran
   assert float(metrics["kl"]) == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.exact
+@pytest.mark.slow
+def test_first_update_log_ratio_of_steps_side_by_side_is_exactly_zero(one_device):
+  config = on_policy_config("cps", 3.0, 4, 0.0)
+  train = dataclasses.replace(config.train, steps_per_call=3)
+  metrics = first_update_metrics(dataclasses.replace(config, train=train), one_device)
+  assert float(metrics["ratio/max_abs_log"]) == 0.0 < float(metrics["grad_norm"])
+
+
 NORMALIZED, DPPO = {"ratio": "normalized"}, {"trust_region": "dppo"}
 
 

@@ -71,7 +71,8 @@ def read_schedule(text: str, chip: Chip, *, devices: int) -> Schedule | None:
   if not chip.clock or not _CYCLES.search(text):
     return None
   entry, computations = hlo.split(_TOLD.sub("kernel_metadata={}}", text))
-  seconds, copies = collections.defaultdict(float), []
+  seconds: dict[str, float] = collections.defaultdict(float)
+  copies = []
   frames = _frames(text)
   for line, runs in _instructions(entry, computations):
     cycles, kernel = _CYCLES.search(line), _KERNEL.search(line)

@@ -57,8 +57,8 @@ def num_lane_evaluations(plan: Plan, *, lanes_per_chunk: int = 0) -> int:
   size = chunk_size(lanes, lanes_per_chunk)
   if not len(plan.busy):
     return length * -(-lanes // size) * size
-  firsts = range(0, lanes, size)
-  return size * sum(int(np.asarray(plan.busy)[:, i : i + size].any(axis=1).sum()) for i in firsts)
+  busy, firsts = np.asarray(plan.busy), range(0, lanes, size)
+  return size * sum(int(busy[:, i : i + size].any(axis=1).sum()) for i in firsts)
 
 
 def chunk_size(lanes: int, most: int) -> int:
@@ -245,15 +245,15 @@ def run(
   tables = (plan.load, plan.store, plan.sigma, plan.sigma_next, plan.extrapolation)
   if not tables[0].size:
     return begun
-  lanes = tables[0].shape[1]
+  length, lanes = plan.load.shape
   size = chunk_size(lanes, lanes_per_chunk)
   idle = -lanes % size
   fills = (-1, begun.shape[0], 1.0, 1.0, 0.0)
   if len(plan.busy):
-    tables, fills = (*tables, jnp.asarray(plan.busy)), (*fills, False)
+    tables, fills = (*tables, plan.busy), (*fills, False)
   tables = [
     jnp.pad(jnp.asarray(t), ((0, 0), (0, idle)), constant_values=fill)
-    .reshape(t.shape[0], -1, size)
+    .reshape(length, -1, size)
     .swapaxes(0, 1)
     for t, fill in zip(tables, fills)
   ]

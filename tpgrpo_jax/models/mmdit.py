@@ -152,7 +152,7 @@ class Attention(nnx.Module):
     if context_out:
       self.to_add_out = linear()
 
-  def __call__(self, x, context=None):
+  def __call__(self, x, context: Any = None):
     tokens = x.shape[1]
     q, k, v = map(self._heads, adapter_layers.together(x, self.to_q, self.to_k, self.to_v))
     if self.normed:
