@@ -3,28 +3,15 @@
 import contextlib
 import ctypes
 import gc
-import importlib.util
-import mmap
 import os
 import pathlib
 
-
-def _xla_knows(flag):
-  """Whether the flag stands in XLA's library; one that it does not know would end the process."""
-  (library,) = pathlib.Path(importlib.util.find_spec("jaxlib").origin).parent.glob(
-    "libjax_common.*"
-  )
-  with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-    return content.find(flag.encode()) != -1
-
-
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the tests' time. Level 0 and the older way to emit loops each halve it. CI runs
-# `exact` tests once more as users' programs are compiled: XLA_FLAGS=--xla_backend_optimization_level=3.
-_LEVEL, _EMITTERS = "xla_backend_optimization_level", "xla_cpu_use_fusion_emitters"
+# Compiling takes most of the tests' time, and level 0 half of it. CI runs the tests that are marked
+# `exact` once more as programs are compiled for users: XLA_FLAGS=--xla_backend_optimization_level=3.
+_LEVEL = "--xla_backend_optimization_level"
 if _LEVEL not in os.environ.get("XLA_FLAGS", ""):
-  _fast = [f"--{_LEVEL}=0", *([f"--{_EMITTERS}=false"] if _xla_knows(_EMITTERS) else [])]
-  os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_fast]).strip()
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_LEVEL}=0".strip()
 _PROGRAMS = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "programs"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_PROGRAMS))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
