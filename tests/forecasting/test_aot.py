@@ -360,7 +360,8 @@ def test_the_built_in_recipe_compiles_for_a_tpu(slices):
   for phase in given["phases"]:
     found = phase["schedule"]
     assert {"matmul", "attention", "copies", "other"} <= found["seconds"].keys()
-    assert found["copies"][0]["source"] and sum(found["seconds"].values()) > phase["bound"]["flops"]
+    assert any(copy["source"] for copy in found["copies"])  # the compiler itself asks for others
+    assert sum(found["seconds"].values()) > phase["bound"]["flops"]
   assert "as the compiler reckons" in done.stdout
 
 

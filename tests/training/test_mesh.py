@@ -130,9 +130,10 @@ METHODS = {"branch": BRANCH, "nft": NFT}
 @pytest.mark.parametrize(
   "name, shape, evaluations",
   [
-    # Two completions of 3 steps, and the anchor's 4, which 4, 1 or 2 members share: see build_method.
-    ("branch", (8, 1, 1), (6 + 4 / 4, 6 + 4 / 1)),
-    pytest.param("branch", (2, 2, 2), (6 + 4 / 4, 6 + 4 / 2), marks=pytest.mark.exhaustive),
+    # Two completions side by side, from the drawn steps 1 and 2 of 4: the longer one takes 2. And the
+    # anchor's 4, which 4, 1 or 2 members share: see build_method.
+    ("branch", (8, 1, 1), (2 * 2 + 4 / 4, 2 * 2 + 4 / 1)),
+    pytest.param("branch", (2, 2, 2), (2 * 2 + 4 / 4, 2 * 2 + 4 / 2), marks=pytest.mark.exhaustive),
     ("nft", (8, 1, 1), (4, 4)),
     pytest.param("nft", (2, 2, 2), (4, 4), marks=pytest.mark.exhaustive),  # as in test_methods.py
   ],
