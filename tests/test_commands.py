@@ -377,6 +377,16 @@ def test_train_checks_a_run_and_starts_nothing(work):
   assert "imported: []" in done.stdout and not (work / "unborn").exists()
 
 
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(flag):
+  process = subprocess.Popen(
+    [sys.executable, "-m", "tpgrpo_jax.train", flag],
+    cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+  process.stdout.close()
+  assert process.wait(timeout=120) == 141 and process.stderr.read() == b""
+
+
 def test_an_error_that_is_not_the_users_keeps_its_traceback(work):
   (work / "broken.py").write_text("def make():\n  return lambda *_: int('one')\n")
   done = run_command(work, "evaluate", "--config", "recipe.py", "--rewards", "broken:make")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import os
 import pathlib
 import re
+import select
 import sys
 import tempfile
 import traceback
@@ -17,6 +18,7 @@ from tpgrpo_jax.config import bridge, describe
 from tpgrpo_jax.runs import interrupts
 
 PACKAGE = pathlib.Path(__file__).parent
+_UNREAD = 141  # 128 + SIGPIPE: as `... | head` ends other programs
 
 
 def run(
@@ -71,7 +73,23 @@ def run(
       os._exit(interrupts.INTERRUPTED)  # without waiting for threads: that is what was asked for
 
   with interrupts.second_ends_at_once():
-    app.run(quiet, argv=argv, flags_parser=parse)
+    try:
+      try:
+        app.run(quiet, argv=argv, flags_parser=parse)
+      finally:
+        sys.stdout.flush()
+    except BrokenPipeError:
+      if not _nobody_reads():
+        raise
+      os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is written at exit
+      sys.exit(_UNREAD)
+
+
+def _nobody_reads() -> bool:
+  """Whether the standard output is a pipe whose other end is closed."""
+  poll = select.poll()
+  poll.register(1, 0)  # errors alone
+  return bool(poll.poll(0))
 
 
 def define_weights() -> tuple[flags.FlagHolder, flags.FlagHolder]:
