@@ -84,8 +84,10 @@ def assert_close(found, wanted):
   for row, other in zip(rows, expected):
     assert row.keys() == other.keys()
     for name in row.keys() - {"kind"}:
-      # Of a log-ratio that is exactly 0 on one mesh, rounding may remain on another.
-      np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
+      # Of a log-ratio that is exactly 0 on one mesh, rounding may remain on another. A share of the
+      # variance has that of the largest reward, however small it is itself.
+      atol = 1e-4 if name.endswith("/share") else 1e-5
+      np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=atol, err_msg=name)
   (a, _), (b, _) = left_behind.final_state(found), left_behind.final_state(wanted)
   for name in a:
     np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
