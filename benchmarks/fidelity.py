@@ -10,9 +10,12 @@ final          correlation with the exact R[k] itself
 
 Prints a table, and one JSON line for each way. Without --run: the built-in model before training, or another
 recipe's with --config; the increments' own sampling error is the spread over --parts parts of the prompts.
+--decoder names a small decoder of the completions (completion.decoder), and adds it, with exact completions
+and with those of two steps.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 
@@ -25,7 +28,12 @@ from tpgrpo_jax.training import method as method_lib
 from tpgrpo_jax.training import restore, rollout
 from tpgrpo_jax.training import session as session_lib
 
-EXACT = {"completion.steps": 0, "completion.solver": "euler", "completion.strides": ()}
+EXACT = {
+  "completion.steps": 0,
+  "completion.solver": "euler",
+  "completion.strides": (),
+  "completion.decoder": "",
+}
 WAYS = [
   *({"completion.steps": n} for n in (1, 2, 3, 4, 5)),
   *({"completion.steps": n, "completion.solver": "dpmpp_2m"} for n in (3, 4, 5)),
@@ -40,12 +48,14 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add_arguments(parser)
+  parser.add_argument("--decoder", default="", help="folder or hub id of an AutoencoderTiny")
   parser.add_argument("--parts", type=int, default=4, help="of the prompts, for the spread")
   args = parser.parse_args()
-  session, params = open_session(args)
+  session, params = open_session(args, args.decoder)
   exact, _ = rewards_of(session, params, EXACT)
   rows = []
-  for way in WAYS:
+  small = [{"completion.decoder": args.decoder, "completion.steps": n} for n in (0, 2)]
+  for way in WAYS + small * bool(args.decoder):
     if 0 < way.get("completion.steps", 0) >= args.num_steps:
       continue
     found, evaluations = rewards_of(session, params, EXACT | way)
@@ -66,8 +76,8 @@ def add_arguments(parser):
   parser.add_argument("--group", type=int, default=8, help="samples a prompt")
 
 
-def open_session(args):
-  """(session, params) of a run, or of the recipe's base model."""
+def open_session(args, decoder=""):
+  """(session, params) of a run, or of the recipe's base model; with a small decoder of completions."""
   recipe = None if args.run else load_recipe(args.config)
   config = restore.choose_config(args.run, recipe)
   last = args.num_steps - 1
@@ -80,6 +90,7 @@ def open_session(args):
       "sampler.window": (0, last),
       "sampler.window_range": (),
       "credit.method": "increments",
+      "completion.decoder": decoder,
       "advantage.group": "prompt",
       "loss.chunks": (),
       "train.prompts_per_epoch": args.prompts,
@@ -94,7 +105,8 @@ def open_session(args):
   session = session_lib.open_session(config)
   params = session.model.params(session.model.trainable)
   if args.run:
-    params = restore.open_model(config, args.run).params | {"decoder": params["decoder"]}
+    decoders = {name: params[name] for name in ("decoder", "completion_decoder")}
+    params = restore.open_model(config, args.run).params | decoders
   return session, params
 
 
@@ -116,9 +128,12 @@ def rewards_of(session, params, way):
 
 def make_roll(session, params, way):
   """Returns epoch -> (its Rollout, evaluations a sample), with completions made in one way."""
-  config = presets.apply(session.config, way)
-  method = method_lib.build_method(config, session.model)
-  sample = rollout.make_rollout_fn(config, session.model, method)
+  config, model = presets.apply(session.config, way), session.model
+  if not config.completion.decoder:
+    around = model.pipeline._replace(decode_completions=None)
+    model = dataclasses.replace(model, pipeline=around)
+  method = method_lib.build_method(config, model)
+  sample = rollout.make_rollout_fn(config, model, method)
 
   def roll(epoch):
     place = method_lib.draw_place(config, epoch, 0)
@@ -129,7 +144,7 @@ def make_roll(session, params, way):
     with jax.set_mesh(session.mesh):
       rolled = rollout.collect(
         config,
-        session.model,
+        model,
         method,
         session.mesh,
         lambda chunk, group, condition: sample(
@@ -180,6 +195,8 @@ def name_of(way):
   """A few words for one way."""
   if strides := way.get("completion.strides"):
     return f"stride {strides[0]}"
+  if way.get("completion.decoder"):
+    return f"{way['completion.steps'] or 'all'} steps, small decoder"
   return f"{way['completion.steps']} steps, {way.get('completion.solver', 'euler')}"
 
 

@@ -311,6 +311,26 @@ BAD = {
     ("sampler.calibration=1:", "'flow_grpo' makes no completions", "Use 'increments'"),
   ),
   # completions
+  "small_decoder_of_pixels": (
+    "",
+    {"completion.decoder": "taesd3"},
+    ("completion.decoder='taesd3':", "model.variant='tiny' paints pixels itself", "Leave it empty"),
+  ),
+  "small_decoder_without_completions": (
+    "",
+    {"completion.decoder": "taesd3", "credit.method": "flow_grpo"},
+    ("completion.decoder='taesd3':", "'flow_grpo' makes no completions", "Leave it at ''"),
+  ),
+  "small_decoder_of_latent_rewards": (
+    "",
+    {
+      "completion.decoder": "taesd3",
+      "model.variant": "sd3",
+      "model.path": "folder",
+      "rewards": {"dina_lrm": {"weight": 1.0, "path": "folder"}},
+    },
+    ("completion.decoder='taesd3':", "all rewards take latents", "Leave it empty"),
+  ),
   "stride_of_zero": (
     "",
     {"completion.strides": (0,)},

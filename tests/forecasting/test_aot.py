@@ -110,6 +110,23 @@ def test_a_hub_id_of_unknown_sizes_is_refused():
     lowering.load_sizes(config)
 
 
+def test_a_small_decoder_of_completions_is_counted():
+  mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+  config = tasks.sd35m()
+  small = dataclasses.replace(
+    config, completion=dataclasses.replace(config.completion, decoder="madebyollin/taesd3")
+  )
+  weights = lowering.abstract_model(small, mesh).pipeline.completion_decoder
+  assert (
+    sum(leaf.size for leaf in jax.tree.leaves(weights)) == 1_229_443
+  )  # diffusers' decoder, counted
+  unknown = dataclasses.replace(
+    config, completion=dataclasses.replace(config.completion, decoder="someone/small")
+  )
+  with pytest.raises(ValueError, match="completion.decoder='someone/small': is no folder here"):
+    lowering.abstract_model(unknown, mesh)
+
+
 def test_arguments_are_the_bytes_of_weights_and_batch():
   mesh = mesh_lib.make_mesh(config_lib.Mesh(fsdp=2), jax.devices()[:4])
   plan = lowering.open_plan(small_config(guidance_scale=2.0), mesh)

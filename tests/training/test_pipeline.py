@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
 from tpgrpo_jax.config import presets, rules
 from tpgrpo_jax.flow import sampler
-from tpgrpo_jax.models import prompt_cache, prompt_embedding
+from tpgrpo_jax.models import hf, prompt_cache, prompt_embedding
 from tpgrpo_jax.runs import metrics
 from tpgrpo_jax.training import build, evaluation, loop
 from tpgrpo_jax.training import mesh as mesh_lib
@@ -154,6 +155,38 @@ def test_a_run_on_a_mesh_that_is_resumed_equals_one_that_is_not(folders, work, t
   whole = train("whole", 2)
   assert train("parts", 1) == whole[:1]
   assert train("parts", 2) == whole
+
+
+@pytest.mark.slow
+def test_a_small_decoder_paints_completions_and_not_the_own_images(
+  folders, work, tmp_path, one_device
+):
+  sys.path.append(str(pathlib.Path(__file__).parents[1] / "models"))
+  import test_tiny_vae
+
+  sizes = hf.load_config(folders["sd3"] / "vae")
+  blocks = [1] * len(sizes.block_out_channels)
+  changes = {"num_decoder_blocks": blocks, "decoder_block_out_channels": [8] * len(blocks)}
+  test_tiny_vae.write_folder(tmp_path / "small", latent_channels=sizes.latent_channels, **changes)
+
+  def train(name, **fields):
+    fields = {f"completion.{k}": v for k, v in fields.items()} | {
+      "run.dir": str(tmp_path / name),
+      "prompts.name": "folder",
+      "prompts.path": str(work),
+    }
+    config = stored.make_config("sd3", folders["sd3"], work, fields)
+    loop.train(config)
+    (row,) = rows_of(config)
+    return row
+
+  small, own = train("small_run", decoder=str(tmp_path / "small")), train("own_run")
+  assert small["ratio/first_update_max_abs_log"] == 0.0
+  assert small["reward/mean"] == own["reward/mean"]
+  last = max(name for name in own if name.startswith("completion_reward/"))
+  assert small[last] == own[last] and small["completion_reward/0"] != own["completion_reward/0"]
+  with pytest.raises(ValueError, match="completion.decoder='nowhere/here'"):
+    train("nowhere", decoder="nowhere/here")
 
 
 # In CI: branches and samples without a trajectory, with and without guidance; the test above has

@@ -117,12 +117,15 @@ class Completion:
     solver: euler, dpmpp_2m (DPM-Solver++(2M)), or dpmpp_2m_history, whose first step remembers the
       trajectory's evaluation before.
     lanes_per_chunk: at most so many packed lanes are computed at once; 0 is all of them.
+    decoder: folder or hub id of an AutoencoderTiny (TAESD3, TAEF1) that paints the completions; empty for the
+      pipeline's own autoencoder, which paints everything else anyway.
   """
 
   steps: int = 0
   strides: tuple[int, ...] = ()
   solver: str = "euler"
   lanes_per_chunk: int = 0
+  decoder: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

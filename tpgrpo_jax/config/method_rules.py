@@ -187,7 +187,7 @@ def _noise_levels(config) -> Iterator[str]:
 
 def _completions(config) -> Iterator[str]:
   asked, default = config.completion, fields.Completion()
-  for name in ("steps", "strides", "solver"):
+  for name in ("steps", "strides", "solver", "decoder"):
     value = getattr(asked, name)
     if value != getattr(default, name) and config.credit.method in _OUTCOME + _STATES:
       yield (
@@ -205,6 +205,18 @@ def _completions(config) -> Iterator[str]:
     yield (
       "completion.solver='dpmpp_2m_history': remembers a trajectory's evaluations, and sampler.rollout is "
       f"{config.sampler.rollout!r}. Use 'dpmpp_2m'."
+    )
+  if asked.decoder and config.model.variant in names.BUILT_IN_VARIANTS:
+    yield (
+      f"completion.decoder={asked.decoder!r}: model.variant={config.model.variant!r} paints pixels itself, "
+      "and has nothing to decode. Leave it empty."
+    )
+  if asked.decoder and all(
+    _maker(label, spec) in names.LATENT_REWARDS for label, spec in config.rewards.items()
+  ):
+    yield (
+      f"completion.decoder={asked.decoder!r}: all rewards take latents, so that completions are never "
+      "decoded. Leave it empty."
     )
 
 

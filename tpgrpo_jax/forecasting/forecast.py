@@ -215,7 +215,7 @@ def held_bytes(plan: lowering.Plan, phase: str) -> int:
   """Bytes on one device that the run keeps beside a phase's own arguments.
 
   Beside a rollout: EMA and optimizer, the microbatches already sampled, the images of one whose rewards
-  are not done. Beside an update: the decoder, the microbatches of the other updates. Beside a reward: all
+  are not done. Beside an update: the decoders, the microbatches of the other updates. Beside a reward: all
   weights and states but its own, and all microbatches. Beside rollout and update: the rewards' weights.
   """
   count = lowering.bytes_per_device
@@ -234,9 +234,10 @@ def held_bytes(plan: lowering.Plan, phase: str) -> int:
     pieces = (plan.microbatches - 1) * piece
     return count((state, _extra(plan))) + pieces + images + sum(scorers.values())
   share = plan.microbatches // plan.config.train.updates_per_epoch
-  decoder = count(plan.model.pipeline.decoder)
+  around = plan.model.pipeline
+  decoders = count((around.decoder, around.completion_decoder))
   pieces = (plan.microbatches - share) * piece
-  return decoder + pieces + sum(scorers.values())
+  return decoders + pieces + sum(scorers.values())
 
 
 def _extra(plan):

@@ -24,6 +24,7 @@ from tpgrpo_jax.models import (
   mmdit,
   quantize,
   text_source,
+  tiny_vae,
   vae,
   z_image,
 )
@@ -76,6 +77,9 @@ HUB_SIZES: dict[str, tuple[models.Sizes, vae.VAEConfig]] = {
   ),
   "Tongyi-MAI/Z-Image": (z_image.ZImageConfig(), _FLUX_VAE),
   "Tongyi-MAI/Z-Image-Turbo": (z_image.ZImageConfig(), _FLUX_VAE),
+}
+TINY_VAES = {
+  f"madebyollin/{name}": tiny_vae.TinyVAEConfig(latent_channels=16) for name in ("taesd3", "taef1")
 }
 
 
@@ -192,6 +196,16 @@ def load_sizes(config: config_lib.Config) -> tuple[models.Sizes, vae.VAEConfig |
   return HUB_SIZES[path]
 
 
+def load_completion_decoder(path: str) -> Any:
+  """Its sizes: from a folder, or of a hub id from TINY_VAES; raises ValueError for other hub ids."""
+  if not pathlib.Path(path).is_dir() and path not in TINY_VAES:
+    raise ValueError(
+      f"completion.decoder={path!r}: is no folder here, and nothing is fetched. Give a folder with its "
+      f"config.json (no weights are read), or one of {', '.join(TINY_VAES)}."
+    )
+  return TINY_VAES.get(path) or hf.load_config(path, field="completion.decoder")
+
+
 def abstract_model(config: config_lib.Config, mesh: jax.sharding.Mesh) -> build.Model:
   """What `build.build_model` makes, without weights."""
   sizes, decoder_sizes = load_sizes(config)
@@ -238,8 +252,14 @@ def _abstract_pipeline(config, mesh, sizes, decoder_sizes):
     return types.Condition(**made)  # pyright: ignore[reportArgumentType]
 
   decode, abstract = pipeline.decoder_outline(config.vae, decoder_sizes)
-  decoder = mesh_lib.abstract(mesh, _stored(abstract, config.vae.dtype))
-  return pipeline.Pipeline(shape, encode, decode, decoder)
+  stored = lambda weights: mesh_lib.abstract(mesh, _stored(weights, config.vae.dtype))
+  found = pipeline.Pipeline(shape, encode, decode, stored(abstract))
+  if path := config.completion.decoder:
+    small = load_completion_decoder(path)
+    pipeline.check_completion_decoder(path, small, decoder_sizes)
+    paint, abstract = pipeline.decoder_outline(config.vae, small)
+    found = found._replace(decode_completions=paint, completion_decoder=stored(abstract))
+  return found
 
 
 def rollout_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:

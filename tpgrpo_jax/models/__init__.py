@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tpgrpo_jax import types
-from tpgrpo_jax.models import flux, flux2, flux2_vae, hf, lora, mmdit, tiny, vae, z_image
+from tpgrpo_jax.models import flux, flux2, flux2_vae, hf, lora, mmdit, tiny, tiny_vae, vae, z_image
 
 Sizes = mmdit.MMDiTConfig | flux.FluxConfig | flux2.Flux2Config | z_image.ZImageConfig
 
@@ -65,6 +65,7 @@ _TRANSFORMERS: dict[type, Any] = {
 _AUTOENCODERS: dict[type, Any] = {
   vae.VAEConfig: vae.AutoencoderKL,
   flux2_vae.Flux2VAEConfig: flux2_vae.AutoencoderKLFlux2,
+  tiny_vae.TinyVAEConfig: tiny_vae.AutoencoderTiny,
 }
 
 
@@ -89,8 +90,8 @@ def build_transformer(
 
 
 def build_autoencoder(
-  config: vae.VAEConfig, *, dtype=jnp.float32
-) -> Callable[[jax.Array], vae.AutoencoderKL]:
+  config: vae.VAEConfig | tiny_vae.TinyVAEConfig, *, dtype=jnp.float32
+) -> Callable[[jax.Array], vae.AutoencoderKL | tiny_vae.AutoencoderTiny]:
   """Returns a function key -> autoencoder, pure, so that jax.eval_shape serves it."""
 
   def create(key):

@@ -21,12 +21,13 @@ _QUERIES = 1024  # attention rows computed at a time: 16 MiB of float32 logits a
 class Conv(nnx.Module):
   """A 2-D convolution; x [N, H, W, d_in] -> [N, H', W', d_out]."""
 
-  def __init__(self, d_in, d_out, *, dtype, rngs, size=3, stride=1, padding=None):
-    self.dtype, self.stride = dtype, stride
+  def __init__(self, d_in, d_out, *, dtype, rngs, size=3, stride=1, padding=None, biased=True):
+    self.dtype, self.stride, self.biased = dtype, stride, biased
     self.padding = padding or ((size // 2, size // 2),) * 2
     init = nnx.initializers.lecun_normal()
     self.kernel = nnx.Param(init(rngs.params(), (size, size, d_in, d_out), jnp.float32))
-    self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32))
+    if biased:
+      self.bias = nnx.Param(jnp.zeros((d_out,), jnp.float32))
 
   def __call__(self, x):
     cast = lambda a: a.astype(self.dtype)
@@ -34,7 +35,7 @@ class Conv(nnx.Module):
       cast(x), cast(self.kernel[...]), (self.stride,) * 2, self.padding,
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
-    return layers.lay_out(y + cast(self.bias[...]))
+    return layers.lay_out(y + cast(self.bias[...]) if self.biased else y)
 
 
 class GroupNorm(nnx.Module):
@@ -108,10 +109,17 @@ def _attend(q, k, v):
   return jax.lax.map(attend, blocks).swapaxes(0, 1).reshape(n, height, width, dim)
 
 
-def _chain(x, *modules):
+def chain(x: jax.Array, *modules: nnx.Module) -> jax.Array:
+  """Each module of what the one before it gives."""
   for module in modules:
     x = module(x)
   return x
+
+
+def double(x: jax.Array) -> jax.Array:
+  """Twice the sides, by repetition: [N, h, w, c] -> [N, 2 h, 2 w, c]."""
+  n, h, w, c = x.shape
+  return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
 
 
 class MidBlock(nnx.Module):
@@ -124,7 +132,7 @@ class MidBlock(nnx.Module):
     self.attentions = nnx.List(attentions)
 
   def __call__(self, x):
-    return _chain(x, self.resnets[0], *self.attentions, self.resnets[1])
+    return chain(x, self.resnets[0], *self.attentions, self.resnets[1])
 
 
 class Downsample(nnx.Module):
@@ -144,9 +152,7 @@ class Upsample(nnx.Module):
     self.conv = Conv(dim, dim, dtype=dtype, rngs=rngs)
 
   def __call__(self, x):
-    n, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
-    return self.conv(x)
+    return self.conv(double(x))
 
 
 class DownBlock(nnx.Module):
@@ -158,7 +164,7 @@ class DownBlock(nnx.Module):
     self.downsamplers = nnx.List([] if last else [Downsample(d_out, **kw)])
 
   def __call__(self, x):
-    return _chain(x, *self.resnets, *self.downsamplers)
+    return chain(x, *self.resnets, *self.downsamplers)
 
 
 class UpBlock(nnx.Module):
@@ -170,7 +176,7 @@ class UpBlock(nnx.Module):
     self.upsamplers = nnx.List([] if last else [Upsample(d_out, **kw)])
 
   def __call__(self, x):
-    return _chain(x, *self.resnets, *self.upsamplers)
+    return chain(x, *self.resnets, *self.upsamplers)
 
 
 def _resnets(d_in, d_out, count, groups, kw):
@@ -194,7 +200,7 @@ class Encoder(nnx.Module):
     self.conv_out = Conv(widths[-1], 2 * config.latent_channels, **kw)
 
   def __call__(self, x):
-    x = _chain(x, self.conv_in, *self.down_blocks, self.mid_block)
+    x = chain(x, self.conv_in, *self.down_blocks, self.mid_block)
     return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
@@ -214,7 +220,7 @@ class Decoder(nnx.Module):
     self.conv_out = Conv(widths[-1], config.out_channels, **kw)
 
   def __call__(self, x):
-    x = _chain(x, self.conv_in, self.mid_block, *self.up_blocks)
+    x = chain(x, self.conv_in, self.mid_block, *self.up_blocks)
     return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
@@ -256,7 +262,7 @@ def decode(graphdef: Any, params: Any, latents: jax.Array) -> jax.Array:
   """Images [N, H, W, 3] float32 in [0, 1] of scaled latents [N, h, w, c], all at once.
 
   Args:
-    graphdef: of an AutoencoderKL, as nnx.split gives it.
+    graphdef: of an AutoencoderKL or AutoencoderTiny, as nnx.split gives it.
     params: all its weights, a nested dict.
     latents: scaled, as the diffusion model makes them.
   """

@@ -44,9 +44,11 @@ class Model:
   identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def params(self, trainable: Any) -> dict[str, Any]:
-    """What sampling takes: the weights with these trainable ones, and the decoder's."""
-    decoder = self.pipeline.decoder if self.pipeline else {}
-    return {"frozen": self.frozen, "trainable": trainable, "decoder": decoder}
+    """What sampling takes: the weights with these trainable ones, and the decoders'."""
+    around = self.pipeline
+    decoders = (around.decoder, around.completion_decoder) if around else ({}, {})
+    weights = {"frozen": self.frozen, "trainable": trainable}
+    return weights | dict(zip(("decoder", "completion_decoder"), decoders))
 
 
 class Draft(NamedTuple):

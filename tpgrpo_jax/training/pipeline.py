@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from tpgrpo_jax import caches, models, types
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.models import hf, prompt_cache, prompt_embedding, text_source, tiny, vae
+from tpgrpo_jax.models import hf, prompt_cache, prompt_embedding, text_source, tiny, tiny_vae, vae
 from tpgrpo_jax.models.hf import files, table
 from tpgrpo_jax.training import editing
 from tpgrpo_jax.training import mesh as mesh_lib
+
+Autoencoder = vae.VAEConfig | tiny_vae.TinyVAEConfig
 
 
 class Pipeline(NamedTuple):
@@ -31,6 +33,9 @@ class Pipeline(NamedTuple):
       flow.schedule.dynamic_mu that it sets, and "terminal", the last level above 0.
     add: (Condition of texts, their prompts) -> the same with what the model reads beside texts.
     show: prompts -> the prompts as rewards are given them.
+    decode_completions: as `decode`, of the images that credit alone looks at; None where `decode` paints
+      them.
+    completion_decoder: the weights of `decode_completions`, on the mesh.
   """
 
   latent_shape: tuple[int, int, int]
@@ -41,10 +46,30 @@ class Pipeline(NamedTuple):
   grid: Mapping[str, float] = {}
   add: Callable[..., types.Condition] = lambda condition, prompts: condition
   show: Callable[[Sequence[types.Prompt]], list[types.Prompt]] = list
+  decode_completions: Callable[[Any, jax.Array], jax.Array] | None = None
+  completion_decoder: Any = {}
 
   def condition(self, prompts: Sequence[types.Prompt | str]) -> types.Condition:
     """All that the model reads of prompts; bare texts are prompts without metadata."""
     return self.add(self.encode(types.texts_of(prompts)), prompts)
+
+  def paint(self, params: Mapping[str, Any], latents: jax.Array) -> jax.Array:
+    """Images uint8 [S, n, H, W, 3] of latents [S, n, h, w, c]: n - 1 completions, and the own one behind.
+
+    Args:
+      params: as of Model.params.
+      latents: of a microbatch.
+    """
+
+    def paint(decode, weights, latents):
+      images = models.images_uint8(decode(weights, latents.reshape(-1, *latents.shape[2:])))
+      return images.reshape(*latents.shape[:2], *images.shape[1:])
+
+    if self.decode_completions is None or latents.shape[1] == 1:
+      return paint(self.decode, params["decoder"], latents)
+    completed = paint(self.decode_completions, params["completion_decoder"], latents[:, :-1])
+    own = paint(self.decode, params["decoder"], latents[:, -1:])
+    return jnp.concatenate([completed, own], axis=1)
 
 
 def open_pipeline(
@@ -132,17 +157,44 @@ def _open_diffusers(config, mesh, sizes, prompts):
   dtype = jnp.dtype(config.vae.dtype)
   decoder = hf.load_params(folder, abstract, shardings=shardings, dtype=dtype)
   identity = {"vae": hf.fingerprint(folder), "text": prompt_cache.identity(source)}
+  if path := config.completion.decoder:
+    field = "completion.decoder"
+    small_folder = hf.resolve(path, field=field)
+    small = hf.load_config(small_folder, field=field)
+    check_completion_decoder(path, small, vae_config)
+    paint, abstract = decoder_outline(config.vae, small)
+    shardings = mesh_lib.param_shardings(mesh, abstract)
+    weights = hf.load_params(small_folder, abstract, shardings=shardings, dtype=dtype, field=field)
+    beside_text |= {"decode_completions": paint, "completion_decoder": weights}
+    identity["completion decoder"] = hf.fingerprint(small_folder)
   return Pipeline(shape, embedded.embed, decode, decoder, identity, grid, **beside_text)
 
 
-def decoder_outline(config: config_lib.Vae, sizes: vae.VAEConfig) -> tuple[Callable[..., Any], Any]:
+def check_completion_decoder(path: str, small: Any, sizes: vae.VAEConfig) -> None:
+  """Raises ValueError where completion.decoder is no small decoder for this autoencoder's latents."""
+  if not isinstance(small, tiny_vae.TinyVAEConfig):
+    raise ValueError(
+      f"completion.decoder={path!r}: holds a {hf.class_name(small)}, must be an "
+      f"{tiny_vae.TinyVAEConfig.CLASS}, such as madebyollin/taesd3 for SD3 and madebyollin/taef1 for FLUX.1. "
+      "Leave it empty for the pipeline's own."
+    )
+  found, wanted = (small.latent_channels, small.downscale), (sizes.scaled_channels, sizes.downscale)
+  if found != wanted or small.out_channels != 3:
+    raise ValueError(
+      f"completion.decoder={path!r}: makes {small.out_channels} channels of latents with {found[0]}, "
+      f"{found[1]} pixels each; the pipeline's autoencoder makes 3 of {wanted[0]}, {wanted[1]} pixels each. "
+      "Use the one that was made for this family, or leave it empty."
+    )
+
+
+def decoder_outline(config: config_lib.Vae, sizes: Autoencoder) -> tuple[Callable[..., Any], Any]:
   """(`decode` of a Pipeline, the shapes of the weights it takes); nothing is computed."""
   graphdef, abstract = autoencoder_outline(config, sizes)
   decode = functools.partial(vae.decode_chunked, graphdef, images_per_chunk=config.images_per_chunk)
   return decode, abstract
 
 
-def autoencoder_outline(config: config_lib.Vae, sizes: vae.VAEConfig) -> tuple[Any, Any]:
+def autoencoder_outline(config: config_lib.Vae, sizes: Autoencoder) -> tuple[Any, Any]:
   """(structure of an autoencoder, the shapes of its weights); nothing is computed."""
   create = models.build_autoencoder(sizes, dtype=jnp.dtype(config.dtype))
   model = jax.eval_shape(create, jax.random.key(0))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, rewards, types
+from tpgrpo_jax import rewards, types
 from tpgrpo_jax.credit import branch, stepwise
 from tpgrpo_jax.flow import branching, completion, sampler
 from tpgrpo_jax.models import layers
@@ -239,9 +239,7 @@ def sample_microbatch(
   seen = rewards.reads(config.rewards)
   if not seen.pictures:
     return transitions, types.Samples(latents, levels)
-  flat = latents.reshape(-1, *latents.shape[2:])
-  images = models.images_uint8(model.pipeline.decode(params["decoder"], flat))
-  images = images.reshape(*latents.shape[:2], *images.shape[1:])
+  images = model.pipeline.paint(params, latents)
   return transitions, types.Samples(latents, levels, images) if seen.latents else images
 
 

@@ -6,7 +6,7 @@ import os
 import pathlib
 from typing import Any
 
-from tpgrpo_jax.models import clip, dina, flux, flux2, flux2_vae, mmdit, t5, vae, z_image
+from tpgrpo_jax.models import clip, dina, flux, flux2, flux2_vae, mmdit, t5, tiny_vae, vae, z_image
 from tpgrpo_jax.models.hf import clip as hf_clip
 from tpgrpo_jax.models.hf import dina as hf_dina
 from tpgrpo_jax.models.hf import files, sd3
@@ -53,6 +53,12 @@ ARCHITECTURES = {
   ),
   "AutoencoderKL": Architecture(
     vae.VAEConfig, vae.VAEConfig.from_diffusers, hf_vae.names, hf_vae.aliases
+  ),
+  "AutoencoderTiny": Architecture(
+    tiny_vae.TinyVAEConfig,
+    tiny_vae.TinyVAEConfig.from_diffusers,
+    hf_vae.names,
+    hf_vae.decoder_aliases,
   ),
   "CLIPTextModel": _CLIP_TEXT,
   "CLIPTextModelWithProjection": _CLIP_TEXT,

@@ -1,9 +1,9 @@
-"""The names of diffusers' AutoencoderKL and AutoencoderKLFlux2."""
+"""The names of diffusers' AutoencoderKL, AutoencoderKLFlux2 and AutoencoderTiny."""
 
 from collections.abc import Iterable, Mapping
 import re
 
-from tpgrpo_jax.models import vae
+from tpgrpo_jax.models import tiny_vae, vae
 from tpgrpo_jax.models.hf.table import Entry, make_entry
 
 # (pattern of our path, replacement); each is applied once.
@@ -13,8 +13,10 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 UNUSED = ("bn.num_batches_tracked",)  # torch counts what the statistics of FLUX.2 were made of
 
 
-def names(config: vae.VAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
-  """The table for an AutoencoderKL: our tensors {dotted path: shape} -> diffusers' tensors.
+def names(
+  config: vae.VAEConfig | tiny_vae.TinyVAEConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Entry]:
+  """The table for an autoencoder: our tensors {dotted path: shape} -> diffusers' tensors.
 
   Args:
     config: sizes; the paths alone decide here.
@@ -33,6 +35,11 @@ def current_name(name: str) -> str:
 def aliases(found: Iterable[str]) -> dict[str, str]:
   """{the table's name: the file's name} of the tensors in a file."""
   return {current_name(name): name for name in found if name not in UNUSED}
+
+
+def decoder_aliases(found: Iterable[str]) -> dict[str, str]:
+  """The same of an AutoencoderTiny, of which the encoder is not read."""
+  return {name: name for name in found if not name.startswith("encoder.")}
 
 
 def _entry(path, shape):
