@@ -24,11 +24,11 @@ from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import models
 from tpgrpo_jax.config import presets
 from tpgrpo_jax.forecasting import lowering, reward_program
-from tpgrpo_jax.models import clip, layers, vae
+from tpgrpo_jax.models import clip, layers, tiny_vae, vae
 from tpgrpo_jax.runs import metrics, preemption
 from tpgrpo_jax.training import batches as batches_lib
 from tpgrpo_jax.training import epoch as epoch_lib
-from tpgrpo_jax.training import loop, old_scores
+from tpgrpo_jax.training import loop, old_scores, pipeline
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
@@ -340,19 +340,21 @@ def _measure_plan(args, plan, figure, small):
     )
     state, row = timed("update", update, state, inputs[0]["frozen"], {}, batch)
   took = {name: both[-1] for name, both in seconds.items()}
-  decode = jax.jit(plan.model.pipeline.decode)
-  latents = jnp.repeat(transitions.final, plan.images // len(transitions.final), axis=0)
-  alone = functools.partial(decode, inputs[0]["decoder"], latents)
-  took_alone = timing.interleave({"decode": alone}, repeats=1, warmup=1)["decode"]
   rate = lambda time: round(plan.images / time, 3)
   shared = dict(batch=plan.config.train.microbatch, images=plan.images, small=small)
   shared |= dict(model=plan.config.model.path, quantize=plan.config.model.quantize)
-  report(
-    "vae_decode",
-    seconds=round(float(took_alone[0]), 4),
-    images_per_second=rate(took_alone[0]),
-    **shared,
-  )
+  latents = jnp.repeat(transitions.final, plan.images // len(transitions.final), axis=0)
+  for name, asked in decoders(plan) if figure == "epoch" else [("own", plan.config.vae)]:
+    seconds_alone = time_decoder(plan, name, asked, latents)
+    report(
+      "vae_decode",
+      decoder=name,
+      dtype=asked.dtype,
+      images_per_chunk=asked.images_per_chunk,
+      seconds=round(seconds_alone, 4),
+      images_per_second=rate(seconds_alone),
+      **shared,
+    )
   report(
     "pickscore",
     seconds=round(took["pickscore"], 4),
@@ -384,6 +386,31 @@ def _measure_plan(args, plan, figure, small):
     peak_gib=accelerator.peak_gib(),
     **shared,
   )
+
+
+def decoders(plan: lowering.Plan) -> list[tuple[str, config_lib.Vae]]:
+  """("own" autoencoder or "small" decoder, dtype and chunk) of what is timed alone, the recipe's first."""
+  ways = [(plan.config.vae.dtype, 8), ("bfloat16", 1), ("bfloat16", 32), ("float32", 8)]
+  own = [("own", config_lib.Vae(*way)) for way in dict.fromkeys(ways)]
+  return [*own, ("small", config_lib.Vae("bfloat16", 8))]
+
+
+def time_decoder(plan: lowering.Plan, name: str, asked: config_lib.Vae, latents: Any) -> float:
+  """Seconds in which a decoder with random weights paints all latents."""
+  _, sizes = lowering.load_sizes(plan.config)
+  assert sizes
+  if name == "small":
+    depth = len(sizes.block_out_channels)
+    sizes = tiny_vae.TinyVAEConfig(
+      latent_channels=sizes.scaled_channels,
+      decoder_block_out_channels=(64,) * depth,
+      num_decoder_blocks=(*(3,) * (depth - 1), 1),
+    )
+  decode, abstract = pipeline.decoder_outline(asked, sizes)
+  dtype = jnp.dtype(asked.dtype)
+  stored = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract)
+  alone = functools.partial(jax.jit(decode), fill(mesh_lib.abstract(plan.mesh, stored)), latents)
+  return float(timing.interleave({"decode": alone}, repeats=1, warmup=1)["decode"][0])
 
 
 def fill(tree: Any) -> Any:

@@ -91,7 +91,7 @@ OF_A_PART = {
   "sd35": {"matmul_peak": 1, "evaluation_jax": 1, "rollout": 1, "update": 2, "trace": 1},
   "torch": {"torch_evaluation": 2, "torch_update": 4},
   "epoch": {
-    "matmul_peak": 1, "vae_decode": 1, "pickscore": 1, "epoch_rollout": 1, "epoch_update": 1,
+    "matmul_peak": 1, "vae_decode": 5, "pickscore": 1, "epoch_rollout": 1, "epoch_update": 1,
     "epoch": 1,
   },
   "flux": {
