@@ -38,15 +38,13 @@ def main(argv: list[str]) -> None:
         print(line, flush=True)
     return
   try:
-    row = loop.train(config, announced=True)
+    loop.train(config, announced=True)
   except preemption.Preempted as ended:
     saved = f"saved up to epoch {ended.epoch}. The same command goes on."
     if not ended.epoch:
       saved = "no epoch has finished, so nothing is saved. The same command begins anew."
     print(f"{config.run.dir}: ends, as asked; {saved}", file=sys.stderr)
     preemption.leave(ended.signal)
-  if processes.is_first():
-    print({k: round(v, 4) for k, v in row.items()})
 
 
 if __name__ == "__main__":

@@ -61,3 +61,21 @@ def test_summary_says_before_after_and_the_next_command(best):
   assert ("--weights best" in text) == (best == 30)
   assert ("runs/mine/best/" in text) == (best in (30, 60))
   assert ("better than the base" in text) == (best == 0)
+
+
+@pytest.mark.parametrize("best", [None, 0, 30, 60])
+def test_a_run_without_prompts_to_judge_it_sums_up_its_evaluations(best):
+  row = {
+    "kind": "eval",
+    "reward/mean": 0.3,
+    "reward/ocr/mean": 0.4,
+    "reward/ocr/standard_error": 0.1,
+  }
+  rows = [row | {"epoch": 0}, row | {"epoch": 60, "reward/ocr/mean": 0.55}]
+  text = judging.summary_of_evaluations("runs/mine", rows, best)
+  assert "ocr: 0.400 ± 0.196 -> 0.550 ± 0.196, a gain of 0.150" in text
+  assert f"{sys.orig_argv[0]} -m tpgrpo_jax.evaluate --run runs/mine" in text
+  assert "--split judge" not in text and ("--weights best" in text) == (best == 30)
+  assert ("runs/mine/best/" in text) == (best in (30, 60))
+  assert ("better than the base" in text) == (best == 0)
+  assert judging.summary_of_evaluations("runs/mine", [], None).startswith("To see it:")

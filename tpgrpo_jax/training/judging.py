@@ -1,6 +1,6 @@
 """What a run has learned, on prompts that no evaluation of it has seen: base, last and best weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import sys
 from typing import Any, NamedTuple
 
@@ -95,12 +95,41 @@ def summary(run_dir: str, row: dict[str, Any]) -> str:
   elif epoch:
     lines += [f"Best weights: {run_dir.rstrip('/')}/best/{epoch}"]
   weights = " --weights best" if epoch and epoch != row["epoch"] else ""
-  python = sys.orig_argv[0]  # as the user called it, in an environment that may not be active
-  return "\n".join(
-    [
-      *lines,
-      "To see it:",
-      f"  {python} -m tpgrpo_jax.report --output report {run_dir}",
-      f"  {python} -m tpgrpo_jax.evaluate --run {run_dir} --split judge{weights}",
-    ]
+  return "\n".join([*lines, *_next(run_dir, f"--split judge{weights}")])
+
+
+def summary_of_evaluations(run_dir: str, rows: Sequence[dict[str, Any]], best: int | None) -> str:
+  """As `summary`, of a run that has no prompts left to judge it: what its own evaluations say.
+
+  Args:
+    run_dir: of the run.
+    rows: of its evaluations; perhaps none.
+    best: epoch of the best weights; None where none are kept.
+  """
+  lines = []
+  read = lambda row, label: Estimate(
+    row[f"reward/{label}/mean"], row.get(f"reward/{label}/standard_error", np.nan)
   )
+  if rows and rows[0]["epoch"] == 0:
+    keys = [
+      key.split("/") for key in rows[-1] if key.startswith("reward/") and key.endswith("/mean")
+    ]
+    lines += ["On the held-out prompts of its evaluations (mean and 95 % interval):"]
+    for label in [key[1] for key in keys if len(key) == 3]:
+      base, last = read(rows[0], label), read(rows[-1], label)
+      lines += [f"  {label}: {base} -> {last}, a gain of {last.mean - base.mean:.3f}"]
+  if best:
+    lines += [f"Best weights: {run_dir.rstrip('/')}/best/{best}"]
+  elif best == 0:
+    lines += ["No evaluation was better than the base model's."]
+  behind = rows and best and best != rows[-1]["epoch"]
+  return "\n".join([*lines, *_next(run_dir, "--weights best" if behind else "")])
+
+
+def _next(run_dir, flags):
+  python = sys.orig_argv[0]  # as the user called it, in an environment that may not be active
+  return [
+    "To see it:",
+    f"  {python} -m tpgrpo_jax.report --output report {run_dir}",
+    f"  {python} -m tpgrpo_jax.evaluate --run {run_dir} {flags}".rstrip(),
+  ]

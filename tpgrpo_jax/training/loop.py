@@ -267,6 +267,10 @@ def _judge(session, state, totals, best, sink, run_dir, on_chunk):
   epoch = totals["epoch"]
   row = _last_row(run_dir, "judge")
   if session.evaluate_unseen is None:
+    if processes.is_first():
+      rows = [row for row in metrics.rows_of(run_dir) if row["kind"] == "eval"]
+      folder = session.config.run.dir
+      tqdm.tqdm.write(judging.summary_of_evaluations(folder, rows, best.epoch))
     return
   if row.get("epoch") != epoch:
     weights = {"base": session.model.trainable, "last": state.ema}
