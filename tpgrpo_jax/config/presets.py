@@ -61,6 +61,12 @@ def _clip_of_branches(task: Config) -> float:
   return task.loss.clip_range * (5 if task.model.variant in names.BUILT_IN_VARIANTS else 1)
 
 
+def _rate_of_nft(task: Config) -> float:
+  """The task's; a third where all weights of a small model are trained: at the whole it learns, then falls."""
+  rate = task.optimizer.learning_rate
+  return rate / 3 if task.model.variant in names.BUILT_IN_VARIANTS else rate
+
+
 def _chunks(task: Config) -> tuple[int, ...]:
   """GCPO's fixed lengths [2, 3, 4, 7] of 16, scaled to the steps that have noise."""
   steps = task.sampler.num_steps - 1
@@ -171,6 +177,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "loss.objective": "nft",
     "loss.levels": lambda task: task.sampler.num_steps - 1,
     "loss.kl_coef": 1e-4,
+    "optimizer.learning_rate": _rate_of_nft,
   },
   "awm": {
     **_FORWARD,
