@@ -62,7 +62,7 @@ def _clip_of_branches(task: Config) -> float:
 
 
 def _rate_of_nft(task: Config) -> float:
-  """The task's; a third where all weights of a small model are trained: at the whole it learns, then falls."""
+  """The task's; a third where all of a small model is trained: at the whole rate it learns, then falls."""
   rate = task.optimizer.learning_rate
   return rate / 3 if task.model.variant in names.BUILT_IN_VARIANTS else rate
 
