@@ -14,7 +14,7 @@ from PIL import Image
 from tpgrpo_jax.reporting import history, plots
 
 ROWS, COLUMNS = 3, 4  # of what is drawn, before and after
-LETTERS = 20  # in a line
+LETTERS = 18  # in a line
 LINE = 0.16  # inches
 
 

@@ -64,7 +64,7 @@ def _clip_of_branches(task: Config) -> float:
 def _rate_of_nft(task: Config) -> float:
   """The task's; a third where all of a small model is trained: at the whole rate it learns, then falls."""
   rate = task.optimizer.learning_rate
-  return rate / 3 if task.model.variant in names.BUILT_IN_VARIANTS else rate
+  return round(rate / 3, 9) if task.model.variant in names.BUILT_IN_VARIANTS else rate
 
 
 def _chunks(task: Config) -> tuple[int, ...]:
