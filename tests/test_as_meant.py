@@ -289,3 +289,17 @@ def test_an_evaluation_far_below_the_best_and_an_average_that_stands_still_are_s
   said = capsys.readouterr().err
   assert "5.0 standard errors below its best, after epoch 10" in said
   assert "ema.every=8: the average has not moved after 6 updates" in said
+
+
+@pytest.mark.parametrize(
+  "error", [RuntimeError("write() failed: No space left on device"), OSError(30, "x")]
+)
+def test_a_cache_without_room_is_named_whoever_says_so(error):
+  with pytest.raises(
+    ValueError, match="prompts.cache='/full': the cache of prompts cannot be written to"
+  ):
+    with caches.writing("prompts", "/full", "prompts.cache"):
+      raise error
+  with pytest.raises(RuntimeError, match="something else"):
+    with caches.writing("prompts", "/full", "prompts.cache"):
+      raise RuntimeError("something else")

@@ -227,7 +227,7 @@ def test_evaluation_reports_every_reward_and_every_sample():
   infos = {"ocr": {"text": list("XXCD"), "exact": scores}, "other": {}}
   reward = lambda *_, rows: lambda: (scores, {"ocr": scores, "other": 2 * scores}, infos)
   result = scoring.evaluate_images(images, prompts, reward)
-  expected = {"mean": 0.5, "std": 0.5, "standard_error": 0.25, "exact": 0.5}  # .5 / sqrt(4)
+  expected = {"mean": 0.5, "std": 0.5, "standard_error": pytest.approx(3**-0.5 / 2), "exact": 0.5}
   assert result["rewards"]["ocr"] == expected
   assert result["rewards"]["other"]["mean"] == 1.0 and "exact" not in result["rewards"]["other"]
   assert result["samples"][2] == {
@@ -319,6 +319,14 @@ def test_fields_that_change_the_weights_of_a_run_are_refused(run_dir):
   recipe.lora.rank = 4
   with pytest.raises(ValueError, match=r"--config.lora.rank=4: the run has 0"):
     restore.choose_config(str(run_dir), recipe)
+
+
+def test_how_processes_meet_is_the_commands_own(run_dir):
+  recipe = run_recipe.get_config(str(run_dir))
+  assert recipe.distributed.coordinator == config_lib.Distributed().coordinator
+  recipe.distributed.coordinator = "localhost:23456"
+  chosen = restore.choose_config(str(run_dir), recipe)
+  assert chosen.distributed.coordinator == "localhost:23456"
 
 
 def test_an_epoch_that_is_not_kept_is_refused_with_those_that_are(config, run_dir):

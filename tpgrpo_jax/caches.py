@@ -6,6 +6,7 @@ $XDG_CACHE_HOME/tpgrpo_jax, else in ~/.cache/tpgrpo_jax.
 
 from collections.abc import Iterator
 import contextlib
+import errno
 import os
 import pathlib
 import tempfile
@@ -25,6 +26,9 @@ def place(name: str, given: str | os.PathLike[str] = "", variable: str = "") -> 
   return pathlib.Path(root) / "tpgrpo_jax" / name
 
 
+_NO_ROOM = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
+
+
 @contextlib.contextmanager
 def writing(what: str, folder: os.PathLike[str], field: str) -> Iterator[None]:
   """Names the cache and its field where the block meets a full, read-only or absent file system.
@@ -35,13 +39,18 @@ def writing(what: str, folder: os.PathLike[str], field: str) -> Iterator[None]:
     field: of the config that moves it.
 
   Raises:
-    ValueError: in place of the block's OSError.
+    ValueError: in place of the block's OSError, or of an error of another kind that tells of a full or
+      read-only one, as TFDS has.
   """
   try:
     yield
-  except OSError as error:
+  except Exception as error:
+    told = [reason for reason in _NO_ROOM if reason in str(error)]
+    if not (told or isinstance(error, OSError)):
+      raise
+    reason = told[0] if told else getattr(error, "strerror", None) or error
     raise ValueError(
-      f"{field}={os.fspath(folder)!r}: the cache of {what} cannot be written to ({error.strerror or error}). "
+      f"{field}={os.fspath(folder)!r}: the cache of {what} cannot be written to ({reason}). "
       f"Name a folder with room, such as --config.{field}=FOLDER."
     ) from error
 

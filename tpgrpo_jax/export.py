@@ -76,7 +76,9 @@ def _finish(how):
   if not processes.is_first():
     return
   if metrics.rows_of(_RUN.value):
-    model_card.write_card(_RUN.value, _OUTPUT.value, weights=_WEIGHTS.value, how=how)
+    model_card.write_card(
+      _RUN.value, _OUTPUT.value, weights=_WEIGHTS.value, how=how, strength=_STRENGTH.value
+    )
   if _PUSH.value:
     address = model_card.push(_OUTPUT.value, _PUSH.value, private=_PRIVATE.value)
     print(f"uploaded to {address}")

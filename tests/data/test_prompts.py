@@ -116,6 +116,12 @@ def test_the_same_bytes_in_another_form_are_another_dataset(source, load):
     ('"Prompt";"Seed"\n"a cat";1', "is a table"),
     ("caption\tsource\na cat\tweb", "is a table"),
     ("prompt\na cat", "is a table"),
+    (",prompt\n0,K7T", "is a table"),  # of pandas
+    ('"","prompt"\n"0","a cat"', "is a table"),
+    ("id,caption_text\n1,a cat", "is a table"),
+    ('"a ""big"" dog"\n"a cat"', "is a table"),
+    ("['a cat',\n'a dog']", "holds a list of Python or YAML"),
+    ("prompts:\n- a cat", "holds a list of Python or YAML"),
   ],
 )
 def test_a_text_file_that_is_something_else_is_recognised(source, load, content, part):

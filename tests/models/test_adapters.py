@@ -242,6 +242,52 @@ def test_without_a_word_on_alpha_it_is_the_rank_as_in_diffusers(file, abstract):
   assert found.alpha == RANK and not found.states_alpha
 
 
+@pytest.mark.parametrize(
+  "header, part",
+  [
+    ({"tpgrpo_jax": "{}"}, "alpha of tpgrpo_jax=None, must be a finite number above 0"),
+    ({"tpgrpo_jax": '{"alpha": "six"}'}, "alpha of tpgrpo_jax='six', must be a finite number"),
+    ({"tpgrpo_jax": '{"alpha": NaN}'}, "alpha of tpgrpo_jax=nan, must be a finite number"),
+    (
+      {"lora_adapter_metadata": '{"lora_alpha": "six"}'},
+      "lora_alpha='six', must be a finite number",
+    ),
+    ({"lora_adapter_metadata": '{"lora_alpha": 0}'}, "lora_alpha=0, must be a finite number"),
+    (
+      {"lora_adapter_metadata": '{"lora_alpha": 4, "alpha_pattern": [1]}'},
+      "alpha_pattern=[1], must be an",
+    ),
+  ],
+)
+def test_a_header_that_is_no_number_is_named(file, abstract, header, part):
+  rewrite(file, lambda tensors: tensors, metadata=metadata_of(file) | header)
+  with pytest.raises(ValueError) as error:
+    hf.load_lora(file, CONFIG, abstract)
+  assert part in str(error.value) and str(file) in str(error.value)
+
+
+def test_alphas_of_one_element_are_read_and_larger_ones_and_empty_adapters_named(file, abstract):
+  many = lambda size: (
+    lambda tensors: {
+      k: np.full(size, ALPHA, np.float32) if k.endswith("alpha") else v for k, v in tensors.items()
+    }
+  )
+  rewrite(file, to_kohya, metadata={})
+  rewrite(file, many(1), metadata={})
+  assert hf.load_lora(file, CONFIG, abstract).alpha == ALPHA
+  rewrite(file, many(2), metadata={})
+  with pytest.raises(ValueError, match=r"alpha has the shape \(2,\), must be one number"):
+    hf.load_lora(file, CONFIG, abstract)
+  empty = lambda tensors: {
+    k: v[:0] if "lora_down" in k else v[:, :0]
+    for k, v in tensors.items()
+    if not k.endswith("alpha")
+  }
+  rewrite(file, empty, metadata={})
+  with pytest.raises(ValueError, match="rank 0: some of its tensors are empty"):
+    hf.load_lora(file, CONFIG, abstract)
+
+
 @pytest.mark.parametrize("header", [True, False])
 def test_every_readers_rule_gives_the_same_strength(file, trainable, header):
   tensors, settings = safetensors.numpy.load_file(file), {}

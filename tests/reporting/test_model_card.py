@@ -60,6 +60,23 @@ def test_the_page_has_base_model_method_gains_pictures_and_command(run_dir, tmp_
   assert (tmp_path / "out" / "after.png").read_bytes() == b"picture 7"
 
 
+@pytest.mark.parametrize(
+  "weights, strength, said",
+  [
+    ("ema", 1.0, ""),
+    ("last", 1.0, "without average. Measured, and drawn below: the average (EMA)"),
+    ("best", 0.5, "base + 0.5 (learned - base). Measured, and drawn below: the best weights"),
+  ],
+)
+def test_the_page_says_of_which_weights_its_scores_are(run_dir, tmp_path, weights, strength, said):
+  (tmp_path / "out").mkdir()
+  path = model_card.write_card(
+    run_dir, tmp_path / "out", weights=weights, how="", strength=strength
+  )
+  text = path.read_text()
+  assert ("Exported: " in text) == bool(said) and said in text
+
+
 @pytest.mark.parametrize("path", ["models/mine", "/models/mine"])
 def test_a_model_of_this_machine_is_no_base_model_of_the_hub(run_dir, tmp_path, monkeypatch, path):
   (tmp_path / "models" / "mine").mkdir(parents=True)

@@ -212,3 +212,11 @@ def test_packed_run_has_the_same_rows_in_the_same_bytes_each_time(tmp_path):
   assert metrics.rows_of(tmp_path) == []
   kept = json.loads((first / "config.json").read_text())
   assert kept == {"seed": 3, "run": {"dir": "run", "label": "a"}}
+
+
+def test_evaluations_of_other_prompts_steps_or_rewards_are_not_compared():
+  row = {"epoch": 9, "prompts": 16, "num_steps": 4, "reward/mean": 0.5, "reward/ocr/mean": 0.5}
+  older = {k: v for k, v in row.items() if k not in ("prompts", "num_steps")}
+  others = [row | {"prompts": 8}, row | {"num_steps": 8}, row | {"reward/jpeg/mean": 1.0}]
+  assert metrics.comparable([*others, row, older], row) == [row, older]
+  assert metrics.comparable([row, older], older) == [row, older]

@@ -39,8 +39,8 @@ def from_config_dict(cls: type[C], tree: Any) -> C:
     tree = tree.to_dict()
   if not isinstance(tree, dict):
     raise ValueError(
-      "--config: no recipe. Give a Python file whose get_config() returns one, such as "
-      "--config configs/tiny_text.py."
+      "--config: no recipe. Give the name of one that ships, such as --config tiny_text, or a Python file "
+      "whose get_config() returns one."
     )
   return _build(cls, tree, prefix="")
 

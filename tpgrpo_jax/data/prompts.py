@@ -174,7 +174,9 @@ PROMPT_SOURCES: dict[str, Callable[[str], dict[str, _Source]]] = {
 }
 
 
-_COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
+_COLUMN = re.compile(r"(\w+_)?(prompts?|captions?|text)(_\w+)?")
+_QUOTED = re.compile(r'"([^"]|"")*""([^"]|"")*"')  # of CSV: quotes within are doubled
+_LIST = re.compile(r"\[\s*['\"]|(prompts?|captions?|texts?):\s*$", re.I)  # of Python or YAML
 
 
 def read_file(path: pathlib.Path, where: str) -> list[Prompt]:
@@ -208,9 +210,14 @@ def _parse_txt(content: bytes, where: str) -> list[Prompt]:
     is_json = re.match(r"\[?\s*\{\s*[\"']|[\[{]+\s*$", first) is not None
   if is_json:
     raise ValueError(f"{where}: holds JSON, and its lines would be the prompts. {fix}.")
+  if _LIST.match(first):
+    raise ValueError(
+      f"{where}: holds a list of Python or YAML (its first line is {first[:60]!r}), and its lines would be "
+      f"the prompts. {fix}."
+    )
   cells = [cell.strip().strip('"').lower() for cell in re.split(r"[,;\t]", first)]
-  is_header = any(c in _COLUMNS for c in cells) and all(re.fullmatch(r"[\w ]+", c) for c in cells)
-  if is_header and (len(cells) > 1 or first.lower() != "text"):
+  is_header = any(map(_COLUMN.fullmatch, cells)) and all(re.fullmatch(r"[\w ]*", c) for c in cells)
+  if _QUOTED.fullmatch(first) or is_header and (len(cells) > 1 or first.lower() != "text"):
     raise ValueError(
       f"{where}: is a table (its first line is {first[:60]!r}), and its lines would be the prompts. {fix}."
     )

@@ -136,6 +136,7 @@ def load_run(run_dir: str | os.PathLike[str], label: str = "") -> Run:
       "Training writes its first row after the evaluation of the base model: wait for it."
     )
   train, evals = ([r for r in rows if r.get("kind") == kind] for kind in ("train", "eval"))
+  evals = metrics.comparable(evals, evals[-1]) if evals else []
   judged = next((r for r in reversed(rows) if r.get("kind") == "judge"), {})
   # With prompts left to judge, the evaluations had all that were asked for.
   if judged:

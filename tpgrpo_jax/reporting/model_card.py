@@ -18,7 +18,12 @@ CARD, RUN_CONFIG = "README.md", "run_config.json"
 
 
 def write_card(
-  run_dir: str | os.PathLike[str], output: str | os.PathLike[str], *, weights: str, how: str
+  run_dir: str | os.PathLike[str],
+  output: str | os.PathLike[str],
+  *,
+  weights: str,
+  how: str,
+  strength: float = 1.0,
 ) -> epath.Path:
   """Writes README.md, the run's config and its grids of pictures into the folder of an export.
 
@@ -27,6 +32,7 @@ def write_card(
     output: the folder.
     weights: which were exported: "ema", "last" or "best".
     how: Python that opens them.
+    strength: of what was learned.
 
   Raises:
     ValueError: as of `history.load_run`.
@@ -47,7 +53,7 @@ def write_card(
     f"# {epath.Path(run_dir).name}\n\n{base}, fine-tuned by {name}{paper} with tpgrpo_jax "
     f"{version.installed()}.",
     f"```python\n{how}\n```",
-    f"## What it gained\n\n{_gains(run, weights)}",
+    f"## What it gained\n\n{_measured(weights, strength)}{_gains(run, weights)}",
   ]
   if pictures:
     shown = "\n\n".join(
@@ -121,6 +127,17 @@ def _citation(config, name, number):
     base = f"The base model's [page]({page}) says how to cite it. Its licence holds for this one."
   text = "\n\n".join(entries)
   return f"```bibtex\n{text}\n```\n\n{base}"
+
+
+def _measured(weights: str, strength: float) -> str:
+  """Says of which weights the scores are, where these are others."""
+  measured = "the best weights" if weights == "best" else "the average (EMA) of the run's weights"
+  others = ["the weights after the last update, without average"] if weights == "last" else []
+  others += [f"base + {strength:g} (learned - base)"] if strength != 1.0 else []
+  if not others:
+    return ""
+  what = ", and of it ".join(others)
+  return f"Exported: {what}. Measured, and drawn below: {measured} at full strength.\n\n"
 
 
 def _gains(run: history.Run, weights: str) -> str:

@@ -1,6 +1,6 @@
 """What is measured in an epoch, and where the rows go."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import gzip
 import json
 import math
@@ -223,6 +223,25 @@ def rows_of(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if path.is_file():
       return read_rows(path)
   return []
+
+
+def comparable(rows: Iterable[Mapping[str, Any]], to: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Those evaluations whose scores can be compared with another's: of as many prompts, steps and rewards.
+
+  `eval` may change when a run goes on. Rows of older versions do not say how many prompts and steps they had;
+  they are taken to have had as many.
+
+  Args:
+    rows: of evaluations.
+    to: the other evaluation.
+  """
+  rewards_of = lambda row: {k for k in row if k.startswith("reward/") and k.endswith("/mean")}
+
+  def fits(row):
+    same = all(row.get(k, to.get(k)) == to.get(k, row.get(k)) for k in ("prompts", "num_steps"))
+    return same and rewards_of(row) == rewards_of(to)
+
+  return [row for row in rows if fits(row)]
 
 
 def pack(run_dir: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:

@@ -269,6 +269,7 @@ def _judge(session, state, totals, best, sink, run_dir, on_chunk):
   if session.evaluate_unseen is None:
     if processes.is_first():
       rows = [row for row in metrics.rows_of(run_dir) if row["kind"] == "eval"]
+      rows = metrics.comparable(rows, rows[-1]) if rows else []
       folder = session.config.run.dir
       tqdm.tqdm.write(judging.summary_of_evaluations(folder, rows, best.epoch))
     return
@@ -293,11 +294,16 @@ def _evaluate(session, state, totals, best, sink, run_dir, on_chunk):
   number = totals["epoch"]
   settings, updates = session.config, number * session.config.train.updates_per_epoch
   row = {"epoch": number, "kind": "eval", "update": updates, **totals_row(totals), **result.row}
-  row |= {"ema/moves": updates // settings.ema.every}
+  count = len(result.prompts)
+  row |= {
+    "ema/moves": updates // settings.ema.every,
+    "prompts": count,
+    "num_steps": settings.eval.num_steps,
+  }
   rows = metrics.rows_of(run_dir) if processes.is_first() else []
   earlier = [r for r in rows if r["kind"] == "eval" and r["epoch"] < number]
+  earlier = metrics.comparable(earlier, row)
   if settings.checkpoint.best:
-    count = len(result.prompts)
     row |= notices.below_best(settings.checkpoint.best, result.row, count, earlier)
   # Before its row: where the row is missing, a resumed run evaluates again.
   best.offer(number, state.ema, result.row)

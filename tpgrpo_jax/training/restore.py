@@ -61,7 +61,7 @@ def choose_config(run_dir: str | None, recipe: Any) -> config_lib.Config:
       own and asked.run.dir == own.run.dir
     ):  # its own config with --config.x=y (reporting.run_recipe)
       _check_weights(own, asked)
-      return dataclasses.replace(asked, distributed=config_lib.Distributed())
+      return asked
   if bool(run_dir) == (recipe is not None):
     given = "both are" if run_dir else "neither is"
     raise ValueError(

@@ -94,7 +94,7 @@ def evaluate_images(
   summary, samples = {}, [{"prompt": text, "scores": {}} for text in texts]
   for label, score in scores.items():
     spread = float(score.std())
-    error = spread / np.sqrt(len(score))
+    error = score.std(ddof=1) / np.sqrt(len(score)) if len(score) > 1 else 0.0
     summary[label] = {"mean": float(score.mean()), "std": spread, "standard_error": float(error)}
     if "exact" in infos[label]:
       summary[label]["exact"] = float(np.mean(infos[label]["exact"]))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax.models.hf import architectures, authors, files, save
-from tpgrpo_jax.models.hf.table import Entry, flatten, shorten, unflatten
+from tpgrpo_jax.models.hf.table import Entry, flatten, is_finite, shorten, unflatten
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -203,7 +203,9 @@ def load_lora(path: str | os.PathLike[str], config: Any, abstract: Any) -> Adapt
     for name, tensor in found.items()
     if not files.is_floating(tensor.dtype) and not name.endswith(".alpha")
   ]
-  ranks = sorted({parts["a"].shape[0] for _, parts in adapted if "a" in parts})
+  ranks = sorted({(*parts["a"].shape, 0)[0] for _, parts in adapted if "a" in parts})
+  if 0 in ranks:
+    problems.append("  rank 0: some of its tensors are empty")
   alphas = _alphas(adapted, settings, ranks)
   for what, values in (("rank", ranks), ("alpha", alphas)):
     if len(values) > 1:
@@ -249,6 +251,10 @@ def _read(path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     tensors = {name: handle.get_tensor(name) for name in handle.keys()}
     for name, tensor in tensors.items():
       files.check_finite(tensor, name, path)
+      if name.endswith(".alpha"):
+        if tensor.size != 1:
+          raise ValueError(f"{path}: {name} has the shape {tensor.shape}, must be one number.")
+        tensors[name] = tensor.reshape(())
     metadata = handle.metadata() or {}
   settings = {}
   if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
@@ -257,8 +263,21 @@ def _read(path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     stated = _json_object(path, metadata, METADATA_KEY)
     settings = {k.removeprefix(PREFIX): v for k, v in stated.items()}
     if OWN_KEY in metadata:
-      settings[OWN_KEY] = float(_json_object(path, metadata, OWN_KEY)["alpha"])
+      settings[OWN_KEY] = _json_object(path, metadata, OWN_KEY).get("alpha")
+      _check_number(path, f"alpha of {OWN_KEY}", settings[OWN_KEY])
+  patterns = settings.get("alpha_pattern") or {}
+  if not isinstance(patterns, dict):
+    raise ValueError(f"{path}: its settings say alpha_pattern={patterns!r}, must be an object.")
+  stated = {f"alpha_pattern of {name}": value for name, value in patterns.items()}
+  stated |= {key: settings[key] for key in ("lora_alpha", "r") if settings.get(key) is not None}
+  for name, value in stated.items():
+    _check_number(path, name, value)
   return tensors, settings
+
+
+def _check_number(path, name, value):
+  if not (is_finite(value) and value > 0):
+    raise ValueError(f"{path}: its settings say {name}={value!r}, must be a finite number above 0.")
 
 
 def _json_object(path, metadata, key):
