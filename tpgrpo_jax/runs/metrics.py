@@ -225,7 +225,7 @@ def rows_of(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   return []
 
 
-def comparable(rows: Iterable[Mapping[str, Any]], to: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def comparable(rows: Iterable[dict[str, Any]], to: Mapping[str, Any]) -> list[dict[str, Any]]:
   """Those evaluations whose scores can be compared with another's: of as many prompts, steps and rewards.
 
   `eval` may change when a run goes on. Rows of older versions do not say how many prompts and steps they had;
