@@ -385,6 +385,14 @@ def test_train_checks_a_run_and_starts_nothing(work):
   assert "imported: []" in done.stdout and not (work / "unborn").exists()
 
 
+@pytest.mark.parametrize("name", ["export", "report", "train"])
+def test_help_is_no_error(name):
+  done = subprocess.run(
+    [sys.executable, "-m", f"tpgrpo_jax.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0 and "--" in done.stdout and not done.stderr
+
+
 @pytest.mark.parametrize("flag", ["--help", "--version"])
 def test_a_reader_that_goes_away_ends_a_command_without_a_word(flag):
   process = subprocess.Popen(

@@ -42,9 +42,10 @@ def run(
     if {"--version", "-version"} & {*argv}:
       print(f"tpgrpo_jax {version.installed()}")
       sys.exit(0)
-    if {"--help", "-help", "-h"} & {*argv} and any(name == "config" for name in flags.FLAGS):
+    if {"--help", "-help", "-h"} & {*argv}:
       print(f"{sys.modules[main.__module__].__doc__}\n{flags.FLAGS.main_module_help()}")
-      print(describe.render(recipe))
+      if any(name == "config" for name in flags.FLAGS):
+        print(describe.render(recipe))
       sys.exit(0)
     keys = (re.match(r"--?config\.([^=]+)", arg) for arg in argv)
     try:
