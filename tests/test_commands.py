@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from tpgrpo_jax import command, models, types
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax import models, types
 from tpgrpo_jax.models import byte_text, hf, lora, mmdit
 from tpgrpo_jax.reporting import history, run_recipe
 from tpgrpo_jax.runs import best, checkpoint, run_folder
@@ -383,6 +383,17 @@ def test_train_checks_a_run_and_starts_nothing(work):
   assert done.returncode == 0, done.stderr
   assert "mine:make=.000" in done.stdout and "nothing was started" in done.stdout
   assert "imported: []" in done.stdout and not (work / "unborn").exists()
+
+
+def test_own_warnings_are_their_message_and_others_keep_their_place():
+  own, other = str(command.PACKAGE / "runs" / "best.py"), "/elsewhere/mine.py"
+  assert command._format_warning("said", UserWarning, own, 1) == "warning: said\n"
+  assert "mine.py:7: UserWarning: said" in command._format_warning(
+    "said", UserWarning, other, 7, ""
+  )
+  assert "best.py:7: DeprecationWarning" in command._format_warning(
+    "x", DeprecationWarning, own, 7, ""
+  )
 
 
 @pytest.mark.parametrize("name", ["export", "report", "train"])

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import traceback
 from typing import Any, NoReturn
+import warnings
 
 from absl import app, flags, logging
 
@@ -62,6 +63,7 @@ def run(
     if flags.FLAGS["verbosity"].present:
       return main(argv)
     logging.set_verbosity(logging.WARNING)
+    warnings.formatwarning = _format_warning
     try:
       main(argv)
     except (ValueError, RuntimeError, ImportError) as error:
@@ -84,6 +86,16 @@ def run(
         raise
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is written at exit
       sys.exit(_UNREAD)
+
+
+_in_full = warnings.formatwarning
+
+
+def _format_warning(message, category, filename, lineno, line=None):
+  """Of this package's own warnings the message alone: its user did not write the line."""
+  if category is UserWarning and pathlib.Path(filename).is_relative_to(PACKAGE):
+    return f"warning: {message}\n"
+  return _in_full(message, category, filename, lineno, line)
 
 
 def _nobody_reads() -> bool:
