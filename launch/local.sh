@@ -13,7 +13,7 @@
 #   DEVICES    virtual CPU devices of all processes together; without it process i has GPU i
 #
 # Process 0 writes here as it is, the others with "[i] " before every line. SIGINT and SIGTERM go to all
-# of them; after SIGTERM they save the last finished epoch and exit with status 143. When one
+# of them; then they save the last finished epoch and exit with status 143. When one
 # fails the others are stopped, and its exit status is that of this script.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -49,7 +49,7 @@ set -m # without it bash makes its children deaf to SIGINT
 running=()
 asked_to_stop=
 # Of bash's own table, which has a process from the moment that it is there.
-trap 'kill -INT $(jobs -p)' INT
+trap 'asked_to_stop=1; kill -INT $(jobs -p)' INT
 trap 'asked_to_stop=1; kill -TERM $(jobs -p)' TERM
 for ((i = 0; i < processes; i++)); do
   one=(env CUDA_VISIBLE_DEVICES="${gpus[i]:-}" "${train[@]}" --config.distributed.process_id="$i")

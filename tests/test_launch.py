@@ -133,15 +133,16 @@ def test_first_failure_stops_the_others_and_is_the_status(fake_python):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_reaches_every_local_process(fake_python, tmp_path, name):
+  # The second takes longer to save: that the first has ended must not stop it.
   python = fake_python(
-    f"sleep 100 &\ntrap 'touch {tmp_path}/heard$id; kill $!; exit 143' {name}\n"
+    f"sleep 100 &\ntrap 'sleep $id; touch {tmp_path}/heard$id; kill $!; exit 143' {name}\n"
     f"touch {tmp_path}/ready$id\nwait"  # which a signal ends; bash may forget one while it waits for sleep
   )
   environment = os.environ | {"PYTHON": python, "PROCESSES": "2"}
   # Where the tests themselves run in the background, SIGINT is ignored, and bash could not take it.
   heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
   script = subprocess.Popen(["bash", LAUNCH / "local.sh"], env=environment, preexec_fn=heard)
-  end = time.monotonic() + 30
+  end = time.monotonic() + 120
   while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < end:
     time.sleep(0.1)
   script.send_signal(signal.Signals[name])
