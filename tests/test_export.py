@@ -200,6 +200,8 @@ def test_files_that_are_not_an_exports_are_neither_uploaded_nor_written_over(wor
   (tmp_path / "secret.txt").write_text("mine")
   done = export(work, "--run", "told", "--output", tmp_path, "--push", "me/mine")
   assert done.returncode == 1 and "holds 'secret.txt'" in done.stderr
+  done = export(work, "--run", "told", "--output", tmp_path, "--push", "me/mine/too")
+  assert done.returncode == 1 and "--push='me/mine/too': must be a repository" in done.stderr
   (tmp_path / "README.md").write_text("mine")
   done = export(work, "--run", "told", "--output", tmp_path)
   assert done.returncode == 1 and "holds a README.md that no export wrote" in done.stderr

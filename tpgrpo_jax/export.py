@@ -7,6 +7,7 @@ them lies README.md, a page for the hub; --push owner/name uploads all of it, fo
 """
 
 import dataclasses
+import re
 
 from absl import app, flags
 
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unexpected arguments {argv[1:]}. Did you mean --run {argv[1]}?")
   if _PRIVATE.value and not _PUSH.value:
     raise ValueError("--private: is for --push, which is not given. Name the repository by --push.")
+  if _PUSH.value and not re.fullmatch(r"[\w.-]+/[\w.-]+", _PUSH.value):
+    raise ValueError(f"--push={_PUSH.value!r}: must be a repository of the hub, owner/name.")
   from tpgrpo_jax.models import hf, lora
   from tpgrpo_jax.training import restore
 
