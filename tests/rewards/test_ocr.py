@@ -105,6 +105,14 @@ def test_normalize_forgets_case_space_and_width(one, other):
     ('"Don\'t Enter"', "Don't Enter"),
     ('A sign \\"OPEN\\" here', "OPEN"),
     ("'Twas night, and a sign said 'OPEN'", "OPEN"),
+    ("'cause the sign says 'NO'", "NO"),
+    ('A 27 " monitor showing "BOOT"', "BOOT"),
+    ('Route 66 "DINER"', "DINER"),
+    ('An empty "" and a sign "REAL"', "REAL"),
+    ("A wall with ''HELLO''", "HELLO"),
+    ("Ein Tor mit »Offen«", "Offen"),
+    ("Une porte ‹OPEN›", "OPEN"),
+    ("A sign ＂OPEN＂", "OPEN"),
   ],
 )
 def test_target_is_the_first_text_between_double_quotes_or_all(prompt, target):
