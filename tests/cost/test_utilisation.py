@@ -34,9 +34,13 @@ def test_rate_and_share_of_the_peak(monkeypatch):
 def test_what_a_program_skips_is_not_counted_as_done():
   meter = utilisation.Meter({"rollout": lambda a: a @ a})
   meter.count("rollout", 1, jnp.ones((4, 4)))
-  whole, meter.shares["rollout"] = meter.total(), 0.25
-  assert meter.total() == 0.25 * whole > 0
-  assert meter.row({"rollout": 1.0})["time/rollout_teraflops"] == 0.25 * whole / 1e12
+  whole, asked = meter.total(), []
+  for number in (3, 2, 0):
+    meter.skip("rollout", number, lambda number=number: asked.append(number) or 0.25 * whole)
+    assert meter.total() == (1 - 0.25 * number) * whole > 0
+    done = meter.row({"rollout": 1.0})["time/rollout_teraflops"]
+    assert done == (1 - 0.25 * number) * whole / 1e12
+  assert asked == [3]
 
 
 def test_unknown_devices_have_no_share():

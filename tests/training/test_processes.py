@@ -78,14 +78,14 @@ def finish(processes, timeout=300):
   return outputs
 
 
-def assert_close(found, wanted, atol=1e-5):
+def assert_close(found, wanted):
   rows, expected = left_behind.rows(found), left_behind.rows(wanted)
   assert [(r["kind"], r["epoch"]) for r in rows] == [(r["kind"], r["epoch"]) for r in expected]
   for row, other in zip(rows, expected):
     assert row.keys() == other.keys()
     for name in row.keys() - {"kind"}:
       # Of a log-ratio that is exactly 0 on one mesh, rounding may remain on another.
-      np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=atol, err_msg=name)
+      np.testing.assert_allclose(row[name], other[name], rtol=1e-5, atol=1e-5, err_msg=name)
   (a, _), (b, _) = left_behind.final_state(found), left_behind.final_state(wanted)
   for name in a:
     np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
@@ -133,14 +133,16 @@ def test_rewards_of_the_devices_are_those_of_one_process_too(config_in, one_devi
   import stored_models
 
   pick = stored_models.write_folder(stored_models.load(), "clip_h", tmp_path / "pick")
-  rewards = {"pickscore": {"weight": 1.0, "path": str(pick)}, "jpeg_compressibility": 0.1}
+  # This model's scores are of size 10, where the bound below is for numbers of size 1. Beside them stands a
+  # reward of the host that a pixel's last bit does not change, as it may a JPEG's length.
+  coarse = {"weight": 0.1, "make": "scripted_rewards:make"}
+  rewards = {"pickscore": {"weight": 0.1, "path": str(pick)}, "coarse": coarse}
   fields = FIELDS | {"rewards": rewards, "train.epochs": 1, "eval.prompts": 1}
   single = config_in(tmp_path / "single", fields)
   loop.train(single)
   config = config_in(tmp_path / "run", fields | {"mesh": config_lib.Mesh(2, 1, 1)})
   finish(start(config, 2))
-  # This model's scores are of size 10: increments and shares have their rounding, however small they are.
-  assert_close(config, single, atol=2e-4)
+  assert_close(config, single)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from tpgrpo_jax.cost import collectives, cycles, flops, hardware
 from tpgrpo_jax.cost.hardware import GIB
 from tpgrpo_jax.forecasting import lowering, reward_program
 from tpgrpo_jax.training import mesh as mesh_lib
+from tpgrpo_jax.training import skipped, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Phase:
 
   Attributes:
     name: "rollout" (sampler, completions and decoding are one program here), "reward ..." (one of those
-      on the devices) or "update".
+      on the devices), "update" or "old_log_prob" (the update's program, forward alone).
     runs: how often it runs in an epoch.
     arguments: bytes of weights, states and batch that it takes.
     results: bytes that it gives, but for those that take the place of arguments.
@@ -133,15 +134,22 @@ def forecast(
   plan = lowering.open_plan(config, mesh)
   with jax.set_mesh(mesh):
     kw = dict(chip=chip, compiles=compiles)
-    phases = (_rollout(plan, **kw), *_reward_phases(plan, **kw), _update(plan, **kw))
+    update = _update(plan, **kw)
+    scores = _old_scores(plan, update, chip)
+    phases = (_rollout(plan, **kw), *_reward_phases(plan, **kw), *scores, update)
   room = None if chip is None else chip.hbm * (1 - margin)
   return Forecast(dict(mesh.shape), config.train.microbatch, phases, _rewards(config), room)
 
 
 def _rollout(plan, **options):
   read = plan.passes * lowering.bytes_read_per_pass(_weights(plan))
-  program = lowering.rollout_program(plan)
-  return _compile("rollout", plan, program, runs=plan.microbatches, read=read, **options)
+  function, args, kwargs = lowering.rollout_program(plan)
+  left_out = skipped.evaluations(plan.config, plan.method) * plan.config.train.microbatch
+  if left_out:
+    latents = (plan.states, *plan.model.pipeline.latent_shape)
+    left_out *= skipped.flops_of_one(plan.config, plan.method, args[0], args[4], latents)
+  options |= {"runs": plan.microbatches, "read": read, "left_out": left_out}
+  return _compile("rollout", plan, (function, args, kwargs), **options)
 
 
 def _update(plan, **options):
@@ -155,7 +163,33 @@ def _update(plan, **options):
   return _compile("update", plan, program, runs=train.updates_per_epoch, read=read, **options)
 
 
-def _compile(name, plan, program, *, runs, read, chip, compiles):
+def _old_scores(plan, update, chip):
+  """The update's program once more for each update after the first, forward alone, where it scores itself."""
+  others = plan.config.train.updates_per_epoch - 1
+  if lowering.scores_itself(plan.config) and others:
+    work = scoring_flops(plan)
+    bound = chip and hardware.bound(
+      chip, devices=plan.mesh.size, flops=work, memory_bytes=update.arguments, link_bytes=0
+    )
+    yield dataclasses.replace(
+      update,
+      name="old_log_prob",
+      runs=others,
+      flops=work,
+      traffic=collectives.Traffic({}, {}, 0),  # not known apart from that of the gradients
+      bound=bound,
+      schedule=None,
+      compile_seconds=0.0,
+    )
+
+
+def scoring_flops(plan: lowering.Plan) -> float:
+  """Operations of one update's old log-probs by the update's own program."""
+  _, args, _ = lowering.update_program(plan)
+  return flops.count(step.make_scores(plan.config, plan.method), *args).total
+
+
+def _compile(name, plan, program, *, runs, read, chip, compiles, left_out=0.0):
   function, args, kwargs = program
   given = lowering.bytes_per_device((args, kwargs))
   began, refused = time.perf_counter(), ""
@@ -177,10 +211,11 @@ def _compile(name, plan, program, *, runs, read, chip, compiles):
       reckoned = chip and cycles.read_schedule(text, chip, devices=plan.mesh.size)
   took = time.perf_counter() - began
   work = flops.count(function, *args, **kwargs)
+  done = work.total - left_out
   bound = chip and hardware.bound(
     chip,
     devices=plan.mesh.size,
-    flops=work.total,
+    flops=done,
     memory_bytes=max(read, arguments + results),
     link_bytes=traffic.total,
   )
@@ -191,7 +226,7 @@ def _compile(name, plan, program, *, runs, read, chip, compiles):
     results,
     temporaries,
     held_bytes(plan, name) + max(0, given - arguments),  # and what it is given but does not read
-    work.total,
+    done,
     work.uncounted,
     traffic,
     bound,
@@ -215,7 +250,7 @@ def held_bytes(plan: lowering.Plan, phase: str) -> int:
   """Bytes on one device that the run keeps beside a phase's own arguments.
 
   Beside a rollout: EMA and optimizer, the microbatches already sampled, the images of one whose rewards
-  are not done. Beside an update: the decoders, the microbatches of the other updates. Beside a reward: all
+  are not done. Beside an update: the decoders, the batches of the other updates. Beside a reward: all
   weights and states but its own, and all microbatches. Beside rollout and update: the rewards' weights.
   """
   count = lowering.bytes_per_device
@@ -233,11 +268,14 @@ def held_bytes(plan: lowering.Plan, phase: str) -> int:
     images = _image_bytes(plan)
     pieces = (plan.microbatches - 1) * piece
     return count((state, _extra(plan))) + pieces + images + sum(scorers.values())
-  share = plan.microbatches // plan.config.train.updates_per_epoch
   around = plan.model.pipeline
   decoders = count((around.decoder, around.completion_decoder))
-  pieces = (plan.microbatches - share) * piece
-  return decoders + pieces + sum(scorers.values())
+  batch = lowering.update_program(plan)[1][3]
+  each = count((batch.transitions, batch.conditions))
+  if plan.config.train.updates_by == "steps":  # they have the rest together
+    each -= count((batch.transitions.final, batch.conditions))
+  others = (plan.config.train.updates_per_epoch - 1) * each
+  return decoders + others + sum(scorers.values())
 
 
 def _extra(plan):

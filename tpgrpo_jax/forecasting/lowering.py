@@ -294,8 +294,17 @@ def update_program(plan: Plan) -> tuple[Any, tuple, dict[str, Any]]:
   taken = ("transitions", "conditions")
   laid = {n: _behind_an_axis(getattr(batch, n), getattr(pieces, n)[0]) for n in taken}
   batch = dataclasses.replace(batch, **laid)
+  make = step.make_train_step
+  if scores_itself(plan.config):
+    make, batch = step.make_rescoring_step, dataclasses.replace(batch, phase=np.int32(0))
   args = (plan.state, plan.model.frozen, plan.reference, batch)
-  return step.make_train_step(plan.config, plan.method), args, {}
+  return make(plan.config, plan.method), args, {}
+
+
+def scores_itself(config: config_lib.Config) -> bool:
+  """Whether old log-probs are the update's own from the start; with "auto" a run may change to it."""
+  has_ratio = losses.OBJECTIVES[config.loss.objective].has_ratio
+  return has_ratio and config.loss.old_log_prob == "update"
 
 
 def _behind_an_axis(whole, one):

@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from tpgrpo_jax.models import layers, vae
+from tpgrpo_jax.models import layers, vae, vae_config
 
 # What diffusers offers and this module does not: field -> the one value it knows.
 _FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
@@ -73,15 +73,7 @@ class TinyVAEConfig:
     Raises:
       ValueError: a field that the class lacks, or a kind of layer that is not known here.
     """
-    names = {f.name for f in dataclasses.fields(cls)}
-    known_names = names.union(_FIXED, _UNUSED)
-    unknown = sorted(k for k in config if not k.startswith("_") and k not in known_names)
-    if unknown:
-      raise ValueError(f"{', '.join(unknown)}: not fields of {cls.CLASS}.")
-    for field, value in _FIXED.items():
-      if config.get(field, value) != value:
-        raise ValueError(f"{field}={config[field]!r}: must be {value!r}; no other kind is known.")
-    known: dict[str, Any] = {k: v for k, v in config.items() if k in names}
+    known = vae_config.read_fields(cls, config, fixed=_FIXED, unused=_UNUSED)
     for field in ("decoder_block_out_channels", "num_decoder_blocks"):
       if field in known:
         known[field] = tuple(known[field])

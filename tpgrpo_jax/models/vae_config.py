@@ -1,6 +1,6 @@
 """The sizes of the image autoencoders, as diffusers' config.json has them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 from typing import Any, ClassVar
 
@@ -9,6 +9,31 @@ _FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 # Of diffusers' own tiling and upcasting: they say nothing about the weights.
 _UNUSED = ("sample_size", "force_upcast")
+
+
+def read_fields(
+  cls: Any, config: Mapping[str, Any], *, fixed: Mapping[str, Any], unused: Collection[str]
+) -> dict[str, Any]:
+  """Of diffusers' config.json, the fields that a config class has.
+
+  Args:
+    cls: the class.
+    config: the file; fields that start with "_" describe it, and not the model.
+    fixed: field -> the one value that is known here.
+    unused: fields that say nothing here.
+
+  Raises:
+    ValueError: a field that is in none of these, or a fixed one of another value.
+  """
+  names = {f.name for f in dataclasses.fields(cls)}
+  known = names.union(fixed, unused)
+  unknown = sorted(k for k in config if not k.startswith("_") and k not in known)
+  if unknown:
+    raise ValueError(f"{', '.join(unknown)}: not fields of {cls.CLASS}.")
+  for field, value in fixed.items():
+    if config.get(field, value) != value:
+      raise ValueError(f"{field}={config[field]!r}: must be {value!r}; no other kind is known.")
+  return {k: v for k, v in config.items() if k in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +96,7 @@ class VAEConfig:
     Raises:
       ValueError: a field that the class lacks, or a kind of block that is not known here.
     """
-    names = {f.name for f in dataclasses.fields(cls)}
-    known_names = names.union(_FIXED, _BLOCK_TYPES, _UNUSED)
-    unknown = sorted(k for k in config if not k.startswith("_") and k not in known_names)
-    if unknown:
-      raise ValueError(f"{', '.join(unknown)}: not fields of {cls.CLASS}.")
-    for field, value in _FIXED.items():
-      if config.get(field, value) != value:
-        raise ValueError(f"{field}={config[field]!r}: must be {value!r}; no other kind is known.")
-    known = {k: v for k, v in config.items() if k in names}
+    known = read_fields(cls, config, fixed=_FIXED, unused=(*_BLOCK_TYPES, *_UNUSED))
     if "block_out_channels" in known:
       known["block_out_channels"] = tuple(known["block_out_channels"])
     made = cls(**known)

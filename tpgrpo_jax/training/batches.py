@@ -138,10 +138,15 @@ def _draw_levels(config, rollout, rng, chunks):
   return np.stack(drawn).astype(np.float32)
 
 
-def stacked(config: config_lib.Config, batch: Batch) -> Batch:
+def stacked(config: config_lib.Config, batch: Batch, like: Batch | None = None) -> Batch:
   """The batch as an update takes it, cut into microbatches of train.update_microbatch samples.
 
   It is made before the update, and not within its program, which would hold all of it twice.
+
+  Args:
+    config: of the run.
+    batch: as `split_updates` makes it.
+    like: a stacked batch of the same samples, with which this one shares final latents and conditions.
   """
   train = config.train
   parts = train.microbatch // (train.update_microbatch or train.microbatch)
@@ -149,7 +154,14 @@ def stacked(config: config_lib.Config, batch: Batch) -> Batch:
   rows = max(len(leaf) for leaf in jax.tree.leaves(batch.conditions[0]))
   unit = states // rows if rows > 1 else 1
   members = batch.advantage.shape[2] // states
-  transitions, conditions = _stack(batch.transitions, batch.conditions, parts, unit)
+  if like is None:
+    transitions, conditions = _stack(batch.transitions, batch.conditions, parts, unit)
+  else:
+    steps = [dataclasses.replace(t, final=None) for t in batch.transitions]
+    transitions = dataclasses.replace(
+      _stack(steps, None, parts, unit)[0], final=like.transitions.final
+    )
+    conditions = like.conditions
   cut = lambda a, unit: a if a is None else _dealt(a, 2, parts, unit)
   return dataclasses.replace(
     batch,
@@ -183,7 +195,7 @@ def _stack(transitions, conditions, parts, unit):
 
   names = [field.name for field in dataclasses.fields(types.Transitions)]
   whole = types.Transitions(**{name: of_field(name) for name in names})
-  return whole, of_conditions(conditions)
+  return whole, conditions and of_conditions(conditions)
 
 
 def _dealt(a, axis, parts, unit):

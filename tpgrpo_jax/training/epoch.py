@@ -17,7 +17,7 @@ from tpgrpo_jax.rewards import combine
 from tpgrpo_jax.runs import metrics, preemption, processes, run_folder
 from tpgrpo_jax.training import batches as batches_lib
 from tpgrpo_jax.training import method as method_lib
-from tpgrpo_jax.training import progress, rollout, sums
+from tpgrpo_jax.training import progress, rollout, skipped, sums
 from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.training import state as state_lib
 
@@ -67,13 +67,14 @@ def sample_epoch(
   params = session.model.params(session.sampling_weights(state))
   key = rollout.epoch_key(config.seed, epoch)
   chunks = len(prompts) // config.train.microbatch
-  evaluations, most = [], []
+  evaluations, most, condition_of = [], [], []
 
   def sample(chunk, group, condition):
     place = method_lib.draw_place(config, epoch, chunk)
     plan = method_lib.build_plan(config, method, place)
     evaluations.append(method_lib.evaluations_per_sample(config, method, plan, place))
     most.append(method_lib.most_evaluations(config, method, plan))
+    condition_of[:] = [condition]
     args = (params, key, chunk, group, condition, place.astype(np.int32), plan)
     session.meter.count("rollout", chunks, *args)
     with progress.first("the rollout", session.rollout_fn):
@@ -96,7 +97,12 @@ def sample_epoch(
       _sample_order(config, epoch),
       report,
     )
-  session.meter.shares["rollout"] = sum(evaluations) / sum(most)
+  latents = (config.train.microbatch // method.members, *session.model.pipeline.latent_shape)
+  session.meter.skip(
+    "rollout",
+    (sum(most) - sum(evaluations)) * config.train.microbatch,
+    lambda: skipped.flops_of_one(config, method, params, condition_of[0], latents),
+  )
   credit, advantage, weight = _assign_credit(session, rolled, key)
   _check_credit_is_finite(config, credit, prompts)
   peak = memory.peak_row("rollout")
@@ -192,7 +198,12 @@ def _stacked(config, sampled, epoch):
   shares = batches_lib.split_updates(config, rolled, sampled.advantage, sampled.weight, epoch)
   rolled.transitions.clear()
   rolled.conditions.clear()
-  return [batches_lib.stacked(config, shares.pop(0)) for _ in range(len(shares))]
+  batches = []
+  while shares:
+    # Updates of steps are of the same samples: what does not go with a step is theirs together.
+    like = batches[0] if batches and config.train.updates_by == "steps" else None
+    batches.append(batches_lib.stacked(config, shares.pop(0), like))
+  return batches
 
 
 def _update_by(session, state, epoch, batches):
