@@ -23,6 +23,7 @@ tiny_text    configs/tiny_text.py to its end, or as far as the time goes: minute
 """
 
 import argparse
+from collections.abc import Callable
 import json
 import os
 import pathlib
@@ -36,24 +37,44 @@ SHORTEST = 20.0  # seconds: a part is not begun with less
 PARTS = ("correctness", "sd35", "torch", "epoch", "flux", "tiny_text")
 
 
+def positive(kind: type) -> Callable[[str], Any]:
+  """Of argparse: text -> a number above 0."""
+
+  def number(text):
+    value = kind(text)
+    if not 0 < value < float("inf"):
+      raise argparse.ArgumentTypeError(f"{text!r}: must be above 0")
+    return value
+
+  number.__name__ = f"positive {kind.__name__}"  # in argparse's own message of what is no number
+  return number
+
+
+def sizes(text: str) -> list[int]:
+  """Of argparse: "4,8,16" -> [4, 8, 16]."""
+  return [positive(int)(size) for size in text.split(",")]
+
+
 def main(arguments: list[str] | None = None) -> None:
   """Parses, and runs the parts, or one of them."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--output", type=pathlib.Path, default="gpu_figures", help="folder")
-  parser.add_argument("--minutes", type=float, default=10.0, help="for everything")
+  parser.add_argument("--minutes", type=positive(float), default=10.0, help="for everything")
   parser.add_argument("--parts", default=",".join(PARTS), help="some of them, in order")
   parser.add_argument(
-    "--batches", default="", help="of sd35, such as 4,8,16; the first one also of torch"
+    "--batches", type=sizes, default=[], help="of sd35, such as 4,8,16; the first one also of torch"
   )
-  parser.add_argument("--repeats", type=int, default=3, help="timed rounds of what takes seconds")
+  parser.add_argument(
+    "--repeats", type=positive(int), default=3, help="timed rounds of what takes seconds"
+  )
   parser.add_argument("--small", action="store_true", help="small models")
   parser.add_argument(
     "--until", type=float, default=0.0, help=argparse.SUPPRESS
   )  # of one part's process
   args = parser.parse_args(arguments)
-  args.sizes = [int(n) for n in (args.batches or ("2" if args.small else "4,8,16")).split(",")]
+  args.sizes = args.batches or ([2] if args.small else [4, 8, 16])
   unknown = set(args.parts.split(",")) - {*PARTS}
   if unknown:
     parser.error(f"--parts={args.parts}: {unknown} must be of {', '.join(PARTS)}")
@@ -95,7 +116,7 @@ def run_part(args, part, until, keep) -> str:
   """Runs one part and hands on its JSON lines; returns why it ended early, or nothing."""
   command = [sys.executable, __file__, f"--parts={part}", f"--until={until}"]
   command += [f"--output={args.output}", f"--repeats={args.repeats}"]
-  command += [f"--batches={args.batches}"] * bool(args.batches) + ["--small"] * args.small
+  command += [f"--batches={','.join(map(str, args.sizes))}"] + ["--small"] * args.small
   environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
   if part == "torch":
     environment |= {"JAX_PLATFORMS": "cpu"}  # jax only counts operations there

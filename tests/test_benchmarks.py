@@ -102,6 +102,17 @@ OF_A_PART = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+  "flag",
+  ["--batches=a", "--batches=0", "--batches=4,,8", "--minutes=-1", "--minutes=nan", "--repeats=0"],
+)
+def test_numbers_that_the_gpu_script_cannot_use_are_refused(gpu, tmp_path, capsys, flag):
+  with pytest.raises(SystemExit) as ended:
+    gpu.main(["--small", f"--output={tmp_path / 'out'}", flag])
+  assert ended.value.code == 2 and flag.split("=")[0] in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("part", OF_A_PART)
 def test_every_part_of_the_gpu_script_gives_its_figures(gpu, tmp_path, monkeypatch, capsys, part):

@@ -66,6 +66,7 @@ def test_a_new_run_is_counted_and_its_rewards_are_asked(make_config, one_mesh, t
   )
   assert "5 epochs, 2 evaluations of 4 held-out prompts and 9 pictures that judge it" in text
   assert "least time: not known" in text and "goes on" not in text
+  assert re.search(r"^[\d.e+]+ FLOPs more, if loss.old_log_prob='auto' finds", text, re.M)
 
 
 @pytest.mark.parametrize("source", ["rollout", "update"])
@@ -78,7 +79,9 @@ def test_an_epoch_has_the_operations_that_the_run_itself_counts(
   if source == "update":
     done = make_config(fields | {"run.dir": str(tmp_path / "done")})
     loop.train(done)
-  said = float(re.search(r"an epoch: ([\d.e+]+) FLOPs", checked(make_config(fields)))[1])
+  text = checked(make_config(fields))
+  said = float(re.search(r"an epoch: ([\d.e+]+) FLOPs", text)[1])
+  assert "FLOPs more, if" not in text  # nothing is left to find out
   row = next(r for r in metrics.rows_of(done.run.dir) if r["kind"] == "train")
   assert said == pytest.approx(row["total/teraflops"] * 1e12, rel=5e-3)
 

@@ -122,6 +122,13 @@ def _forecast(session, done):
   picture = picture_flops(config, session.mesh)
   total = len(left) * found.flops + pictures * picture
   yield f"an epoch: {found.flops:.3g} FLOPs ({each})"
+  others = config.train.updates_per_epoch - 1
+  if session.old_scores.limit is not None and others:  # nobody knows before the first update
+    with jax.set_mesh(session.mesh):
+      more = others * forecast.scoring_flops(lowering.open_plan(config, session.mesh))
+    yield (
+      f"{more:.3g} FLOPs more, if loss.old_log_prob='auto' finds that rollout and update round differently"
+    )
   yield (
     f"the run: {len(left)} epochs, {evaluations} evaluations of {len(session.held_out)} held-out prompts and "
     f"{judged} pictures that judge it: {total:.3g} FLOPs"
