@@ -116,10 +116,15 @@ def test_a_small_decoder_of_completions_is_counted():
   small = dataclasses.replace(
     config, completion=dataclasses.replace(config.completion, decoder="madebyollin/taesd3")
   )
-  weights = lowering.abstract_model(small, mesh).pipeline.completion_decoder
-  assert (
-    sum(leaf.size for leaf in jax.tree.leaves(weights)) == 1_229_443
-  )  # diffusers' decoder, counted
+  around = lowering.abstract_model(small, mesh).pipeline
+  size = lambda weights: sum(leaf.size for leaf in jax.tree.leaves(weights))
+  assert size(around.completion_decoder) == 1_229_443  # diffusers' decoder, counted
+  assert size(around.decoder["decoder"]) == 49_545_475
+  latents = jax.ShapeDtypeStruct((1, 64, 64, 16), np.float32)
+  work = lambda decode, weights: flops.count(decode, weights, latents).total
+  assert work(around.decode, around.decoder) == pytest.approx(2.51e12, rel=0.01)
+  completed = work(around.decode_completions, around.completion_decoder)
+  assert completed == pytest.approx(0.141e12, rel=0.01)
   unknown = dataclasses.replace(
     config, completion=dataclasses.replace(config.completion, decoder="someone/small")
   )
