@@ -1,9 +1,9 @@
 """Methods against each other: python benchmarks/compare.py --methods flow_grpo,tempflow --seeds 3
 
-Trains every method with every seed, as many runs at once as there are cores, one core each, and prints a
-table for each task: final and best held-out score, scores at equal evaluations and equal operations, with
-95 % intervals over seeds (tpgrpo_jax.reporting.comparison), image statistics, minutes, and differences to
-Flow-GRPO seed by seed. Plots are in OUTPUT/TASK/report/report.html.
+Trains every method with every seed, as many runs at once as there are cores, and prints a table for each
+task: final and best held-out score, scores at equal evaluations and equal operations, with 95 % intervals
+over seeds (tpgrpo_jax.reporting.comparison), image statistics, minutes, and differences to Flow-GRPO seed by
+seed. Plots are in OUTPUT/TASK/report/report.html. A run has one core, or --cores_per_run.
 
 A method may have changed fields: --methods "tp_grpo,tp_grpo+credit.balance=False" compares it with itself.
 
@@ -34,9 +34,10 @@ from tpgrpo_jax.runs import metrics
 
 HERE = pathlib.Path(__file__).parent
 CAN_BIND = hasattr(os, "sched_setaffinity")  # not on a Mac
-# A process of one core: whoever starts it has many.
+# A process of a few cores: whoever starts it has many.
 BOUND = (
-  "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); os.execv(sys.argv[2], sys.argv[2:])"
+  "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); "
+  "os.execv(sys.argv[2], sys.argv[2:])"
 )
 
 
@@ -59,7 +60,8 @@ def main() -> None:
   )
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--output", default="runs/compare", help="folder of the runs and reports")
-  parser.add_argument("--cores", type=int, default=0, help="runs at once; 0 is one a core")
+  parser.add_argument("--cores", type=int, default=0, help="to use, of all runs; 0 is all")
+  parser.add_argument("--cores_per_run", type=int, default=1)
   parser.add_argument("--budget", type=parse_budget, help="of a run: evaluations=61440")
   parser.add_argument("--keep", help="folder for configs and packed metrics of what is finished")
   parser.add_argument(
@@ -113,7 +115,7 @@ def train(output, tasks, methods, args):
       for method in methods:
         jobs.put((task, method, seed))
   cores = sorted(os.sched_getaffinity(0)) if CAN_BIND else [*range(os.cpu_count() or 1)]
-  cores = cores[: args.cores or None]
+  shares = share_out(cores[: args.cores or None], args.cores_per_run)
   stop, alive, failed = threading.Event(), set(), []
   locks = {(task, method): threading.Lock() for task in tasks for method in methods}
 
@@ -122,11 +124,11 @@ def train(output, tasks, methods, args):
     for process in list(alive):
       process.send_signal(signal.SIGTERM)
 
-  def run(folder, task, method, seed, core, fields):
+  def run(folder, task, method, seed, share, fields):
     """Whether the run is finished, which it may have been before."""
     if is_finished(folder):
       return True
-    process = start(folder, task, method, seed, core, fields)
+    process = start(folder, task, method, seed, share, fields)
     alive.add(process)
     if stop.is_set():  # it came between the signal and its answer
       process.send_signal(signal.SIGTERM)
@@ -138,30 +140,30 @@ def train(output, tasks, methods, args):
       failed.append(folder.name)
     return not status
 
-  def paid(task, method, core):
+  def paid(task, method, share):
     """The fields that give a method the epochs that the budget pays; None if that cannot be seen."""
     if not args.budget:
       return []
     folder = output / task / f"probe_{method}"
     fields = [f"--config.{name}={value}" for name, value in PROBE.items()]
     with locks[task, method]:
-      if not run(folder, task, method, 0, core, args.fields + fields):
+      if not run(folder, task, method, 0, share, args.fields + fields):
         return None
     return [f"--config.train.epochs={affordable(folder, *args.budget)}"]
 
-  def work(core):
+  def work(share):
     while not stop.is_set():
       try:
         task, method, seed = jobs.get_nowait()
       except queue.Empty:
         return
-      fields = paid(task, method, core)
+      fields = paid(task, method, share)
       if fields is not None and not stop.is_set():
-        run(output / task / f"{method}_s{seed}", task, method, seed, core, args.fields + fields)
+        run(output / task / f"{method}_s{seed}", task, method, seed, share, args.fields + fields)
 
   for name in (signal.SIGINT, signal.SIGTERM):
     signal.signal(name, end)
-  workers = [threading.Thread(target=work, args=(core,)) for core in cores]
+  workers = [threading.Thread(target=work, args=(share,)) for share in shares]
   for worker in workers:
     worker.start()
   for worker in workers:
@@ -171,8 +173,15 @@ def train(output, tasks, methods, args):
   return failed
 
 
-def start(folder, task, method, seed, core, fields):
-  """The training process of one run, on one core; what it prints is in train.log."""
+def share_out(cores, each):
+  """The cores of each run that goes on at the same time."""
+  if not 1 <= each <= len(cores):
+    sys.exit(f"error: --cores_per_run {each}: must be 1 to {len(cores)}, the cores to use.")
+  return [cores[i : i + each] for i in range(0, len(cores) - each + 1, each)]
+
+
+def start(folder, task, method, seed, share, fields):
+  """The training process of one run, on its share of the cores; what it prints is in train.log."""
   folder.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, "-m", "tpgrpo_jax.train"]
   name, *changes = method.split("+")
@@ -183,7 +192,7 @@ def start(folder, task, method, seed, core, fields):
     "--config.log.tensorboard=False",
     *(f"--config.{change}" for change in changes),
   ]
-  bound = [sys.executable, "-c", BOUND, str(core)] if CAN_BIND else []
+  bound = bound_to(share) if CAN_BIND else []
   environment = {"JAX_PLATFORMS": "cpu"} | os.environ
   with (folder / "train.log").open("a") as log:
     return subprocess.Popen(
@@ -193,6 +202,11 @@ def start(folder, task, method, seed, core, fields):
       env=environment,
       start_new_session=True,
     )
+
+
+def bound_to(share):
+  """What stands before a command whose process and threads keep to these cores."""
+  return [sys.executable, "-c", BOUND, ",".join(map(str, share))]
 
 
 def affordable(folder, kind, amount):

@@ -233,6 +233,29 @@ def test_methods_with_changes_are_parted_at_commas_outside_of_brackets(compare):
   assert found == ["flow_grpo", "tp_grpo+sampler.window=(0,2)+train.epochs=9", "branch"]
 
 
+@pytest.mark.parametrize("each, shares", [(1, [[0], [2], [3]]), (2, [[0, 2]]), (3, [[0, 2, 3]])])
+def test_runs_at_once_have_cores_of_their_own(compare, each, shares):
+  assert compare.share_out([0, 2, 3], each) == shares
+
+
+@pytest.mark.parametrize("each", [0, 4])
+def test_more_cores_for_a_run_than_there_are_are_refused(compare, each):
+  with pytest.raises(SystemExit, match=f"--cores_per_run {each}: must be 1 to 3"):
+    compare.share_out([0, 2, 3], each)
+
+
+def test_a_run_keeps_to_its_share_of_the_cores(compare):
+  if not compare.CAN_BIND:
+    pytest.skip("this system binds no process to cores")
+  cores = sorted(os.sched_getaffinity(0))[:2]
+  for share in (cores[:1], cores):
+    command = [sys.executable, "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    found = subprocess.run(
+      compare.bound_to(share) + command, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(share)
+
+
 @pytest.mark.exhaustive
 def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
   sizes = ["train.prompts_per_epoch=2", "train.microbatch=16", "eval.prompts=8"]
