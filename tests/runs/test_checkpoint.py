@@ -264,7 +264,8 @@ def test_abstract_leaf_without_sharding_is_named(two_checkpoints):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_failed_background_save_raises_and_keeps_the_older_one(tmp_path):
+@pytest.mark.parametrize("said_before", [False, True])
+def test_failed_background_save_raises_once_and_keeps_the_older_one(tmp_path, said_before):
   resource = pytest.importorskip("resource")
   state = {"x": jax.random.normal(jax.random.key(0), (1024, 1024))}
   checkpoints = checkpoint.RunCheckpoints(tmp_path)
@@ -275,6 +276,8 @@ def test_failed_background_save_raises_and_keeps_the_older_one(tmp_path):
   try:
     checkpoints.save(2, state)
     with pytest.raises(RuntimeError, match="could not be written .*The ones before it are whole"):
+      checkpoints.wait() if said_before else checkpoints.close()
+    if said_before:
       checkpoints.close()
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

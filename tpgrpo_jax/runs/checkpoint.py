@@ -69,7 +69,7 @@ class RunCheckpoints:
     logging.getLogger("absl").addFilter(_without_orbax_chatter)
     self._folder = _absolute(run_dir) / folder
     self._read_only = read_only
-    self._pending = None
+    self._pending, self._failed = None, False
     self.preempted = False  # a save saw jax's preemption service announce the end of the machine
     if not read_only and not run_folder.is_remote(run_dir):
       _check_writable(self._folder)
@@ -215,11 +215,9 @@ class RunCheckpoints:
     """Waits for what is being written, then ends the background threads."""
     try:
       self._finish_pending()
-    except RuntimeError:
-      with contextlib.suppress(Exception):  # it says the same again
+    finally:  # orbax says again what a save has failed of
+      with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
         self._checkpointer.close()
-      raise
-    self._checkpointer.close()
 
   def _finish_pending(self):
     # result() also ends the thread that orbax starts for each save; without it they pile up.
@@ -229,6 +227,7 @@ class RunCheckpoints:
     try:
       pending.result()
     except Exception as error:
+      self._failed = True
       raise RuntimeError(
         f"{self._folder}: a checkpoint could not be written ({_innermost(error)}). The ones before it "
         "are whole. Make room or mend the folder, then start the same command again."
