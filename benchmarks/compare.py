@@ -1,9 +1,10 @@
 """Methods against each other: python benchmarks/compare.py --methods flow_grpo,tempflow --seeds 3
 
-Trains every method with every seed, as many runs at once as there are cores, and prints a table for each
+Trains every method with every seed, as many runs at once as there are cores, and prints two tables for each
 task: final and best held-out score, scores at equal evaluations and equal operations, with 95 % intervals
 over seeds (tpgrpo_jax.reporting.comparison), image statistics, minutes, and differences to Flow-GRPO seed by
-seed. Plots are in OUTPUT/TASK/report/report.html. A run has one core, or --cores_per_run.
+seed; and at which steps turning points are. Plots are in OUTPUT/TASK/report/report.html. A run has one core,
+or --cores_per_run.
 
 A method may have changed fields: --methods "tp_grpo,tp_grpo+credit.balance=False" compares it with itself.
 
@@ -246,6 +247,8 @@ def show(folder, methods):
   print(f"\n## {folder.name}\n")
   for reward in history.reward_labels(groups):
     print(f"Held-out {reward}:\n\n{comparison.as_markdown(comparison.table(groups, reward))}\n")
+  if rows := comparison.turning_points(groups):
+    print(f"Share of samples with a turning point:\n\n{comparison.as_markdown(rows)}\n")
   print(f"Plots: {page.write_report(groups, folder / 'report')}")
 
 

@@ -77,6 +77,30 @@ def test_methods_are_compared_at_what_all_have_spent(make_run):
   assert second["minus flow_grpo"] == str(difference)
 
 
+def with_turning_points(run, names, shares):
+  rows = [
+    {"epoch": epoch, **{f"{name}/{k}": share for name in names for k, share in enumerate(each)}}
+    for epoch, each in enumerate(shares, start=1)
+  ]
+  return dataclasses.replace(run, train=rows)
+
+
+def test_turning_points_are_counted_step_by_step_over_epochs_and_seeds(make_run):
+  runs = [make_run("tp_grpo", seed, [(0, 0.2)]) for seed in range(2)]
+  both = ("turning_point_found", "turning_point")
+  few = with_turning_points(runs[0], both, [(0.2, 0.0), (0.4, 0.0)])
+  none = with_turning_points(runs[1], both, [(0.0, 0.0), (0.0, 0.0)])
+  old = with_turning_points(make_run("old", 0, [(0, 0.2)]), both[1:], [(0.1, 0.25, 0.5)])
+  plain = make_run("flow_grpo", 0, [(0, 0.2)])
+  table = comparison.turning_points({"tp_grpo": [few, none], "flow_grpo": [plain], "old": [old]})
+  assert table == [
+    ("found / paid at step", "0", "1", "2"),
+    ("`tp_grpo`", ".150 / .150", ".000 / .000", ""),
+    ("`old`", ".100", ".250", ".500"),
+  ]
+  assert comparison.turning_points({"flow_grpo": [plain], "never": [none]}) == []
+
+
 def test_seconds_of_an_epoch_are_the_median_of_the_quickest_seed(make_run):
   runs = [make_run("a", seed, [(0, 0.2), (1, 0.3)]) for seed in (0, 1)]
   for run, seconds in zip(runs, ([90, 90, 5, 6, 50], [90, 90, 3, 9, 70])):

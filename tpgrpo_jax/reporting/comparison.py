@@ -150,6 +150,26 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
   return rows
 
 
+def turning_points(groups: Groups) -> list[tuple[str, ...]]:
+  """Rows of text: of each label that looks for turning points, the share of samples that have one at a step.
+
+  Means over seeds and the epochs that all of them have: "found / paid", paid after balancing. Runs of older
+  versions did not count what was found. Empty where no label has any.
+  """
+  rows = []
+  for label, runs in groups.items():
+    found, paid = (history.per_step(runs, n)[1] for n in ("turning_point_found", "turning_point"))
+    if paid.any():
+      cells = [f"{share:.3f}".lstrip("0") for share in paid.mean(axis=1)]
+      if len(found):
+        before = (f"{share:.3f}".lstrip("0") for share in found.mean(axis=1))
+        cells = [f"{f} / {p}" for f, p in zip(before, cells, strict=True)]
+      rows.append((f"`{label}`", *cells))
+  steps = max((len(row) - 1 for row in rows), default=0)
+  head = ("found / paid at step", *map(str, range(steps)))
+  return [head, *(row + ("",) * (1 + steps - len(row)) for row in rows)] if rows else []
+
+
 def _seconds(runs):
   """Of an epoch, without the first two, which compile."""
   each = [[history.number(row, "time/epoch") for row in run.train[2:]] for run in runs]
