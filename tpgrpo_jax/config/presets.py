@@ -10,7 +10,7 @@ from typing import Any
 
 from tpgrpo_jax import registry
 from tpgrpo_jax.config import names
-from tpgrpo_jax.config.fields import Config
+from tpgrpo_jax.config.fields import Config, Sampler
 from tpgrpo_jax.config.tasks import TASKS
 
 
@@ -62,9 +62,8 @@ def _clip_of_branches(task: Config) -> float:
 
 
 def _rate_of_nft(task: Config) -> float:
-  """The task's; a third where all of a small model is trained: at the whole rate it learns, then falls."""
-  rate = task.optimizer.learning_rate
-  return round(rate / 3, 9) if task.model.variant in names.BUILT_IN_VARIANTS else rate
+  """The task's; less where all of a small model is trained: at the task's rate it learns, then falls."""
+  return 5e-5 if task.model.variant in names.BUILT_IN_VARIANTS else task.optimizer.learning_rate
 
 
 def _chunks(task: Config) -> tuple[int, ...]:
@@ -85,6 +84,7 @@ def _no_guidance(task: Config) -> float:
 
 _FORWARD = {
   "sampler.rollout": "ode",
+  "sampler.noise_level": Sampler.noise_level,  # it has none
   "credit.method": "flow_grpo",
   "advantage.normalization": "global_std",
   "loss.clip_range": 0.0,

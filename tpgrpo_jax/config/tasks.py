@@ -10,6 +10,7 @@ from tpgrpo_jax.config.fields import (
   Eval,
   Log,
   Lora,
+  Loss,
   Model,
   Optimizer,
   Prompts,
@@ -71,7 +72,9 @@ def tiny_shapes() -> Config:
     model=Model("tiny_shapes"),
     prompts=Prompts("shapes"),
     rewards={"shapes": 1.0},
-    sampler=Sampler(num_steps=8, window=(0, 7), schedule="shifted", shift=3.0),
+    sampler=Sampler(num_steps=8, window=(0, 7), noise_level=0.4, schedule="shifted", shift=3.0),
+    loss=Loss(kl_coef=1e-3),  # keeps what the reward does not see
+    optimizer=dataclasses.replace(base.optimizer, learning_rate=3e-4),
     eval=dataclasses.replace(base.eval, num_steps=8, prompts=252, judge_prompts=252),
   )
 
