@@ -8,8 +8,9 @@ or --cores_per_run.
 
 A method may have changed fields: --methods "tp_grpo,tp_grpo+credit.balance=False" compares it with itself.
 
---budget evaluations=61440 (or teraflops=..., minutes=... of one core) gives every method as many epochs as it
-can pay: three epochs of each are run first, to see what one takes. Without it every method has its recipe's.
+--budget evaluations=61440 (or teraflops=..., minutes=... of its cores) gives every method as many epochs as
+it can pay: three epochs of each are run first, to see what one takes. Without it every method has those of
+its recipe.
 
 --keep FOLDER packs configs and metrics of the finished runs into FOLDER, a few kilobytes each;
 --tables --output FOLDER reads them there.

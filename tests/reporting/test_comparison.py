@@ -99,6 +99,9 @@ def test_turning_points_are_counted_step_by_step_over_epochs_and_seeds(make_run)
     ("`old`", ".100", ".250", ".500"),
   ]
   assert comparison.turning_points({"flow_grpo": [plain], "never": [none]}) == []
+  unpaid = dataclasses.replace(none, train=[r | {"turning_point_found/0": 0.3} for r in none.train])
+  _, row = comparison.turning_points({"unpaid": [unpaid]})
+  assert row == ("`unpaid`", ".300 / .000", ".000 / .000")
 
 
 def test_seconds_of_an_epoch_are_the_median_of_the_quickest_seed(make_run):

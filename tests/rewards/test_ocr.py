@@ -94,8 +94,6 @@ def test_normalize_forgets_case_space_and_width(one, other):
     ("A knight's sign, 'Don't Enter', by the dogs' bowl", "Don't Enter"),
     ("A sign that says ‘It’s open’.", "It’s open"),
     ("A '90s diner of rock 'n' roll that says 'Eat'", "Eat"),
-    ("Class of '99 banner says 'GRADS'", "GRADS"),
-    ("A sign '24 hours' and a door 'Exit'", "24 hours"),
     ("The dogs' bowls and the cats' bowls", "The dogs' bowls and the cats' bowls"),
     ('"A sign that reads ""OPEN"", in the rain"', "OPEN"),
     ('A sign that reads ""OPEN LATE""', "OPEN LATE"),

@@ -12,7 +12,7 @@ from tpgrpo_jax import types
 from tpgrpo_jax.config import names
 from tpgrpo_jax.data import shapes
 from tpgrpo_jax.models import hf, tiny
-from tpgrpo_jax.training import build, rollout
+from tpgrpo_jax.training import build, rollout, skipped
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import method as method_lib
 
@@ -171,6 +171,22 @@ def test_evaluations_per_sample_are_those_of_the_methods_price_list(config_in, f
   place = np.arange(*config.sampler.window)
   plan = method_lib.build_plan(config, method, place)
   assert method_lib.evaluations_per_sample(config, method, plan, place) == count
+
+
+@pytest.mark.parametrize("every", [25, 100, 300])
+def test_slots_that_a_moving_window_leaves_idle_are_those_of_the_whole_run(config_in, full, every):
+  sampler = config_lib.Sampler(num_steps=10, window=(0, 2), window_every=every)
+  config = config_in("unused", {"sampler": sampler, "train.epochs": 1000})
+  method = method_of(config, full)
+
+  def left_out(epoch):
+    place = method_lib.draw_place(config, epoch, 0)
+    plan = method_lib.build_plan(config, method, place)
+    most = method_lib.most_evaluations(config, method, plan)
+    return most - method_lib.evaluations_per_sample(config, method, plan, place)
+
+  exact = np.mean([left_out(epoch) for epoch in range(1000)])
+  assert skipped.evaluations(config, method) == pytest.approx(exact, rel=0.02) and exact > 1
 
 
 def counted_evaluations(config, model):

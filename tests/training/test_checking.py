@@ -13,7 +13,7 @@ from tpgrpo_jax.cost import hardware
 from tpgrpo_jax.forecasting import checking, forecast, lowering
 from tpgrpo_jax.runs import metrics, run_folder
 from tpgrpo_jax.training import epoch as epoch_lib
-from tpgrpo_jax.training import loop
+from tpgrpo_jax.training import loop, old_scores
 from tpgrpo_jax.training import mesh as mesh_lib
 from tpgrpo_jax.training import session as session_lib
 
@@ -66,7 +66,7 @@ def test_a_new_run_is_counted_and_its_rewards_are_asked(make_config, one_mesh, t
   )
   assert "5 epochs, 2 evaluations of 4 held-out prompts and 9 pictures that judge it" in text
   assert "least time: not known" in text and "goes on" not in text
-  assert re.search(r"^[\d.e+]+ FLOPs more, if loss.old_log_prob='auto' finds", text, re.M)
+  assert re.search(r"^[\d.e+]+ FLOPs more an epoch, if loss.old_log_prob='auto' finds", text, re.M)
 
 
 @pytest.mark.parametrize("source", ["rollout", "update"])
@@ -81,9 +81,26 @@ def test_an_epoch_has_the_operations_that_the_run_itself_counts(
     loop.train(done)
   text = checked(make_config(fields))
   said = float(re.search(r"an epoch: ([\d.e+]+) FLOPs", text)[1])
-  assert "FLOPs more, if" not in text  # nothing is left to find out
+  assert "FLOPs more an epoch, if" not in text  # nothing is left to find out
   row = next(r for r in metrics.rows_of(done.run.dir) if r["kind"] == "train")
   assert said == pytest.approx(row["total/teraflops"] * 1e12, rel=5e-3)
+
+
+def test_what_the_run_has_found_out_of_its_old_log_probs_is_counted(
+  make_config, one_mesh, tmp_path
+):
+  of_an_epoch = lambda text: float(re.search(r"an epoch: ([\d.e+]+) FLOPs", text)[1])
+  folder = tmp_path / "run"
+  config = make_config(ONE_EPOCH | {"run.dir": str(folder)})
+  before = checked(config)
+  more = float(re.search(r"([\d.e+]+) FLOPs more an epoch", before)[1])
+  source = old_scores.OldScores(config)
+  source.change(0, 1.0)
+  folder.mkdir()
+  source.save(folder)
+  after = checked(config)
+  assert "FLOPs more" not in after and "old_log_prob" in after
+  assert of_an_epoch(after) == pytest.approx(of_an_epoch(before) + more, rel=5e-3)
 
 
 @pytest.mark.parametrize("by", ["samples", "steps"])

@@ -11,7 +11,7 @@ import pytest
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import credit
-from tpgrpo_jax.cost import collectives
+from tpgrpo_jax.cost import collectives, flops
 from tpgrpo_jax.flow import sampler, schedule, steps
 from tpgrpo_jax.training import batches as batches_lib
 from tpgrpo_jax.training import build, rollout, state, step, sums
@@ -282,6 +282,29 @@ def forward_batch(batch):
   """Of a forward process: what is noised afresh, at levels of its own."""
   levels = np.random.default_rng(3).uniform(0.2, 0.9, (CHUNKS, WINDOW, BATCH)).astype(np.float32)
   return dataclasses.replace(batch, levels=jnp.asarray(levels), key=jax.random.key(5))
+
+
+def product_velocity(params, x, sigma, condition):
+  """As `linear_velocity`, by one product, so that evaluations can be counted."""
+  level = sigma.reshape(-1, 1, 1, 1)
+  weights = params["trainable"]
+  return weights["a"] * x + jnp.matmul(level * condition, weights["b"][:, None])
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 1e-3])
+@pytest.mark.parametrize("chunks, passes", [((), 1), ((1, 1), 2)])
+def test_an_update_that_only_scores_does_what_is_counted(
+  batch, monkeypatch, kl_coef, chunks, passes
+):
+  config = make_config(kl_coef=kl_coef, chunks=chunks)
+  method = make_method(velocity_fn=product_velocity, reference_velocity_fn=product_velocity)
+  batch = batches_lib.stacked(config, dataclasses.replace(batch, phase=np.int32(batches_lib.SCORE)))
+  before = state.init_state(WEIGHTS, method.optimizer)
+  args = (before, {}, {"frozen": {}, "trainable": WEIGHTS}, batch)
+  monkeypatch.setattr(flops, "max", min, raising=False)  # of a cond the cheapest branch counts
+  done = flops.count(step.make_rescoring_step(config, method), *args).total
+  one_pass = CHUNKS * WINDOW * BATCH * 2 * 2 * 3  # multiplications and additions
+  assert done == flops.count(step.make_scores(config, method), *args).total == passes * one_pass
 
 
 FIRST = {"make": step.make_rescoring_step, "phase": batches_lib.FIRST}

@@ -46,6 +46,7 @@ def check(config: config_lib.Config) -> Iterator[str]:
       yield f"{config.run.dir}: goes on after epoch {done}"
     session = session_lib.open_session(config)
     session_lib.check_files(session, totals)
+    session.old_scores.load(config.run.dir)
     yield notices.opened(config, session.model, session.method)
     with jax.set_mesh(session.mesh):
       yield from _scores(session)
@@ -108,7 +109,10 @@ def score_gray(
 
 def _forecast(session, done):
   """Lines of FLOPs, memory and least time, from shapes alone."""
-  config = local_config(session.config)
+  config, is_known = local_config(session.config), session.old_scores.limit is None
+  if session.old_scores.since is not None:  # the run has found it out
+    own = dataclasses.replace(config.loss, old_log_prob="update")
+    config, is_known = dataclasses.replace(config, loss=own), True
   devices: Sequence[Any] = list(session.mesh.devices.flat)
   chip = hardware.find_chip(devices[0])
   found = forecast.forecast(config, devices, chip=chip, margin=0.0, compiles=False)
@@ -123,11 +127,12 @@ def _forecast(session, done):
   total = len(left) * found.flops + pictures * picture
   yield f"an epoch: {found.flops:.3g} FLOPs ({each})"
   others = config.train.updates_per_epoch - 1
-  if session.old_scores.limit is not None and others:  # nobody knows before the first update
+  if others and not is_known:  # before the first update
     with jax.set_mesh(session.mesh):
       more = others * forecast.scoring_flops(lowering.open_plan(config, session.mesh))
     yield (
-      f"{more:.3g} FLOPs more, if loss.old_log_prob='auto' finds that rollout and update round differently"
+      f"{more:.3g} FLOPs more an epoch, if loss.old_log_prob='auto' finds that rollout and update round "
+      "differently"
     )
   yield (
     f"the run: {len(left)} epochs, {evaluations} evaluations of {len(session.held_out)} held-out prompts and "

@@ -35,7 +35,7 @@ class Phase:
     held: bytes of the run beside it: what other programs of the epoch need or have left.
     flops: of all devices, of one run.
     uncounted: what `flops.count` could not count, and how often.
-    traffic: of one run.
+    traffic: of one run; None where it is not known.
     bound: of one run; None on devices of unknown figures.
     compile_seconds: that lowering and compiling took.
     refused: what the compiler said of a program that the memory has no room for; what it receives and
@@ -52,7 +52,7 @@ class Phase:
   held: int
   flops: float
   uncounted: dict[str, int]
-  traffic: collectives.Traffic
+  traffic: collectives.Traffic | None
   bound: hardware.Bound | None
   compile_seconds: float
   refused: str = ""
@@ -176,7 +176,7 @@ def _old_scores(plan, update, chip):
       name="old_log_prob",
       runs=others,
       flops=work,
-      traffic=collectives.Traffic({}, {}, 0),  # not known apart from that of the gradients
+      traffic=None,  # not known apart from that of the gradients
       bound=bound,
       schedule=None,
       compile_seconds=0.0,
@@ -321,25 +321,32 @@ def render(found: Forecast) -> str:
     f"{'':18}{'runs':>6}{'GiB on a device:':>18}{'arguments':>11}{'results':>9}{'temporary':>11}{'held':>7}"
     f"{'all':>8}{'FLOPs':>11}{'received':>12}{'at best':>11}  compiled in",
   ]
-  gib = lambda n, width, known=True: f"{n / GIB:{width}.2f}" if known else f"{'-':>{width}}"
+  gib = lambda n, width: f"{'-':>{width}}" if n is None else f"{n / GIB:{width}.2f}"
   for phase in found.phases:
-    known = phase.compiled
-    took = f"{phase.compile_seconds:.0f} s" if known else "-"
+    traffic = phase.traffic if phase.compiled else None
+    results, temporaries = (
+      n if phase.compiled else None for n in (phase.results, phase.temporaries)
+    )
+    took = f"{phase.compile_seconds:.0f} s" if traffic else "-"
     best = "-" if phase.bound is None else f"{phase.bound.seconds:.3g} s"
     lines.append(
-      f"{phase.name:18}{phase.runs:6}{'':18}{gib(phase.arguments, 11)}{gib(phase.results, 9, known)}"
-      f"{gib(phase.temporaries, 11, known)}{gib(phase.held, 7)}{gib(phase.total, 8)}{phase.flops:11.3g}"
-      f"{gib(phase.traffic.total, 8, known)} GiB{best:>11}  {took}"
+      f"{phase.name:18}{phase.runs:6}{'':18}{gib(phase.arguments, 11)}{gib(results, 9)}"
+      f"{gib(temporaries, 11)}{gib(phase.held, 7)}{gib(phase.total, 8)}"
+      f"{phase.flops:11.3g}{gib(traffic and traffic.total, 8)} GiB{best:>11}  {took}"
     )
     if phase.bound:
-      each = {k: f"{v:.3g} s" for k, v in dataclasses.asdict(phase.bound).items()}
+      each = {
+        k: f"{v:.3g} s"
+        for k, v in dataclasses.asdict(phase.bound).items()
+        if traffic or k != "links"
+      }
       lines.append(f"{'':10}at best by {', '.join(f'{k} {v}' for k, v in each.items())}")
     if phase.schedule:
       lines += [f"{'':10}{line}" for line in cycles.render(phase.schedule)]
     if phase.refused:
       lines.append(f"{'':10}refused by the compiler: {phase.refused}; received bytes not known")
-    if phase.traffic.unknown_loops:
-      lines.append(f"{'':10}{phase.traffic.unknown_loops} loops of unknown length received once")
+    if traffic and traffic.unknown_loops:
+      lines.append(f"{'':10}{traffic.unknown_loops} loops of unknown length received once")
     if phase.uncounted:
       lines.append(f"{'':10}FLOPs not counted: {phase.uncounted}")
   lines.append(f"{'rewards':10}{found.rewards}")
@@ -362,7 +369,10 @@ def to_json(found: Forecast) -> dict[str, Any]:
   row = dataclasses.asdict(found)
   for phase, entry in zip(found.phases, row["phases"]):
     entry |= {"total": phase.total}
-    entry["traffic"] |= {"total": phase.traffic.total}
+    if phase.traffic:
+      entry["traffic"] |= {"total": phase.traffic.total}
+    else:
+      entry["compile_seconds"] = None
     if not phase.compiled:
       entry |= {"results": None, "temporaries": None, "traffic": None, "compile_seconds": None}
     if phase.bound:

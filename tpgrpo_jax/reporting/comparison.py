@@ -159,7 +159,7 @@ def turning_points(groups: Groups) -> list[tuple[str, ...]]:
   rows = []
   for label, runs in groups.items():
     found, paid = (history.per_step(runs, n)[1] for n in ("turning_point_found", "turning_point"))
-    if paid.any():
+    if paid.any() or found.any():
       cells = [f"{share:.3f}".lstrip("0") for share in paid.mean(axis=1)]
       if len(found):
         before = (f"{share:.3f}".lstrip("0") for share in found.mean(axis=1))

@@ -23,11 +23,9 @@ _TWICE = re.compile(r"(?<!')''(?=[^'\s])([^']*[^'\s])''(?!')")
 _QUOTED = re.compile(
   r"(?<!\d)(?!(?<=\d\s)\"\s)[\"＂“”„«»‹›「『]([^\"＂“”«»‹›「」『』]*)[\"＂“”«»‹›」』]"
 )
-# An apostrophe stands after a letter, and closes nothing before one; nor do decades, 'n' and 'Tis open, nor a
-# year ('99) before a quote that does.
+# An apostrophe stands after a letter, and closes nothing before one; nor do decades, 'n' and 'Tis open.
 _SINGLE = re.compile(
-  r"(?<![^\s(\[{:,;-])['‘‚](?!\d\d\b[^'’]*\s['‘]\S)"
-  r"(?!\d0s\b|[tT](?:is|was)\b|[nN]['’](?:\s|$)|(?:[cC]ause|[tT]il|[eE]m)\s)(?=\S)(.*?\S)"
+  r"(?<![^\s(\[{:,;-])['‘‚](?!\d0s\b|[tT](?:is|was)\b|[nN]['’](?:\s|$)|(?:[cC]ause|[tT]il|[eE]m)\s)(?=\S)(.*?\S)"
   r"['’‘](?=$|[\s.,;:!?)\]}-])"
 )
 _FOLDED = str.maketrans(

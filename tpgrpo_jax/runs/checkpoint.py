@@ -215,9 +215,17 @@ class RunCheckpoints:
     """Waits for what is being written, then ends the background threads."""
     try:
       self._finish_pending()
-    finally:  # orbax says again what a save has failed of
-      with contextlib.suppress(Exception) if self._failed else contextlib.nullcontext():
-        self._checkpointer.close()
+    except RuntimeError:
+      self._close_after_failure()
+      raise
+    if self._failed:  # which was said when it was found
+      self._close_after_failure()
+    else:
+      self._checkpointer.close()
+
+  def _close_after_failure(self):
+    with contextlib.suppress(Exception):  # orbax says the same again
+      self._checkpointer.close()
 
   def _finish_pending(self):
     # result() also ends the thread that orbax starts for each save; without it they pile up.

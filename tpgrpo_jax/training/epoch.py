@@ -253,15 +253,14 @@ def _score_and_update(session, state, batches, bar):
     _follow(bar, off)
     return state, row, scores
 
-  scored = batches[:1]
-  for batch in batches[1:]:
+  for number, batch in enumerate(batches[1:], start=1):
     args = (state, session.model.frozen, session.reference, batch)
     session.meter.count("old_log_prob", len(batches) - 1, *args)
     state, _, scores = run(state, batch, batches_lib.SCORE)
-    scored.append(batches_lib.with_scores(batch, scores))
+    batches[number] = batches_lib.with_scores(batch, scores)  # the rollout's scores go
   jax.block_until_ready(state)
   seconds = {"old_log_prob": time.perf_counter() - began} if batches[1:] else {}
-  for number, batch in enumerate(scored):
+  for number, batch in enumerate(batches):
     state, row, _ = run(state, batch, batches_lib.LATER if number else batches_lib.FIRST)
     rows.append(row)
   _follow(bar, off, last=True)

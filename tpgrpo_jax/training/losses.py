@@ -181,15 +181,17 @@ def make_policy_loss(config: config_lib.Config, method: method_lib.Method) -> Pa
 def make_rescored_loss(config: config_lib.Config, method: method_lib.Method):
   """`make_policy_loss` on the update's own scores.
 
-  Returns (params, reference, pair, condition) -> (loss, metrics, score).
+  Returns (params, reference, pair, condition, scores_only) -> (loss, metrics, score). Where the scalar
+  scores_only is set, the reference is not evaluated, and neither loss nor KL means anything.
 
   Where pair["is_first"] is set, the weights are still those of the rollout, so each score is its own old
   one, and log-ratios are 0 whatever the compiler does. Else the pair's old scores are compared with.
   """
   loss_fn = _policy_loss(config, method)
 
-  def rescored_loss(params, reference, pair, condition):
-    return loss_fn(params, reference, pair, condition, functools.partial(old_score, pair))
+  def rescored_loss(params, reference, pair, condition, scores_only):
+    find_old = functools.partial(old_score, pair)
+    return loss_fn(params, reference, pair, condition, find_old, scores_only)
 
   return rescored_loss
 
@@ -201,11 +203,11 @@ def old_score(pair: dict[str, jax.Array], new: dict[str, jax.Array]) -> dict[str
 
 
 def _policy_loss(config, method):
-  """(params, reference, pair, condition, new score -> old score) -> (loss, metrics, new score)."""
+  """(params, reference, pair, condition, new score -> old, scores_only) -> (loss, metrics, new score)."""
   asked, region = config.loss, _trust_region(config)
   scorer = make_scorer(config, method)
 
-  def pair_loss(params, reference, pair, condition, find_old):
+  def pair_loss(params, reference, pair, condition, find_old, scores_only=None):
     x, advantage = pair["x"], pair["advantage"]
     level = jnp.full(x.shape[:1], pair["sigma"])
     velocity = method.velocity_fn(params, x, level, condition)
@@ -223,8 +225,10 @@ def _policy_loss(config, method):
     loss = pair["step_weight"] * sign * terms.loss
     kl = jnp.zeros_like(loss)
     if asked.kl_coef:
-      reference_velocity = method.reference_velocity_fn(reference, x, level, condition)
-      kl += _kl(method, pair, velocity, reference_velocity)[:, None]
+      evaluate = lambda: method.reference_velocity_fn(reference, x, level, condition)
+      skip = lambda: jnp.zeros_like(velocity)
+      found = evaluate() if scores_only is None else jax.lax.cond(scores_only, skip, evaluate)
+      kl += _kl(method, pair, velocity, found)[:, None]
     metrics = {
       "kl": kl,
       **_ratio_metrics(jax.lax.stop_gradient(log_ratio), asked.clip_range),

@@ -1,16 +1,19 @@
 """Evaluations that a rollout's program holds and does not do: idle slots, and steps that are shared."""
 
+import collections
 from collections.abc import Sequence
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax.cost import flops
 from tpgrpo_jax.training import method as method_lib
 
-_MOST_EPOCHS = 200  # whose draws stand for all of a run
+_MOST_EPOCHS = 200  # whose draws stand for all of a run, spread over it
 
 
 def evaluations(config: config_lib.Config, method: method_lib.Method) -> float:
@@ -20,16 +23,19 @@ def evaluations(config: config_lib.Config, method: method_lib.Method) -> float:
     config: of the run.
     method: of the run.
   """
-  train, found = config.train, []
+  train = config.train
   chunks = train.prompts_per_epoch * train.group_size // train.microbatch
   drawn = chunks if config.sampler.window_draw == "microbatch" else 1
-  for epoch in range(min(train.epochs, _MOST_EPOCHS)):
-    for chunk in range(drawn):
-      place = method_lib.draw_place(config, epoch, chunk)
-      plan = method_lib.build_plan(config, method, place)
-      done = method_lib.evaluations_per_sample(config, method, plan, place)
-      found.append(method_lib.most_evaluations(config, method, plan) - done)
-  return sum(found) / len(found)
+  epochs = np.linspace(0, train.epochs - 1, min(train.epochs, _MOST_EPOCHS)).round().astype(int)
+  draws = itertools.product(epochs.tolist(), range(drawn))
+  places = collections.Counter(tuple(method_lib.draw_place(config, *draw)) for draw in draws)
+
+  def left_out(place):
+    plan = method_lib.build_plan(config, method, np.asarray(place))
+    done = method_lib.evaluations_per_sample(config, method, plan, np.asarray(place))
+    return method_lib.most_evaluations(config, method, plan) - done
+
+  return sum(times * left_out(place) for place, times in places.items()) / places.total()
 
 
 def flops_of_one(

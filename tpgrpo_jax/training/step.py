@@ -114,7 +114,8 @@ def make_rescoring_step(config: config_lib.Config, method: method_lib.Method):
     def share_of_mean(trainable, pair):
       pair, condition = _looked_up(pair, data)
       at = params | {"trainable": trainable}
-      loss, metrics, score = pair_loss(at, reference, pair, condition)
+      scores_only = phase == batches.SCORE
+      loss, metrics, score = pair_loss(at, reference, pair, condition, scores_only)
       off = jnp.abs(scorer.compare(pair, score, pair))
       metrics["ratio/rollout_max_abs_log"] = jnp.where(phase == batches.LATER, 0.0, off)
       share, metrics = sums.of_pair(pair["weight"], loss, metrics, weight_sum)
@@ -177,7 +178,8 @@ def make_scores(config: config_lib.Config, method: method_lib.Method):
       level = jnp.full(pair["x"].shape[:1], pair["sigma"])
       return scorer.score(pair, method.velocity_fn(params, pair["x"], level, condition))
 
-    return jax.lax.map(score, pairs)
+    passes = 2 if config.loss.chunks else 1  # a log-ratio of each chunk comes first
+    return [jax.lax.map(score, pairs) for _ in range(passes)]
 
   return scores
 
