@@ -366,6 +366,24 @@ def test_the_choice_fits_where_the_config_does_not():
   assert choice.choose(config, devices, measured(1.0)) is None
 
 
+def test_what_is_not_known_of_a_phase_is_shown_as_such():
+  bound = hardware.Bound(1.0, 0.5, 0.0)
+  update = forecast.Phase(
+    "update", 2, 0, 0, 0, 0, 1.0, {}, collectives.Traffic({}, {}, 0), bound, 9.0
+  )
+  scores = dataclasses.replace(update, name="old_log_prob", traffic=None)
+  found = forecast.Forecast({"data": 1, "fsdp": 1, "tensor": 1}, 8, (update, scores), "", 1e9)
+  of_update, of_scores = (
+    text.split("\n")[:2]
+    for text in forecast.render(found).split("\nupdate ")[1].split("\nold_log_prob ")
+  )
+  assert "0.00 GiB" in of_update[0] and of_update[0].endswith("9 s") and "links" in of_update[1]
+  assert "- GiB" in of_scores[0] and of_scores[0].endswith("-") and "links" not in of_scores[1]
+  row = forecast.to_json(found)["phases"][1]
+  assert row["traffic"] is row["compile_seconds"] is None and row["temporaries"] == 0
+  assert found.fits
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the TPU's compiler (no TPU)"
