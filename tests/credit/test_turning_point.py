@@ -1,5 +1,7 @@
 """Turning points, their balancing, and the rewards that they are given."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -141,6 +143,16 @@ def test_step_reward_without_turning_points_is_the_increment(reward, mask):
   increments = stepwise.increments(reward)
   np.testing.assert_array_equal(step_reward(reward, jnp.zeros_like(mask)), increments)
   np.testing.assert_array_equal(np.where(mask, 0, paid), np.where(mask, 0, increments))
+
+
+@both_rules
+@pytest.mark.parametrize("window", [1, 2, 5, 8])
+def test_with_a_reward_of_0_and_1_turning_points_are_paid_their_increments(rule, window):
+  """All trajectories: such a reward cannot go further the way that a step went."""
+  reward = jnp.asarray([*itertools.product([0.0, 1.0], repeat=window + 1)]).T
+  turns = rule(reward)
+  np.testing.assert_array_equal(step_reward(reward, turns), stepwise.increments(reward))
+  assert turns.any() == (rule is RULES["turning_points"])  # by Def. 5.1 there are none
 
 
 def test_an_aggregated_reward_of_zero_leaves_the_increment():
