@@ -56,8 +56,8 @@ SOONER = {
   },
   # A range that no ratio lies on the edge of, where rounding would decide.
   "tempflow": {"loss.clip_range": 3e-5},
-  "diffusion_nft": {"loss.old_decay": (0.0, 0.1, 0.5)},
-  "awm": {"loss.old_decay": (0.0, 0.1, 0.3)},
+  "diffusion_nft": {"loss.old_decay": (0.0, 0.1, 0.5), "optimizer.learning_rate": 1e-3},
+  "awm": {"loss.old_decay": (0.0, 0.1, 0.3), "optimizer.learning_rate": 1e-3},
 }
 OF_THE_PACKING = {"evaluations_per_sample"}
 OF_THE_RUN = ("epoch", "kind", "total/", "time/")

@@ -310,7 +310,7 @@ def test_runs_side_by_side_in_one_slurm_job_do_not_meet(config_in, tmp_path, mon
   both = [start(config, 1, alone=True)[0] for config in configs]
   finish(both)
   longer = config_in(tmp_path / "seed1", fields | {"seed": 1, "train.epochs": 3})
-  evaluation = ["--run", str(tmp_path / "seed0"), "--prompts=2"]
+  evaluation = ["--run", str(tmp_path / "seed0"), "--prompts=2", f"--output={tmp_path / 'beside'}"]
   (training,) = start(longer, 1, alone=True)
   beside = subprocess.Popen(
     [sys.executable, "-m", "tpgrpo_jax.evaluate", *evaluation], env=here(),
