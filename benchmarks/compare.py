@@ -63,7 +63,7 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--output", default="runs/compare", help="folder of the runs and reports")
   parser.add_argument("--cores", type=int, default=0, help="to use, of all runs; 0 is all")
-  parser.add_argument("--cores_per_run", type=int, default=1)
+  parser.add_argument("--cores_per_run", type=int, default=1, help="a rest of fewer is idle")
   parser.add_argument("--budget", type=parse_budget, help="of a run: evaluations=61440")
   parser.add_argument("--keep", help="folder for configs and packed metrics of what is finished")
   parser.add_argument(

@@ -146,7 +146,7 @@ def test_step_reward_without_turning_points_is_the_increment(reward, mask):
 
 
 @both_rules
-@pytest.mark.parametrize("window", [1, 2, 5, 8])
+@pytest.mark.parametrize("window", range(1, 9))
 def test_with_a_reward_of_0_and_1_turning_points_are_paid_their_increments(rule, window):
   """All trajectories: such a reward cannot go further the way that a step went."""
   reward = jnp.asarray([*itertools.product([0.0, 1.0], repeat=window + 1)]).T

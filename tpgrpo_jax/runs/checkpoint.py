@@ -240,6 +240,7 @@ class RunCheckpoints:
         f"{self._folder}: a checkpoint could not be written ({_innermost(error)}). The ones before it "
         "are whole. Make room or mend the folder, then start the same command again."
       ) from error
+    self._failed = False  # room was made: what close says is new
 
   def _restore_one(self, step, abstract_state):
     stored, extra = self._metadata(step)
