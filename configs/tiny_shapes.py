@@ -1,9 +1,9 @@
 """The second built-in task: a small model learns to paint the shapes that are asked for, GenEval in small.
 
 Command: python -m tpgrpo_jax.train --config configs/tiny_shapes.py[:METHOD]
-METHOD is a name of tpgrpo_jax.config.presets.METHODS (docs/methods.md); tp_grpo unless it is given. The
-reward is 0 or 1, so that tp_grpo and tp_grpo_consistent are increments here. diffusion_nft has learned most
-(docs/evidence.md).
+METHOD is a name of tpgrpo_jax.config.presets.METHODS (docs/methods.md); tp_grpo unless it is given. Training
+is paid for each part of a prompt that is right. Evaluations report the strict score: 1 where all is right and
+nothing else is there, else 0 (docs/rewards.md). docs/evidence.md compares the methods.
 """
 
 from tpgrpo_jax import config as config_lib
