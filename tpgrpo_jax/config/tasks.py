@@ -78,6 +78,7 @@ def tiny_shapes() -> Config:
     sampler=Sampler(num_steps=8, window=(0, 7), noise_level=0.4, schedule="shifted", shift=3.0),
     loss=Loss(kl_coef=2e-4),  # keeps what the reward does not see
     optimizer=dataclasses.replace(base.optimizer, learning_rate=3e-4),
+    train=dataclasses.replace(base.train, epochs=60, prompts_per_epoch=16),
     eval=dataclasses.replace(base.eval, num_steps=8, rewards=("shapes",), prompts=252, judge_prompts=252),
   )
 
