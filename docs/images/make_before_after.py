@@ -29,7 +29,7 @@ def caption(grid: history.Grid, label: str, i: int) -> tuple[str, bool]:
 def main(run_dir: str, output: str, rows: str = "3") -> None:
   """Reads and draws."""
   run = history.load_run(run_dir)
-  (label,), rows = run.config.rewards, int(rows)
+  (label,), rows = run.config.eval.rewards or run.config.rewards, int(rows)
   outcome, grids = history.outcome([run], label), history.sample_grids(run)
   captions = [[caption(grid, label, i) for i in range(rows * COLUMNS)] for grid in grids]
   lines = max(text.count("\n") + 1 for each in captions for text, _ in each)

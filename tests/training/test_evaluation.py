@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import presets
+from tpgrpo_jax.data import shapes
 from tpgrpo_jax.runs import metrics
 from tpgrpo_jax.training import build, evaluation, loop, scoring
 from tpgrpo_jax.training import session as session_lib
@@ -153,6 +155,17 @@ def test_eval_rewards_by_name_are_those_of_the_config(config_in, single_mesh, tm
   reward_fn = session_lib.build_eval_rewards(config, single_mesh)
   _, scores, _ = reward_fn(np.zeros((2, 24, 48, 3), np.uint8), ["A", "B"], [{}, {}])()
   assert scores.keys() == {"jpeg_compressibility", "coarse"}
+
+
+def test_tiny_shapes_trains_on_the_parts_and_reports_the_strict_score(single_mesh):
+  config = presets.recipe("tiny_shapes", "tp_grpo")
+  row = {"tag": "two_object", "include": [{"class": k, "count": 1} for k in ("circle", "square")]}
+  pictures = shapes.render([(shapes.Shape("circle", "red", 16.0, 16.0, 8.0),)])
+  given = (pictures, ["a circle and a square"], [row])
+  trained, scores, _ = session_lib.make_rewards(config, single_mesh, config.rewards)(*given)()
+  assert scores.keys() == {"parts"} and 0 < trained[0] < 1
+  reported, scores, _ = session_lib.build_eval_rewards(config, single_mesh)(*given)()
+  assert scores.keys() == {"shapes"} and reported[0] == 0
 
 
 def test_captions_hold_prompt_reading_and_named_scores_a_line_each():

@@ -67,7 +67,7 @@ def tiny_text() -> Config:
 def tiny_shapes() -> Config:
   """The second built-in task: paint the shapes that a prompt asks for, GenEval in small.
 
-  It trains on the parts that are right and reports the pictures in which all is, as Flow-GRPO does with GenEval.
+  It trains on the parts that are right, as Flow-GRPO on GenEval, and reports in how many pictures all is.
   """
   base = tiny_text()
   return dataclasses.replace(
@@ -79,7 +79,9 @@ def tiny_shapes() -> Config:
     loss=Loss(kl_coef=2e-4),  # keeps what the reward does not see
     optimizer=dataclasses.replace(base.optimizer, learning_rate=3e-4),
     train=dataclasses.replace(base.train, epochs=60, prompts_per_epoch=16),
-    eval=dataclasses.replace(base.eval, num_steps=8, rewards=("shapes",), prompts=252, judge_prompts=252),
+    eval=dataclasses.replace(
+      base.eval, num_steps=8, rewards=("shapes",), prompts=252, judge_prompts=252
+    ),
   )
 
 
