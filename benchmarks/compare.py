@@ -234,15 +234,13 @@ def keep(folder, target, methods):
 
 
 def show(folder, methods):
-  """Prints the task's tables and writes its report."""
-  runs = [
-    f"{method}={run}"
-    for method in methods
-    for run in sorted(folder.glob(f"{method}_s*"))
-    if metrics.rows_of(run)
-  ]
+  """Prints the task's tables and writes its report, of the finished runs."""
+  found = [(method, run) for method in methods for run in sorted(folder.glob(f"{method}_s*"))]
+  runs = [f"{method}={run}" for method, run in found if is_finished(run)]
+  if cut := [run.name for _, run in found if metrics.rows_of(run) and not is_finished(run)]:
+    print(f"{folder}: not finished, so not in the tables: {', '.join(cut)}", file=sys.stderr)
   if not runs:
-    print(f"{folder}: no runs yet", file=sys.stderr)
+    print(f"{folder}: no finished runs yet", file=sys.stderr)
     return
   groups = history.load_runs(runs)
   print(f"\n## {folder.name}\n")

@@ -1,10 +1,12 @@
 """The benchmarks of the true models run at small sizes, and print what they say."""
 
 import argparse
+import gzip
 import importlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ import pytest
 from tpgrpo_jax.training import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def output_of(name, *arguments):
@@ -254,6 +257,20 @@ def test_a_run_keeps_to_its_share_of_the_cores(compare):
       compare.bound_to(share) + command, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == str(share)
+
+
+def test_a_run_that_was_cut_is_named_and_not_in_the_tables(compare, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(compare.page, "write_report", lambda groups, output: output)
+  whole = RESULTS / "two_threads" / "tiny_text" / "tempflow_s0"
+  cut = tmp_path / "tempflow_s1"
+  shutil.copytree(whole, tmp_path / "tempflow_s0")
+  cut.mkdir()
+  shutil.copy(whole / "config.json", cut)
+  lines = gzip.decompress((whole / "metrics.jsonl.gz").read_bytes()).decode().splitlines(True)
+  (cut / "metrics.jsonl").write_text("".join(lines[:40]))
+  compare.show(tmp_path, ["tempflow"])
+  found = capsys.readouterr()
+  assert "| `tempflow` | 1 |" in found.out and "tables: tempflow_s1" in found.err
 
 
 @pytest.mark.exhaustive
