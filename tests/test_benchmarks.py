@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tpgrpo_jax.config import presets
+from tpgrpo_jax.reporting import history
 from tpgrpo_jax.training import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -257,6 +259,27 @@ def test_a_run_keeps_to_its_share_of_the_cores(compare):
       compare.bound_to(share) + command, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == str(share)
+
+
+@pytest.mark.parametrize("task", ["tiny_text", "tiny_shapes"])
+def test_runs_behind_the_tables_had_the_recipes_of_today(task):
+  for run in (RESULTS / task).glob("*_s*"):
+    method, seed = run.name.rsplit("_s", 1)
+    kept = history.load_run_config(run)
+    today = presets.recipe(task, method)
+    assert kept.seed == int(seed)
+    for part in (
+      "rewards",
+      "prompts",
+      "sampler",
+      "completion",
+      "credit",
+      "advantage",
+      "loss",
+      "train",
+    ):
+      assert getattr(kept, part) == getattr(today, part), (run.name, part)
+    assert kept.optimizer.learning_rate == pytest.approx(today.optimizer.learning_rate), run.name
 
 
 def test_a_run_that_was_cut_is_named_and_not_in_the_tables(compare, tmp_path, monkeypatch, capsys):
