@@ -96,6 +96,14 @@ BAD = {
     {"optimizer.weight_decay": float("nan")},
     ("optimizer.weight_decay=nan:", "must be finite and >= 0", "0 is none"),
   ),
+  "decay_to_the_base": (
+    {"optimizer.decay_to": "base"},
+    ("optimizer.decay_to='base':", "zero", "start"),
+  ),
+  "decay_of_nothing_to_the_start": (
+    {"optimizer.decay_to": "start", "optimizer.weight_decay": 0.0},
+    ("optimizer.decay_to='start':", "nothing decays"),
+  ),
   "adapters_on_nothing": (
     {"lora.rank": 2, "lora.targets": ()},
     ("lora.targets=():", "must name layers", "attn.to_q"),

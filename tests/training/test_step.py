@@ -396,6 +396,49 @@ def test_old_policy_moves_to_the_new_one_by_its_decay(decay, updates, d):
   assert float(after.trainable["w"]) == 3.0
 
 
+def updates_of(optimizer, weights, count=5):
+  """The weights after so many updates under gradients that are fixed."""
+  current = state.init_state({"w": weights}, optimizer)
+  for i in range(count):
+    grads = {"w": jnp.cos(jnp.arange(4.0) + i)}
+    current = state.apply_gradients(current, grads, optimizer, config_lib.Ema())
+  return current.trainable["w"]
+
+
+def test_optimizer_is_optax_adamw_behind_clipping():
+  config = config_lib.Optimizer(weight_decay=0.5, max_grad_norm=0.1)
+  adamw = optax.adamw(config.learning_rate, b1=config.b1, b2=config.b2, weight_decay=0.5)
+  reference = optax.chain(optax.clip_by_global_norm(0.1), adamw)
+  weights = jnp.asarray([3.0, -2.0, 0.0, 1.0])
+  np.testing.assert_array_equal(
+    updates_of(state.make_optimizer(config), weights), updates_of(reference, weights)
+  )
+  # Checkpoints of earlier versions are restored into the same tree.
+  assert jax.tree.structure(state.make_optimizer(config).init(weights)) == jax.tree.structure(
+    reference.init(weights)
+  )
+
+
+def test_decay_to_the_start_is_the_decay_of_the_way_from_it():
+  config = config_lib.Optimizer(learning_rate=0.1, weight_decay=0.5)
+  start = jnp.asarray([3.0, -2.0, 0.0, 1.0])
+  to_start = state.make_optimizer(dataclasses.replace(config, decay_to="start"))
+  way = updates_of(to_start, start) - start
+  np.testing.assert_allclose(
+    way, updates_of(state.make_optimizer(config), jnp.zeros(4)), rtol=1e-5, atol=1e-7
+  )
+
+
+def test_decay_to_the_start_forgets_what_gradients_no_longer_ask_for():
+  config = config_lib.Optimizer(learning_rate=0.1, weight_decay=1.0, decay_to="start", b1=0.0)
+  optimizer = state.make_optimizer(config)
+  start = jnp.asarray([3.0])
+  current = state.init_state({"w": start}, optimizer)
+  far = dataclasses.replace(current, trainable={"w": start + 1.0})
+  after = state.apply_gradients(far, {"w": jnp.zeros(1)}, optimizer, config_lib.Ema())
+  np.testing.assert_allclose(after.trainable["w"], start + 0.9, rtol=1e-6)
+
+
 def test_gradient_is_clipped_to_its_largest_norm():
   config = config_lib.Optimizer(max_grad_norm=1.0, weight_decay=0.0, eps=1.0, learning_rate=1.0)
   optimizer = state.make_optimizer(config)

@@ -239,6 +239,7 @@ class Optimizer:
     b2: of AdamW, decay of its square's mean.
     eps: of AdamW, added to the root of the latter.
     weight_decay: of AdamW, times the rate.
+    decay_to: what it pulls the weights to: "zero", or the "start" of the run.
     max_grad_norm: the gradient is scaled down to this norm.
   """
 
@@ -250,6 +251,7 @@ class Optimizer:
   b2: float = 0.999
   eps: float = 1e-8
   weight_decay: float = 1e-4
+  decay_to: str = "zero"
   max_grad_norm: float = 1.0
 
 

@@ -36,6 +36,7 @@ OLD_LOG_PROBS = ("rollout", "update", "auto")
 STEP_WEIGHTS = ("none", "std", "inverse_dt", "inverse_sensitivity")
 UPDATES_BY = ("samples", "steps")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
+DECAYS = ("zero", "start")
 REWARD_NAMES = (
     "ocr", "shapes", "geneval", "jpeg_compressibility", "jpeg_incompressibility", "judge", "remote",
     "flow_grpo_server", "unirl", "clipscore", "pickscore", "hpsv2", "image_reward", "aesthetic",

@@ -294,7 +294,10 @@ def _optimizer(config) -> Iterator[str]:
     (("optimizer.warmup_updates", o.warmup_updates, 0), ("ema.every", config.ema.every, 1))
   )
   yield from _check_names(
-    [("optimizer.schedule", o.schedule, names.LEARNING_RATE_SCHEDULES, False)]
+    [
+      ("optimizer.schedule", o.schedule, names.LEARNING_RATE_SCHEDULES, False),
+      ("optimizer.decay_to", o.decay_to, names.DECAYS, False),
+    ]
   )
   if not 0 <= o.final_scale <= 1:
     yield f"optimizer.final_scale={o.final_scale}: must be in [0, 1]; 0 ends at no rate at all."
@@ -308,6 +311,8 @@ def _optimizer(config) -> Iterator[str]:
       yield f"optimizer.{field}={value}: must be in [0, 1)."
   if not 0 <= o.weight_decay < math.inf:
     yield f"optimizer.weight_decay={o.weight_decay}: must be finite and >= 0; 0 is none."
+  elif o.decay_to == "start" and not o.weight_decay:
+    yield "optimizer.decay_to='start': optimizer.weight_decay is 0, so nothing decays. Set it; 10 to 100 acts."
   if not 0 <= config.ema.decay < 1:
     yield f"ema.decay={config.ema.decay}: must be in [0, 1); 0 keeps no average."
 

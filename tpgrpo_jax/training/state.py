@@ -1,7 +1,7 @@
 """What a run carries from update to update, and its optimizer."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +52,37 @@ def make_optimizer(
     rate = optax.join_schedules([warmup, after], [config.warmup_updates])
   return optax.chain(
     optax.clip_by_global_norm(config.max_grad_norm),
-    optax.adamw(rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay),
+    optax.chain(  # optax.adamw, but for what it decays to
+      optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+      DECAYS[config.decay_to](config.weight_decay),
+      optax.scale_by_learning_rate(rate),
+    ),
   )
+
+
+class DecayToStartState(NamedTuple):
+  """The weights that the decay pulls to."""
+
+  start: Any
+
+
+def decay_to_start(weight_decay: float) -> optax.GradientTransformation:
+  """Adds weight_decay (weights - start): decoupled weight decay around the weights at `init` in place of 0.
+
+  L2-SP (arXiv 1802.01483) with AdamW's decoupling. It keeps a copy of the weights.
+  """
+
+  def init(params):
+    return DecayToStartState(jax.tree.map(jnp.copy, params))
+
+  def update(updates, state, params):
+    pull = lambda u, w, start: u + weight_decay * (w - start)
+    return jax.tree.map(pull, updates, params, state.start), state
+
+  return optax.GradientTransformation(init, update)
+
+
+DECAYS = {"zero": optax.add_decayed_weights, "start": decay_to_start}
 
 
 # name -> (config, updates that follow the first after the warm-up) -> what optax takes as a learning rate.
