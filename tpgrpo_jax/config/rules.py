@@ -312,7 +312,7 @@ def _optimizer(config) -> Iterator[str]:
   if not 0 <= o.weight_decay < math.inf:
     yield f"optimizer.weight_decay={o.weight_decay}: must be finite and >= 0; 0 is none."
   elif o.decay_to == "start" and not o.weight_decay:
-    yield "optimizer.decay_to='start': optimizer.weight_decay is 0, so nothing decays. Set it; 10 to 100 acts."
+    yield "optimizer.decay_to='start': optimizer.weight_decay is 0, so nothing decays. Set it: 10 to 100."
   if not 0 <= config.ema.decay < 1:
     yield f"ema.decay={config.ema.decay}: must be in [0, 1); 0 keeps no average."
 

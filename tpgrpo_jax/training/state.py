@@ -75,7 +75,7 @@ def decay_to_start(weight_decay: float) -> optax.GradientTransformation:
   def init(params):
     return DecayToStartState(jax.tree.map(jnp.copy, params))
 
-  def update(updates, state, params):
+  def update(updates, state, params=None):
     pull = lambda u, w, start: u + weight_decay * (w - start)
     return jax.tree.map(pull, updates, params, state.start), state
 
