@@ -3,7 +3,8 @@
 A table of the base model and every run, RUN or LABEL=RUN; runs of one label are seeds, and their mean is
 shown with a 95 % interval. Scored by the ODE and by the stochastic sampler, at the steps of the recipe and at
 twice as many; and at part of what was learned, base + a (learned - base), by the ODE. In brackets edge
-density, which tells noise. A cell is the score of the first reward, over --prompts pictures of fixed noise.
+density, which tells noise. A cell is the score of the first reward that evaluations report, over --prompts
+pictures of fixed noise.
 """
 
 import argparse
@@ -24,7 +25,9 @@ def main() -> None:
   )
   parser.add_argument("runs", nargs="+", metavar="RUN")
   parser.add_argument("--weights", choices=tuple(restore.WEIGHTS), default="ema")
-  parser.add_argument("--prompts", type=int, default=256)
+  parser.add_argument(
+    "--prompts", type=int, default=0, help="0 is as many as judge a run at its end"
+  )
   parser.add_argument("--strengths", default=".25,.5,.75", help="with commas; 1 is always there")
   args = parser.parse_args()
   groups = history.load_runs(args.runs)
@@ -48,8 +51,10 @@ def main() -> None:
 def measure(run, columns, args, *, is_base=False):
   """(score, edge density) of each column."""
   config, found = run.config, []
-  prompts = scoring.load_split(config, "judge", count=args.prompts)
-  reward_fn = session_lib.make_rewards(config, restore.mesh_here(config), config.rewards)
+  prompts = scoring.load_split(config, "judge", count=args.prompts or config.eval.judge_prompts)
+  mesh = restore.mesh_here(config)
+  trained = session_lib.make_rewards(config, mesh, config.rewards)
+  reward_fn = session_lib.build_eval_rewards(config, mesh, trained)
   for kind, times, strength in columns:
     opened = restore.open_model(
       config, None if is_base else run.folder, prompts=prompts,
