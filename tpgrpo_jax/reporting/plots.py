@@ -20,8 +20,12 @@ METHOD_COLORS = {
   "flow_grpo": "#2f5f8f",
   "increments": "#4a8c68",
   "aggregation": "#7d63a6",
+  "tp_grpo_fast": "#e39b8b",
+  "tempflow": "#a02c8a",
+  "mixgrpo": "#3b8ea5",
+  "densegrpo": "#8c7a3f",
 }
-SPARE_COLORS = ("#3b8ea5", "#a14d7b", "#8c7a3f", "#5b6b7a", "#b0705a")
+SPARE_COLORS = ("#5b6b7a", "#b0705a", "#6f9fd8", "#98b06f", "#c9a0c4")
 INK, GRAY, FAINT = "#22282f", "#6b7480", "#d9dee3"
 
 STYLE: dict[Any, Any] = {
@@ -107,14 +111,16 @@ def panels(
   return figure, axes
 
 
-def held_out_reward(groups: Groups, reward: str, width: float = WIDE) -> Any:
+def held_out_reward(
+  groups: Groups, reward: str, width: float = WIDE, totals: Sequence[str] = tuple(history.TOTALS)
+) -> Any:
   """One reward of held-out prompts against what was spent: evaluations, operations, wall-clock.
 
   A band is that of the seeds, lowest to highest; of one seed it is the standard error over prompts. The
-  dashed line is the base model's score, with its standard error.
+  dashed line is the base model's score, with its standard error. `totals` has a panel each.
   """
-  figure, axes = panels(3, width, 3.0, room=0.4, sharey=True)
-  for axis, against in zip(axes.flat, history.TOTALS):
+  figure, axes = panels(len(totals), width, 3.0, room=0.4, sharey=True)
+  for axis, against in zip(axes.flat, totals):
     curves = {k: _with_error(v, reward, against) for k, v in groups.items()}
     _draw_base(axis, groups, reward)
     _draw_bands(axis, curves, markers=True)
@@ -136,9 +142,11 @@ def _with_error(runs, reward, against):
 
 
 def _draw_base(axis, groups, reward):
-  """A line for each base model that the runs began with; the same base is drawn once."""
+  """A line for each base model that the runs began with; one that all machines round alike is drawn once."""
   outcomes = [history.outcome(runs, reward) for runs in groups.values()]
-  bases = {(o.base[0], o.base_error[0]) for o in outcomes if np.isfinite(o.base[0])}
+  bases = {
+    (round(o.base[0], 3), round(o.base_error[0], 3)) for o in outcomes if np.isfinite(o.base[0])
+  }
   for base, error in bases:
     axis.axhline(base, color=GRAY, linestyle="--", linewidth=0.9)
     if np.isfinite(error):
