@@ -128,7 +128,7 @@ def train(output, tasks, methods, args):
 
   def run(folder, task, method, seed, share, fields):
     """Whether the run is finished, which it may have been before."""
-    if is_finished(folder):
+    if is_finished(folder) and is_judged(folder):
       return True
     process = start(folder, task, method, seed, share, fields)
     alive.add(process)
@@ -224,6 +224,12 @@ def is_finished(folder):
     return True
   last = max((row["epoch"] for row in rows if row["kind"] == "eval"), default=-1)
   return last >= 0 and last >= history.load_run_config(folder).train.epochs
+
+
+def is_judged(folder):
+  """Whether a finished run was not killed before its judging, which the same command then does."""
+  judged = any(row["kind"] == "judge" for row in metrics.rows_of(folder))
+  return judged or not history.load_run_config(folder).eval.judge_prompts
 
 
 def keep(folder, target, methods):

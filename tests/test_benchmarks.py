@@ -296,6 +296,15 @@ def test_a_run_that_was_cut_is_named_and_not_in_the_tables(compare, tmp_path, mo
   assert "| `tempflow` | 1 |" in found.out and "tables: tempflow_s1" in found.err
 
 
+def test_a_run_that_was_killed_before_its_judging_is_finished_but_not_judged(compare, tmp_path):
+  whole = RESULTS / "two_threads" / "tiny_text" / "tempflow_s0"
+  assert compare.is_finished(whole) and compare.is_judged(whole)
+  shutil.copy(whole / "config.json", tmp_path)
+  lines = gzip.decompress((whole / "metrics.jsonl.gz").read_bytes()).decode().splitlines(True)
+  (tmp_path / "metrics.jsonl").write_text("".join(x for x in lines if '"judge"' not in x))
+  assert compare.is_finished(tmp_path) and not compare.is_judged(tmp_path)
+
+
 @pytest.mark.exhaustive
 def test_compare_trains_what_is_missing_and_prints_a_table(tmp_path):
   sizes = ["train.prompts_per_epoch=2", "train.microbatch=16", "eval.prompts=8"]
