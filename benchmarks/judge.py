@@ -53,8 +53,8 @@ def measure(run, columns, args, *, is_base=False):
   config, found = run.config, []
   prompts = scoring.load_split(config, "judge", count=args.prompts or config.eval.judge_prompts)
   mesh = restore.mesh_here(config)
-  trained = session_lib.make_rewards(config, mesh, config.rewards)
-  reward_fn = session_lib.build_eval_rewards(config, mesh, trained)
+  reward_fn = session_lib.build_eval_rewards(config, mesh)
+  reward_fn = reward_fn or session_lib.make_rewards(config, mesh, config.rewards)
   for kind, times, strength in columns:
     opened = restore.open_model(
       config, None if is_base else run.folder, prompts=prompts,
