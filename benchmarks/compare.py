@@ -30,7 +30,12 @@ import subprocess
 import sys
 import threading
 
-from tpgrpo_jax.config import presets
+from absl import flags
+from ml_collections import config_flags
+
+from tpgrpo_jax import command
+from tpgrpo_jax import config as config_lib
+from tpgrpo_jax.config import bridge, presets, rules
 from tpgrpo_jax.reporting import comparison, history, page
 from tpgrpo_jax.runs import metrics
 
@@ -75,9 +80,19 @@ def main() -> None:
   args = parser.parse_args()
   tasks = args.tasks.split(",")
   methods = list(presets.METHODS) if args.methods == "all" else split_methods(args.methods)
+  if args.seeds < 1:
+    parser.error(f"--seeds {args.seeds}: must be at least 1")
+  if args.cores < 0:
+    parser.error(f"--cores {args.cores}: must be at least 0, which is all")
+  for flag, folder in (("--output", args.output), ("--keep", args.keep)):
+    if folder and pathlib.Path(folder).is_file():
+      parser.error(f"{flag} {folder}: must be a folder, and is a file")
   for task in tasks:
     for method in methods:
-      presets.recipe(task, method.split("+")[0])  # raises for a name that there is not
+      try:
+        check(task, method, args.fields)
+      except (ValueError, TypeError, SyntaxError, flags.Error) as error:
+        parser.error(f"{method} on {task}: {error}")
   output = pathlib.Path(args.output)
   failed = [] if args.tables else train(output, tasks, methods, args)
   for task in tasks:
@@ -109,6 +124,27 @@ def parse_budget(text):
   return found
 
 
+def check(task, method, fields):
+  """Raises ValueError, or an error of the flags, for a recipe that training would refuse."""
+  presets.recipe(task, method.split("+")[0])  # raises for a name that there is not
+  argv = ["train", *recipe_of(task, method), *fields]
+  for key in filter(None, (re.match(r"--config\.([^=]*)", arg) for arg in argv)):
+    bridge.check_key(config_lib.Config, key[1])
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file(
+    "config", flag_values=values, sys_argv=argv, lock_config=True
+  )
+  command.refuse_arguments(values(argv))
+  rules.validate(config_lib.from_config_dict(config_lib.Config, config.value))
+
+
+def recipe_of(task, method):
+  """The flags of training that name a recipe and its changes."""
+  name, *changes = method.split("+")
+  config = f"--config={HERE.parent / 'configs' / task}.py:{name}"
+  return [config, *(f"--config.{change}" for change in changes)]
+
+
 def train(output, tasks, methods, args):
   """Runs everything that is not finished; returns the names of what failed."""
   jobs = queue.SimpleQueue()
@@ -136,7 +172,7 @@ def train(output, tasks, methods, args):
       process.send_signal(signal.SIGTERM)
     status = process.wait()
     alive.discard(process)
-    said = "done" if not status else f"exit status {status}"
+    said = f"exit status {status}: {last_line(folder)}" if status else "done"
     print(f"{folder}: {said}", file=sys.stderr, flush=True)
     if status and not stop.is_set():
       failed.append(folder.name)
@@ -185,14 +221,11 @@ def share_out(cores, each):
 def start(folder, task, method, seed, share, fields):
   """The training process of one run, on its share of the cores; what it prints is in train.log."""
   folder.mkdir(parents=True, exist_ok=True)
-  command = [sys.executable, "-m", "tpgrpo_jax.train"]
-  name, *changes = method.split("+")
-  command += [f"--config={HERE.parent / 'configs' / task}.py:{name}"]
+  command = [sys.executable, "-m", "tpgrpo_jax.train", *recipe_of(task, method)]
   command += [
     f"--config.seed={seed}",
     f"--config.run.dir={folder}",
     "--config.log.tensorboard=False",
-    *(f"--config.{change}" for change in changes),
   ]
   bound = bound_to(share) if CAN_BIND else []
   environment = {"JAX_PLATFORMS": "cpu"} | os.environ
@@ -204,6 +237,12 @@ def start(folder, task, method, seed, share, fields):
       env=environment,
       start_new_session=True,
     )
+
+
+def last_line(folder):
+  """Of what a run has printed."""
+  lines = (folder / "train.log").read_text().splitlines()
+  return lines[-1] if lines else "it has printed nothing"
 
 
 def bound_to(share):

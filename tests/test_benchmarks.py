@@ -261,6 +261,32 @@ def test_a_run_keeps_to_its_share_of_the_cores(compare):
     assert found.stdout.strip() == str(share)
 
 
+@pytest.mark.parametrize(
+  "arguments, said",
+  [
+    ("--seeds 0", "--seeds 0: must be at least 1"),
+    ("--cores -1", "--cores -1: must be at least 0"),
+    ("--output {file}", "--output {file}: must be a folder, and is a file"),
+    ("--tasks tiny_txt", "task='tiny_txt': unknown name. Did you mean 'tiny_text'?"),
+    ("--methods tempflo", "method='tempflo': unknown name. Did you mean 'tempflow'?"),
+    ("--methods branch,tp_grpo+credit.balanc=0", "credit.balanc: unknown config key. Did you mean"),
+    ("--methods tp_grpo+train.epochs=x", "invalid literal for int() with base 10: 'x'"),
+    ("--methods tp_grpo+sampler.window=(0,9)", "the end must be <= sampler.num_steps=4"),
+    ("-- --config.train.epochs=0", "flow_grpo on tiny_text: train.epochs=0: must be at least 1"),
+    ("-- train.epochs=3", "unexpected arguments train.epochs=3"),
+  ],
+)
+def test_comparison_that_cannot_be_is_refused_before_a_run_starts(
+  compare, tmp_path, monkeypatch, capsys, arguments, said
+):
+  monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("a run was started"))
+  (file := tmp_path / "file").touch()
+  monkeypatch.setattr(sys, "argv", ["compare.py", *arguments.format(file=file).split()])
+  with pytest.raises(SystemExit):
+    compare.main()
+  assert said.format(file=file) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["tiny_text", "tiny_shapes"])
 def test_runs_behind_the_tables_had_the_recipes_of_today(task):
   for run in (RESULTS / task).glob("*_s*"):
