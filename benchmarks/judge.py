@@ -52,6 +52,7 @@ def measure(run, columns, args, *, is_base=False):
   """(score, edge density) of each column."""
   config, found = run.config, []
   prompts = scoring.load_split(config, "judge", count=args.prompts or config.eval.judge_prompts)
+  seed = scoring.noise_seed(config, "judge", prompts)
   mesh = restore.mesh_here(config)
   reward_fn = session_lib.build_eval_rewards(config, mesh)
   reward_fn = reward_fn or session_lib.make_rewards(config, mesh, config.rewards)
@@ -61,9 +62,7 @@ def measure(run, columns, args, *, is_base=False):
       **({} if is_base else {"weights": args.weights, "strength": strength}),
     )  # fmt: skip
     num_steps = times * config.eval.num_steps
-    images = scoring.sample_images(
-      opened, prompts, num_steps=num_steps, seed=evaluation.NOISE_SEED, kind=kind
-    )
+    images = scoring.sample_images(opened, prompts, num_steps=num_steps, seed=seed, kind=kind)
     result = scoring.evaluate_images(images, opened.model.pipeline.show(prompts), reward_fn)
     mean = next(iter(result["rewards"].values()))["mean"]
     found.append((mean, result["image"]["image/edge_density"]))

@@ -75,7 +75,9 @@ def main(argv: list[str]) -> None:
   reward_fn = session_lib.build_eval_rewards(config, restore.mesh_here(config))
   prompts = scoring.load_split(config, _SPLIT.value, count=_PROMPTS.value)
   reward_fn.check(prompts)  # pyright: ignore[reportFunctionMemberAccess]
-  seed = evaluation.NOISE_SEED if _SEED.value is None else _SEED.value
+  seed = _SEED.value
+  if seed is None:
+    seed = scoring.noise_seed(config, _SPLIT.value, prompts)
   num_steps, kind = config.eval.num_steps, _SAMPLER.value
 
   def score(opened):

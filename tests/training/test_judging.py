@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.training import evaluation, judging
+from tpgrpo_jax.config import presets
+from tpgrpo_jax.training import evaluation, judging, scoring
+from tpgrpo_jax.training import session as session_lib
 from tpgrpo_jax.types import Prompt
 
 BASE, LAST = np.array([0.1, 0.3, 0.5, 0.7]), np.array([0.3, 0.4, 0.8, 0.7])
@@ -29,6 +31,29 @@ def test_prompts_that_judge_are_those_that_no_evaluation_sees():
   assert choose(prompts=4, judge_prompts=99) == [4, 5, 6, 7, 8, 9]
   assert choose(prompts=4, judge_prompts=0) == []
   assert choose(prompts=10, judge_prompts=5) == choose(prompts=99, judge_prompts=5) == []
+
+
+@pytest.mark.parametrize("task, evaluated", [("tiny_text", 0), ("tiny_shapes", 168)])
+def test_prompts_that_are_evaluated_too_are_judged_with_other_noise(task, evaluated):
+  config = presets.recipe(task, "tp_grpo")
+  test, judge = (scoring.load_split(config, split) for split in ("test", "judge"))
+  assert judging.count_evaluated(judge, test) == evaluated
+  seeds = [scoring.noise_seed(config, *asked) for asked in (("test", test), ("judge", judge))]
+  pictures = [
+    {(seed, i, prompt.text) for i, prompt in enumerate(prompts)}
+    for seed, prompts in zip(seeds, (test, judge))
+  ]
+  assert len(pictures[0]) == len(test) and pictures[0].isdisjoint(pictures[1])
+  assert (seeds[0] == seeds[1] == evaluation.NOISE_SEED) == (not evaluated)
+
+
+@pytest.mark.parametrize("task, offset", [("tiny_text", 0), ("tiny_shapes", 1)])
+def test_a_run_judges_with_that_noise(task, offset, monkeypatch):
+  seeds = []
+  make = lambda *asked: seeds.append(asked[5] if len(asked) > 5 else evaluation.NOISE_SEED)
+  monkeypatch.setattr(evaluation, "make_evaluate", make)
+  session_lib.open_session(presets.recipe(task, "flow_grpo"))
+  assert seeds == [evaluation.NOISE_SEED, evaluation.NOISE_SEED + offset]
 
 
 def test_gain_is_the_mean_of_the_paired_differences_with_its_standard_error():
@@ -61,6 +86,15 @@ def test_summary_says_before_after_and_the_next_command(best):
   assert ("--weights best" in text) == (best == 30)
   assert ("runs/mine/best/" in text) == (best in (30, 60))
   assert ("better than the base" in text) == (best == 0)
+
+
+def test_summary_says_how_many_prompts_evaluations_saw_too():
+  row = {"epoch": 60, "kind": "judge"} | judging.judge(evaluate([]), {"base": "b", "last": "l"})
+  said = lambda twice: judging.summary("runs/mine", row | {"prompts_evaluated": twice})
+  assert said(0).startswith("On 4 held-out prompts that no evaluation saw (mean")
+  assert said(3).startswith(
+    "On 4 held-out prompts that no evaluation saw, or with other noise: 3 were seen (mean"
+  )
 
 
 @pytest.mark.parametrize("best", [None, 0, 30, 60])

@@ -223,6 +223,7 @@ def test_run_without_progress_ends_by_its_patience_and_is_judged_by_other_prompt
   assert [row["epoch"] for row in rows if row["kind"] == "train"] == [1, 2]
   judged = rows[-1]
   assert (judged["kind"], judged["epoch"], judged["prompts"]) == ("judge", 2, 3)
+  assert judged["prompts_evaluated"] == 0
   assert judged["best/epoch"] == 0 and judged["last/gain/coarse/mean"] == 0.0
   path = pathlib.Path(config.run.dir) / "metrics.jsonl"
   before = path.read_bytes()

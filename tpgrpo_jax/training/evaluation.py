@@ -139,9 +139,11 @@ def make_evaluate(
   mesh: jax.sharding.Mesh,
   reward_fn: rewards.CombinedRewardFn,
   prompts: Sequence[types.Prompt],
+  seed: int = NOISE_SEED,
 ) -> Callable[..., Evaluation]:
-  """Returns (params, on_chunk) -> Evaluation on these prompts, by the ODE from fixed noise."""
+  """Returns (params, on_chunk) -> Evaluation on these prompts, by the ODE from the noise of `seed`."""
   sample = make_sample_fn(config, model, mesh, num_steps=config.eval.num_steps)
+  sample = functools.partial(sample, seed=seed)
   weights = combine.weights_of(config.rewards)
   return functools.partial(
     _evaluate, sample, reward_fn, weights, list(prompts), model.pipeline.show

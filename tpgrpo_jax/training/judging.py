@@ -32,6 +32,27 @@ def choose_prompts(prompts: Any, settings: config_lib.Eval) -> list[types.Prompt
   return [prompts[i] for i in range(first, min(first + settings.judge_prompts, len(prompts)))]
 
 
+def count_evaluated(prompts: Sequence[types.Prompt], held_out: Sequence[types.Prompt]) -> int:
+  """How many of the prompts that judge are evaluated too: a file may hold one twice, and `shapes` has few.
+
+  Args:
+    prompts: as of `choose_prompts`.
+    held_out: those of evaluations.
+  """
+  seen = {*types.texts_of(held_out)}
+  return sum(text in seen for text in types.texts_of(prompts))
+
+
+def noise_seed(prompts: Sequence[types.Prompt], held_out: Sequence[types.Prompt]) -> int:
+  """That of evaluations; another where a prompt is evaluated too, since its picture would be the same.
+
+  Args:
+    prompts: as of `choose_prompts`.
+    held_out: those of evaluations.
+  """
+  return evaluation.NOISE_SEED + (count_evaluated(prompts, held_out) > 0)
+
+
 def judge(
   evaluate: Callable[..., evaluation.Evaluation], weights: dict[str, Any], *args: Any
 ) -> dict[str, float]:
@@ -76,13 +97,16 @@ def summary(run_dir: str, row: dict[str, Any]) -> str:
 
   Args:
     run_dir: of the run.
-    row: with "epoch", "prompts" and, where best weights are kept, "best/epoch".
+    row: with "epoch", "prompts", "prompts_evaluated" and, where best weights are kept, "best/epoch".
   """
   read = lambda key: Estimate(row[f"{key}/mean"], row[f"{key}/standard_error"])
   labels = [
     key.split("/")[2] for key in row if key.startswith("base/reward/") and key.endswith("/mean")
   ]
-  lines = [f"On {row['prompts']} held-out prompts that no evaluation saw (mean and 95 % interval):"]
+  twice = row.get("prompts_evaluated")  # an earlier version's row has none
+  noise = f", or with other noise: {twice} were seen" if twice else ""
+  asked = f"On {row['prompts']} held-out prompts that no evaluation saw{noise}"
+  lines = [f"{asked} (mean and 95 % interval):"]
   epoch = row.get("best/epoch")
   for label in labels:
     base, last = read(f"base/reward/{label}"), read(f"last/reward/{label}")

@@ -280,8 +280,9 @@ def _judge(session, state, totals, best, sink, run_dir, on_chunk):
       is_last = best.epoch == epoch
       weights["best"] = state.ema if is_last else best_lib.load(run_dir, abstract)[0]
     evaluate = lambda trainable: session.evaluate_unseen(session.model.params(trainable), on_chunk)
-    row = {"epoch": epoch, "kind": "judge"}
+    row: dict[str, Any] = {"epoch": epoch, "kind": "judge"}
     row |= {} if best.epoch is None else {"best/epoch": best.epoch}
+    row["prompts_evaluated"] = judging.count_evaluated(session.unseen, session.held_out)
     row |= judging.judge(evaluate, weights)
     sink.write(row)
   if processes.is_first():

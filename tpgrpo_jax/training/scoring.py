@@ -49,6 +49,13 @@ def load_split(
   )
 
 
+def noise_seed(config: config_lib.Config, split: str, prompts: Sequence[types.Prompt]) -> int:
+  """What training itself takes for the prompts of a split, as `load_split` gives them."""
+  if split != "judge":
+    return evaluation.NOISE_SEED
+  return judging.noise_seed(prompts, load_split(config, "test"))
+
+
 def sample_images(
   opened: restore.Opened,
   prompts: Sequence[types.Prompt],

@@ -136,7 +136,7 @@ def open_session(
     held_out=held_out,
     unseen=list(unseen),
     evaluate=evaluate(held_out),
-    evaluate_unseen=evaluate(unseen) if unseen else None,
+    evaluate_unseen=evaluate(unseen, judging.noise_seed(unseen, held_out)) if unseen else None,
     objective=losses.OBJECTIVES[config.loss.objective],
     old_scores=old_scores.OldScores(config),
     **_bind(config, model, mesh),
