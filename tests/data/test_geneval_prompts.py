@@ -60,11 +60,11 @@ def test_distinct_keeps_the_first_of_each_text_in_order():
   "bad, said",
   [
     ({"prompt": "a cow"}, "has include=None: must be a list"),
-    (row("unicorn"), "class='unicorn', which the detector does not know"),
+    (row("unicorn"), "class='unicorn', which the reward does not know"),
     (row("computer mose"), "Did you mean 'computer mouse'"),
     (
       row("car", color="gray"),
-      "color='gray', which is no colour of GenEval's. Choices: red, orange",
+      "color='gray', which the reward does not know. .*Choices: black, blue",
     ),
     (
       row("car") | {"exclude": [{"class": "caar", "count": 2}]},

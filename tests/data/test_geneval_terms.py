@@ -59,6 +59,7 @@ def test_a_higher_threshold_only_takes_relations_away():
       {"include": [{"class": "cow", "count": 1}, {"class": "dog", "count": 1, "position": ["near", 0]}]},
       "position must be one of left of, right of, above, below",
     ),
+    ({"include": [{"class": "cow", "count": 1, "colour": "red"}]}, "'colour' says .* mean 'color'"),
     ({"include": [{"class": "cow", "count": 1}], "exclude": [{"class": "cow"}]}, r"exclude\[0\]"),
     *[
       ({"include": [{"class": "cow", "count": 1}], "exclude": bad}, f"exclude={bad!r}: must be a list")

@@ -288,6 +288,23 @@ def test_prompt_without_metadata_is_refused_before_anything_is_painted():
     shapes_reward.make().check("a cow", {})
 
 
+@pytest.mark.parametrize(
+  "clause, said",
+  [
+    ({"class": "circel"}, r"include\[0\] has class='circel', .* Did you mean 'circle'"),
+    ({"class": "circle", "color": "purple"}, "color='purple', .* Choices: blue, green"),
+    ({"class": "circle", "color": ["red"]}, r"color=\['red'\], which the reward does not know"),
+    (
+      {"class": "circle", "colour": "red"},
+      "'colour' says nothing to the rules. Did you mean 'color'",
+    ),
+  ],
+)
+def test_shapes_that_the_reward_does_not_know_are_refused(clause, said):
+  with pytest.raises(ValueError, match=said):
+    shapes_reward.make().check("a thing", {"include": [{"count": 1, **clause}]})
+
+
 @pytest.mark.slow
 def test_reading_a_picture_takes_less_than_two_milliseconds(scenes):
   _, _, pictures = scenes

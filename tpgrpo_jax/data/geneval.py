@@ -7,7 +7,7 @@
 "exclude" clauses none may.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import hashlib
 import math
 from typing import Any
@@ -17,6 +17,7 @@ from tpgrpo_jax.types import Prompt
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
+_KEYS = ("class", "count", "color", "position")  # of a clause
 POSITION_THRESHOLD = 0.1  # evaluate_images.py's default
 COLORS = (
   "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
@@ -83,25 +84,31 @@ def check_metadata(prompt: str, metadata: Mapping[str, Any]) -> None:
       count = clause.get("count")
       if type(count) is not int or count < 1:
         raise ValueError(f"{where}: count must be an integer >= 1. Write 1 for one object.")
+      for name in sorted(map(str, {*clause} - {*_KEYS})):
+        raise ValueError(
+          f"{where}: {name!r} says nothing to the rules.{registry.nearest(name, _KEYS)}"
+        )
       if "position" in clause:
         _check_position(where, clause["position"], number)
 
 
-def check_names(prompt: str, metadata: Mapping[str, Any]) -> None:
-  """Raises ValueError where checked metadata names a class that is not in CLASSES, or another colour."""
-  for key in ("include", "exclude"):
-    for number, clause in enumerate(metadata.get(key, ())):
-      where = f"prompt={prompt!r}: {key}[{number}]"
-      if clause["class"] not in CLASSES:
-        raise ValueError(
-          f"{where} has class={clause['class']!r}, which the detector does not know."
-          f"{registry.nearest(clause['class'], CLASSES)}"
-        )
-      if "color" in clause and clause["color"] not in COLORS:
-        raise ValueError(
-          f"{where} has color={clause['color']!r}, which is no colour of GenEval's. Choices: "
-          f"{', '.join(COLORS)}."
-        )
+def check_names(
+  prompt: str,
+  metadata: Mapping[str, Any],
+  *,
+  classes: Collection[str] = CLASSES,
+  colors: Collection[str] = COLORS,
+) -> None:
+  """Raises ValueError where checked metadata names another class or colour than these."""
+  for part in ("include", "exclude"):
+    for number, clause in enumerate(metadata.get(part, ())):
+      where = f"prompt={prompt!r}: {part}[{number}]"
+      for key, known in (("class", classes), ("color", colors)):
+        if key in clause and clause[key] not in [*known]:
+          raise ValueError(
+            f"{where} has {key}={clause[key]!r}, which the reward does not know."
+            f"{registry.nearest(clause[key], known)}"
+          )
 
 
 def distinct(prompts: Sequence[Prompt]) -> list[Prompt]:

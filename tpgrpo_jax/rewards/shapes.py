@@ -46,7 +46,8 @@ def make(*, strict: bool = True) -> types.RewardFn:
     "text", what was read in each picture, and "exact" float32 [N], the strict score.
 
   Raises:
-    ValueError: strict is neither True nor False, or, from the reward, metadata that is not GenEval's.
+    ValueError: strict is neither True nor False, or, from the reward, metadata that is not GenEval's
+      or names other shapes and colours.
     ImportError: scikit-image is not installed.
   """
   if not isinstance(strict, bool):
@@ -65,15 +66,21 @@ def make(*, strict: bool = True) -> types.RewardFn:
     metadata: Sequence[Mapping[str, Any]],
   ) -> tuple[Float32[np.ndarray, " N"], dict[str, Any]]:
     for prompt, row in zip(prompts, metadata, strict=True):
-      geneval.check_metadata(prompt, row)
+      check(prompt, row)
     found = detect(images)
     verdicts = [judge(f, row) for f, row in zip(found, metadata, strict=True)]
     exact = np.asarray([v.correct for v in verdicts], np.float32)
     scores = exact if strict else np.asarray([v.score for v in verdicts], np.float32)
     return scores, {"text": [describe(f) for f in found], "exact": exact}
 
-  reward.check = geneval.check_metadata  # pyright: ignore[reportFunctionMemberAccess]
+  reward.check = check  # pyright: ignore[reportFunctionMemberAccess]
   return reward
+
+
+def check(prompt: str, metadata: Mapping[str, Any]) -> None:
+  """Raises ValueError where a prompt's metadata has another form than GenEval's, or names another shape."""
+  geneval.check_metadata(prompt, metadata)
+  geneval.check_names(prompt, metadata, classes=shapes.CLASSES, colors=shapes.COLORS)
 
 
 def judge(
