@@ -15,7 +15,7 @@ import pytest
 
 from tpgrpo_jax import caches, models
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.config import method_rules, rules
+from tpgrpo_jax.config import advice, rules
 from tpgrpo_jax.data import prompts as prompts_lib
 from tpgrpo_jax.models import flux, prompt_cache, text_source
 from tpgrpo_jax.models.hf import files
@@ -44,7 +44,7 @@ def test_guidance_of_one_and_below_is_none_as_in_diffusers(scale, tmp_path):
   )
   pipeline.check_distilled(config_lib.Sampler(guidance_scale=scale), tmp_path)
   forward = dataclasses.replace(guided(scale), loss=config_lib.Loss(objective="nft"))
-  assert not any("without guidance" in each for each in method_rules.advise(forward))
+  assert not any("without guidance" in each for each in advice.advise(forward))
 
 
 def test_guidance_above_one_is_guidance(tmp_path):

@@ -1,6 +1,7 @@
 """How every command starts, and how it says that something is wrong."""
 
 from collections.abc import Callable
+import math
 import os
 import pathlib
 import re
@@ -113,7 +114,11 @@ def define_weights() -> tuple[flags.FlagHolder, flags.FlagHolder]:
     ["ema", "last", "best"],
     "Of the run: the newest average, as the last update left them, those of the best evaluation.",
   )
-  return weights, flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
+  strength = flags.DEFINE_float("strength", 1.0, "base + strength (learned - base).")
+  flags.register_validator(
+    strength, lambda value: 0 <= value < math.inf, message="must be finite and >= 0"
+  )
+  return weights, strength
 
 
 def define_epoch() -> flags.FlagHolder:

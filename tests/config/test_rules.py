@@ -104,6 +104,10 @@ BAD = {
     {"optimizer.decay_to": "start", "optimizer.weight_decay": 0.0},
     ("optimizer.decay_to='start':", "nothing decays"),
   ),
+  "decay_of_all_in_one_update": (
+    {"optimizer.weight_decay": 1e4},
+    ("optimizer.weight_decay=10000.0:", "learning_rate", "must be < 1", "Lower it"),
+  ),
   "adapters_on_nothing": (
     {"lora.rank": 2, "lora.targets": ()},
     ("lora.targets=():", "must name layers", "attn.to_q"),

@@ -18,30 +18,6 @@ def check(config: fields.Config) -> Iterator[str]:
   yield from _policy(config) if config.loss.objective == "policy" else _forward(config)
 
 
-def advise(config: fields.Config) -> Iterator[str]:
-  """One line for each choice that works and is probably not meant."""
-  s, train = config.sampler, config.train
-  told = config.model.variant in names.TOLD_VARIANTS
-  if config.loss.objective != "policy" and s.guidance_scale > 1.0 and not told:
-    yield (
-      f"sampler.guidance_scale={s.guidance_scale}: DiffusionNFT and AWM sample and train without guidance. "
-      "It goes on as you ask; 1.0 is the papers'."
-    )
-  fits = config.credit.method == "vgpo", config.advantage.normalization == "value"
-  if fits[0] != fits[1] and ":" not in config.credit.method:
-    yield (
-      f"credit.method={config.credit.method!r}, advantage.normalization={config.advantage.normalization!r}: "
-      "VGPO's values and its normalisation 'value' were made for each other."
-    )
-  field = "update_microbatch" if train.update_microbatch else "microbatch"
-  together = math.gcd(s.branches, getattr(train, field))
-  if together < s.branches:
-    yield (
-      f"train.{field}={getattr(train, field)}: takes an anchor's {s.branches} members {together} at a time, "
-      f"and evaluates the anchor for each part again. Multiples of {s.branches} keep them together."
-    )
-
-
 def _branches(config) -> Iterator[str]:
   s, size = config.sampler, config.train.group_size
   if s.rollout == "branch":

@@ -6,7 +6,7 @@ import re
 import warnings
 
 from tpgrpo_jax import registry
-from tpgrpo_jax.config import bridge, fields, method_rules, names, size_rules
+from tpgrpo_jax.config import advice, bridge, fields, method_rules, names, size_rules
 
 
 def validate(config: fields.Config) -> None:
@@ -29,8 +29,8 @@ def validate(config: fields.Config) -> None:
   )
   groups += (_distributed, _best, method_rules.check)
   _raise([problem for group in groups for problem in group(config)])
-  for advice in method_rules.advise(config):
-    warnings.warn(advice, stacklevel=2)
+  for line in advice.advise(config):
+    warnings.warn(line, stacklevel=2)
 
 
 def validate_pretrain(config: fields.PretrainConfig) -> None:
@@ -313,6 +313,11 @@ def _optimizer(config) -> Iterator[str]:
     yield f"optimizer.weight_decay={o.weight_decay}: must be finite and >= 0; 0 is none."
   elif o.decay_to == "start" and not o.weight_decay:
     yield "optimizer.decay_to='start': optimizer.weight_decay is 0, so nothing decays. Set it: 10 to 100."
+  elif o.learning_rate * o.weight_decay >= 1:
+    yield (
+      f"optimizer.weight_decay={o.weight_decay}: times optimizer.learning_rate={o.learning_rate} must be "
+      "< 1, since an update takes away that part of the weights. Lower it."
+    )
   if not 0 <= config.ema.decay < 1:
     yield f"ema.decay={config.ema.decay}: must be in [0, 1); 0 keeps no average."
 
