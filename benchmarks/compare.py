@@ -90,7 +90,7 @@ def main() -> None:
   for task in tasks:
     for method in methods:
       try:
-        check(task, method, args.fields)
+        parse(task, method, args.fields)
       except (ValueError, TypeError, SyntaxError, flags.Error) as error:
         parser.error(f"{method} on {task}: {error}")
   output = pathlib.Path(args.output)
@@ -98,7 +98,9 @@ def main() -> None:
   for task in tasks:
     if args.keep:
       keep(output / task, pathlib.Path(args.keep) / task, methods)
-    show(output / task, methods)
+  shown = [show(output / task, methods) for task in tasks]
+  if args.tables and not any(shown):
+    sys.exit(f"error: --output {output}: has no finished run of these tasks and methods.")
   if failed:
     sys.exit(
       f"error: {len(failed)} runs failed: {', '.join(failed)}. See train.log in their folders."
@@ -124,8 +126,8 @@ def parse_budget(text):
   return found
 
 
-def check(task, method, fields):
-  """Raises ValueError, or an error of the flags, for a recipe that training would refuse."""
+def parse(task, method, fields):
+  """The config of a run; raises ValueError, or an error of the flags, for what training would refuse."""
   presets.recipe(task, method.split("+")[0])  # raises for a name that there is not
   argv = ["train", *recipe_of(task, method), *fields]
   for key in filter(None, (re.match(r"--config\.([^=]*)", arg) for arg in argv)):
@@ -135,7 +137,9 @@ def check(task, method, fields):
     "config", flag_values=values, sys_argv=argv, lock_config=True
   )
   command.refuse_arguments(values(argv))
-  rules.validate(config_lib.from_config_dict(config_lib.Config, config.value))
+  parsed = config_lib.from_config_dict(config_lib.Config, config.value)
+  rules.validate(parsed)
+  return parsed
 
 
 def recipe_of(task, method):
@@ -162,20 +166,26 @@ def train(output, tasks, methods, args):
     for process in list(alive):
       process.send_signal(signal.SIGTERM)
 
+  def fail(name, why):
+    print(why, file=sys.stderr, flush=True)
+    failed.append(name)
+
   def run(folder, task, method, seed, share, fields):
     """Whether the run is finished, which it may have been before."""
     if is_finished(folder) and is_judged(folder):
-      return True
+      if other := differences(folder, parse(task, method, [f"--config.seed={seed}", *fields])):
+        fail(folder.name, f"{folder}: is finished with {other}. Another --output begins anew")
+      return not other
     process = start(folder, task, method, seed, share, fields)
     alive.add(process)
     if stop.is_set():  # it came between the signal and its answer
       process.send_signal(signal.SIGTERM)
     status = process.wait()
     alive.discard(process)
-    said = f"exit status {status}: {last_line(folder)}" if status else "done"
-    print(f"{folder}: {said}", file=sys.stderr, flush=True)
     if status and not stop.is_set():
-      failed.append(folder.name)
+      fail(folder.name, f"{folder}: exit status {status}: {last_line(folder)}")
+    else:
+      print(f"{folder}: {'ended' if status else 'done'}", file=sys.stderr, flush=True)
     return not status
 
   def paid(task, method, share):
@@ -187,7 +197,10 @@ def train(output, tasks, methods, args):
     with locks[task, method]:
       if not run(folder, task, method, 0, share, args.fields + fields):
         return None
-    return [f"--config.train.epochs={affordable(folder, *args.budget)}"]
+    if epochs := affordable(folder, *args.budget):
+      return [f"--config.train.epochs={epochs}"]
+    fail(folder.name, f"{folder}: --budget {'='.join(map(str, args.budget))} pays no epoch of it")
+    return None
 
   def work(share):
     while not stop.is_set():
@@ -251,9 +264,9 @@ def bound_to(share):
 
 
 def affordable(folder, kind, amount):
-  """How many epochs an amount pays, by the rows of a probe; one at least."""
+  """How many whole epochs an amount pays, by the rows of a probe."""
   rows = [row for row in metrics.rows_of(folder) if row["kind"] == "train"]
-  return max(1, int(amount / BUDGETS[kind](rows) + 1e-6))
+  return int(amount / BUDGETS[kind](rows) + 1e-6)
 
 
 def is_finished(folder):
@@ -263,6 +276,15 @@ def is_finished(folder):
     return True
   last = max((row["epoch"] for row in rows if row["kind"] == "eval"), default=-1)
   return last >= 0 and last >= history.load_run_config(folder).train.epochs
+
+
+def differences(folder, asked):
+  """Where a run had another recipe or length than is asked for: "train.epochs=3, not 9"."""
+  kept = history.load_run_config(folder)
+  found = history.differences([kept, asked])
+  if kept.train.epochs != asked.train.epochs:
+    found["train.epochs"] = [kept.train.epochs, asked.train.epochs]
+  return ", ".join(f"{name}={has}, not {wanted}" for name, (has, wanted) in found.items())
 
 
 def is_judged(folder):
@@ -279,14 +301,14 @@ def keep(folder, target, methods):
 
 
 def show(folder, methods):
-  """Prints the task's tables and writes its report, of the finished runs."""
+  """Prints the task's tables and writes its report, of the finished runs; False if there are none."""
   found = [(method, run) for method in methods for run in sorted(folder.glob(f"{method}_s*"))]
   runs = [f"{method}={run}" for method, run in found if is_finished(run)]
   if cut := [run.name for _, run in found if metrics.rows_of(run) and not is_finished(run)]:
     print(f"{folder}: not finished, so not in the tables: {', '.join(cut)}", file=sys.stderr)
   if not runs:
     print(f"{folder}: no finished runs yet", file=sys.stderr)
-    return
+    return False
   groups = history.load_runs(runs)
   print(f"\n## {folder.name}\n")
   for reward in history.reward_labels(groups):
@@ -294,6 +316,7 @@ def show(folder, methods):
   if rows := comparison.turning_points(groups):
     print(f"Share of samples with a turning point:\n\n{comparison.as_markdown(rows)}\n")
   print(f"Plots: {page.write_report(groups, folder / 'report')}")
+  return True
 
 
 if __name__ == "__main__":

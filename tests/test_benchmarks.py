@@ -217,7 +217,7 @@ ROWS = [
     ("evaluations=1099", 10),
     ("teraflops=.4", 2),
     ("minutes=1", 5),
-    ("minutes=.01", 1),
+    ("minutes=.01", 0),
   ],
 )
 def test_budget_pays_whole_epochs_of_what_one_takes_after_the_first(
@@ -320,6 +320,15 @@ def test_a_run_that_was_cut_is_named_and_not_in_the_tables(compare, tmp_path, mo
   compare.show(tmp_path, ["tempflow"])
   found = capsys.readouterr()
   assert "| `tempflow` | 1 |" in found.out and "tables: tempflow_s1" in found.err
+
+
+def test_a_finished_run_of_another_length_or_recipe_is_told_from_the_one_that_is_asked(compare):
+  run = RESULTS / "two_threads" / "tiny_text" / "tempflow_s0"
+  asked = lambda *fields: compare.parse("tiny_text", "tempflow", [*fields])
+  assert not compare.differences(run, asked("--config.run.dir=elsewhere"))
+  longer = asked("--config.train.epochs=240", "--config.sampler.noise_level=0.4")
+  found = compare.differences(run, longer)
+  assert found == "sampler.noise_level=0.7, not 0.4, train.epochs=120, not 240"
 
 
 def test_a_run_that_was_killed_before_its_judging_is_finished_but_not_judged(compare, tmp_path):

@@ -235,6 +235,13 @@ def test_evaluation_reports_every_reward_and_every_sample():
   }  # fmt: skip
 
 
+@pytest.mark.parametrize("strength", ["nan", "-0.5"])
+def test_strength_that_no_weights_have_is_refused(work, run_dir, strength):
+  done = run_command(work, "export", "--run", run_dir, f"--strength={strength}", "--output", "none")
+  assert done.returncode == 1 and not (work / "none").exists()
+  assert f"flag --strength={strength}: must be finite and >= 0" in done.stderr
+
+
 def test_prompts_file_that_cannot_be_used_is_named(tmp_path):
   empty = tmp_path / "empty.txt"
   empty.write_text("\n \n")

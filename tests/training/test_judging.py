@@ -47,6 +47,11 @@ def test_prompts_that_are_evaluated_too_are_judged_with_other_noise(task, evalua
   assert (seeds[0] == seeds[1] == evaluation.NOISE_SEED) == (not evaluated)
 
 
+def test_one_prompt_has_no_interval():
+  assert str(judging.estimate(np.array([0.25]))) == "0.250"
+  assert str(judging.estimate(np.array([0.25, 0.25]))) == "0.250 ± 0.000"
+
+
 @pytest.mark.parametrize("task, offset", [("tiny_text", 0), ("tiny_shapes", 1)])
 def test_a_run_judges_with_that_noise(task, offset, monkeypatch):
   seeds = []

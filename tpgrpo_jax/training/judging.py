@@ -18,7 +18,8 @@ class Estimate(NamedTuple):
   standard_error: float
 
   def __str__(self) -> str:
-    return f"{self.mean:.3f} ± {1.96 * self.standard_error:.3f}"
+    interval = "" if np.isnan(self.standard_error) else f" ± {1.96 * self.standard_error:.3f}"
+    return f"{self.mean:.3f}{interval}"
 
 
 def choose_prompts(prompts: Any, settings: config_lib.Eval) -> list[types.Prompt]:
