@@ -112,6 +112,16 @@ def test_seconds_of_an_epoch_are_the_median_of_the_quickest_seed(make_run):
   assert dict(zip(head, row, strict=True))["s an epoch"] == "6.0"
 
 
+def test_equal_minutes_are_those_of_the_quickest_seeds_epochs(make_run):
+  points = [(0, 0.2), (1, 0.3), (2, 0.4), (3, 0.5), (4, 0.6)]
+  groups = {"slow": [make_run("slow", 0, points)], "quick": [make_run("quick", 0, points)]}
+  for label, seconds in (("slow", 6.0), ("quick", 3.0)):
+    groups[label][0].train.extend({"epoch": i, "time/epoch": seconds} for i in range(1, 5))
+  head, *rows = comparison.table(groups, "ocr")
+  slow, quick = (dict(zip(head, row, strict=True))["at equal minutes"] for row in rows)
+  assert (slow, quick) == (".400", ".600")  # 12 seconds are two epochs and four
+
+
 def test_best_is_not_the_last(make_run):
   runs = [make_run("a", 0, [(0, 0.2), (1, 0.9), (2, 0.7)])]
   head, row = comparison.table({"a": runs}, "ocr")

@@ -105,6 +105,7 @@ COLUMNS: tuple[str, ...] = (
   "s an epoch",
   "at equal evaluations",
   "at equal TFLOP",
+  "at equal minutes",
   "on the way there",
 )
 
@@ -114,8 +115,8 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
 
   "judged" are scores on prompts that no evaluation saw, of the last weights and of those that the evaluations
   chose. "s an epoch" is the median epoch of the quickest seed: what a busy machine disturbs least. Equal
-  evaluations and TFLOP are the most that all runs have spent; "on the way there" is `area_to` the first of
-  the two.
+  evaluations, TFLOP and minutes are the most that all runs have spent, where a minute is of epochs that
+  take so long; "on the way there" is `area_to` the first of the three.
 
   Args:
     groups: as of `history.load_runs`.
@@ -123,6 +124,11 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
     baseline: the label that differences are taken to, at equal evaluations; without it they are left out.
   """
   budgets = {a: common_budget(groups, reward, a) for a in ("evaluations", "teraflops")}
+  seconds = {label: seconds_per_epoch(runs) for label, runs in groups.items()}
+  ends = [
+    r.evals[-1]["epoch"] * seconds[label] for label, runs in groups.items() for r in runs if r.evals
+  ]
+  shortest = min(filter(np.isfinite, ends), default=np.nan)
   compares = baseline in groups
   rows: list[tuple[str, ...]] = [COLUMNS + (f"minus {baseline}",) * compares]
   for label, runs in groups.items():
@@ -139,8 +145,10 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
       name = f"{weights}/reward/{reward}/mean"
       cells.append(str(estimate([history.number(run.judged, name) for run in runs])))
     cells += [mean(o.edges, ".3f").lstrip("0"), mean(o.evaluations, ",.0f")]
-    cells += [mean(o.teraflops, ",.3g"), mean(o.seconds / 60, ".1f"), _seconds(runs)]
-    cells += [str(at["evaluations"]), str(at["teraflops"]), str(area)]
+    in_time = estimate([_score_after(run, reward, shortest / seconds[label]) for run in runs])
+    cells += [mean(o.teraflops, ",.3g"), mean(o.seconds / 60, ".1f")]
+    cells += ["" if np.isnan(seconds[label]) else f"{seconds[label]:.1f}"]
+    cells += [str(at["evaluations"]), str(at["teraflops"]), str(in_time), str(area)]
     if compares:
       others = groups[baseline]
       budget = budgets["evaluations"]
@@ -170,11 +178,16 @@ def turning_points(groups: Groups) -> list[tuple[str, ...]]:
   return [head, *(row + ("",) * (1 + steps - len(row)) for row in rows)] if rows else []
 
 
-def _seconds(runs):
-  """Of an epoch, without the first two, which compile."""
+def seconds_per_epoch(runs: Sequence[history.Run]) -> float:
+  """Of the quickest seed, the median without the first two, which compile; NaN of runs without more."""
   each = [[history.number(row, "time/epoch") for row in run.train[2:]] for run in runs]
-  medians = [np.median(seconds) for seconds in each if seconds]
-  return f"{min(medians):.1f}" if medians else ""
+  return float(min((np.median(seconds) for seconds in each if seconds), default=np.nan))
+
+
+def _score_after(run, reward, epochs):
+  """The held-out score after so many epochs, between two evaluations by a straight line."""
+  pairs = [(row["epoch"], history.number(row, f"reward/{reward}/mean")) for row in run.evals]
+  return float(np.interp(epochs, *zip(*pairs))) if pairs and np.isfinite(epochs) else np.nan
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
