@@ -186,8 +186,9 @@ def seconds_per_epoch(runs: Sequence[history.Run]) -> float:
 
 def _score_after(run, reward, epochs):
   """The held-out score after so many epochs, between two evaluations by a straight line."""
-  pairs = [(row["epoch"], history.number(row, f"reward/{reward}/mean")) for row in run.evals]
-  return float(np.interp(epochs, *zip(*pairs))) if pairs and np.isfinite(epochs) else np.nan
+  at = [row["epoch"] for row in run.evals]
+  score = [history.number(row, f"reward/{reward}/mean") for row in run.evals]
+  return float(np.interp(epochs, at, score)) if at and np.isfinite(epochs) else np.nan
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
