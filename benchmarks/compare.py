@@ -35,7 +35,7 @@ from ml_collections import config_flags
 
 from tpgrpo_jax import command
 from tpgrpo_jax import config as config_lib
-from tpgrpo_jax.config import bridge, presets, rules
+from tpgrpo_jax.config import presets, rules
 from tpgrpo_jax.reporting import comparison, history, page
 from tpgrpo_jax.runs import metrics
 
@@ -130,8 +130,7 @@ def parse(task, method, fields):
   """The config of a run; raises ValueError, or an error of the flags, for what training would refuse."""
   presets.recipe(task, method.split("+")[0])  # raises for a name that there is not
   argv = ["train", *recipe_of(task, method), *fields]
-  for key in filter(None, (re.match(r"--config\.([^=]*)", arg) for arg in argv)):
-    bridge.check_key(config_lib.Config, key[1])
+  command.check_fields(config_lib.Config, argv)
   values = flags.FlagValues()
   config = config_flags.DEFINE_config_file(
     "config", flag_values=values, sys_argv=argv, lock_config=True

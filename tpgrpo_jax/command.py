@@ -49,13 +49,8 @@ def run(
       if any(name == "config" for name in flags.FLAGS):
         print(describe.render(recipe))
       sys.exit(0)
-    keys = (re.match(r"--?config\.([^=]+)", arg) for arg in argv)
     try:
-      for key in filter(None, keys):
-        bridge.check_key(recipe, key[1])
-      for i, arg in enumerate(argv):
-        if written := _value_of("config.rewards", arg, argv[i + 1 :]):
-          bridge.check_once("rewards", written)
+      check_fields(recipe, argv)
       return flags.FLAGS(_with_recipes_found(argv))
     except (ValueError, TypeError, SyntaxError, flags.Error) as error:  # of config_flags
       _stop(_origin(error))
@@ -87,6 +82,15 @@ def run(
         raise
       os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is written at exit
       sys.exit(_UNREAD)
+
+
+def check_fields(recipe: type, argv: list[str]) -> None:
+  """Raises ValueError for a --config.x.y that `recipe`, a dataclass, has not, and for a reward named twice."""
+  for i, arg in enumerate(argv):
+    if key := re.match(r"--?config\.([^=]*)", arg):
+      bridge.check_key(recipe, key[1])
+    if written := _value_of("config.rewards", arg, argv[i + 1 :]):
+      bridge.check_once("rewards", written)
 
 
 _in_full = warnings.formatwarning

@@ -42,9 +42,10 @@ def estimate(values: Sequence[float] | np.ndarray) -> Estimate:
 
 
 def curve(run: history.Run, reward: str, against: str) -> tuple[np.ndarray, np.ndarray]:
-  """(spent [N], score [N]) of a run's evaluations; `against` is a name of history.TOTALS."""
+  """(spent [N], score [N]) of a run's evaluations; `against` is a name of history.TOTALS, or "epoch"."""
+  total = history.TOTALS.get(against, against)
   name = f"reward/{reward}/mean"
-  pairs = [(history.number(r, history.TOTALS[against]), history.number(r, name)) for r in run.evals]
+  pairs = [(history.number(r, total), history.number(r, name)) for r in run.evals]
   pairs = np.array([p for p in pairs if np.all(np.isfinite(p))]).reshape(-1, 2)
   return pairs[:, 0], pairs[:, 1]
 
@@ -126,7 +127,7 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
   budgets = {a: common_budget(groups, reward, a) for a in ("evaluations", "teraflops")}
   seconds = {label: seconds_per_epoch(runs) for label, runs in groups.items()}
   ends = [
-    r.evals[-1]["epoch"] * seconds[label] for label, runs in groups.items() for r in runs if r.evals
+    common_budget({label: runs}, reward, "epoch") * seconds[label] for label, runs in groups.items()
   ]
   shortest = min(filter(np.isfinite, ends), default=np.nan)
   compares = baseline in groups
@@ -145,7 +146,8 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
       name = f"{weights}/reward/{reward}/mean"
       cells.append(str(estimate([history.number(run.judged, name) for run in runs])))
     cells += [mean(o.edges, ".3f").lstrip("0"), mean(o.evaluations, ",.0f")]
-    in_time = estimate([_score_after(run, reward, shortest / seconds[label]) for run in runs])
+    epochs = shortest / seconds[label]
+    in_time = estimate([score_at(run, reward, "epoch", epochs) for run in runs])
     cells += [mean(o.teraflops, ",.3g"), mean(o.seconds / 60, ".1f")]
     cells += ["" if np.isnan(seconds[label]) else f"{seconds[label]:.1f}"]
     cells += [str(at["evaluations"]), str(at["teraflops"]), str(in_time), str(area)]
@@ -182,13 +184,6 @@ def seconds_per_epoch(runs: Sequence[history.Run]) -> float:
   """Of the quickest seed, the median without the first two, which compile; NaN of runs without more."""
   each = [[history.number(row, "time/epoch") for row in run.train[2:]] for run in runs]
   return float(min((np.median(seconds) for seconds in each if seconds), default=np.nan))
-
-
-def _score_after(run, reward, epochs):
-  """The held-out score after so many epochs, between two evaluations by a straight line."""
-  at = [row["epoch"] for row in run.evals]
-  score = [history.number(row, f"reward/{reward}/mean") for row in run.evals]
-  return float(np.interp(epochs, at, score)) if at and np.isfinite(epochs) else np.nan
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
