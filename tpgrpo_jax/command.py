@@ -85,7 +85,7 @@ def run(
 
 
 def check_fields(recipe: type, argv: list[str]) -> None:
-  """Raises ValueError for a --config.x.y that `recipe`, a dataclass, has not, and for a reward named twice."""
+  """Raises ValueError for a --config.x.y that the dataclass `recipe` lacks, and for a reward named twice."""
   for i, arg in enumerate(argv):
     if key := re.match(r"--?config\.([^=]*)", arg):
       bridge.check_key(recipe, key[1])
