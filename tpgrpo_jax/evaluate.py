@@ -30,7 +30,7 @@ _SPLIT = flags.DEFINE_enum(
   "split",
   "test",
   ["test", "judge", "train"],
-  "Which prompts: held-out ones that training evaluates, held-out ones that it never saw, or its own.",
+  "Which prompts: held-out ones that training evaluates, further held-out ones that judge it, or its own.",
 )
 _PROMPTS = flags.DEFINE_integer(
   "prompts", None, "How many; by default eval.prompts.", lower_bound=1

@@ -308,8 +308,9 @@ class Eval:
     prompts: how many held-out prompts.
     batch: images in one device call.
     patience: the run ends when so many evaluations in a row bring no better checkpoint.best; 0 goes on.
-    judge_prompts: further held-out prompts, which no evaluation has seen. When the run has ended, they judge
-      the base model, the last weights and the best ones. 0 does not.
+    judge_prompts: further held-out prompts, after those of evaluations. When the run has ended, they judge
+      the base model, the last weights and the best ones. One that is evaluated too has other noise. 0 does
+      not.
   """
 
   every: int = 10
