@@ -25,6 +25,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
 sys.path.append(str(DOCS))
 import make_methods_table  # noqa: E402
+import make_results_tables  # noqa: E402
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -36,6 +37,13 @@ def blocks(page, language):
 def test_table_of_methods_is_that_of_the_recipes():
   page = make_methods_table.PAGE.read_text()
   assert make_methods_table.written(page) == page, "run: python docs/make_methods_table.py"
+
+
+def test_tables_of_results_are_those_of_the_kept_runs():
+  for page in make_results_tables.PAGES:
+    text = page.read_text()
+    assert make_results_tables.written(text) == text, "run: python docs/make_results_tables.py"
+    assert "<!-- begin " in text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,181 @@
+"""Writes the tables of results in README.md and evidence.md, from the runs that are kept.
+
+python docs/make_results_tables.py
+"""
+
+from collections.abc import Sequence
+import pathlib
+import re
+
+import numpy as np
+
+from tpgrpo_jax.reporting import comparison, history
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE.parent / "benchmarks" / "results"
+PAGES = (HERE.parent / "README.md", HERE / "evidence.md")
+MARKS = "<!-- begin {0}: python docs/make_results_tables.py writes this table -->\n\n{1}\n\n<!-- end {0} -->"
+
+WORDS = (
+  "flow_grpo", "mixgrpo", "increments", "tp_grpo", "tp_grpo_consistent", "tp_grpo_fast", "tp_dppo",
+  "densegrpo", "diffusion_nft", "branch", "tempflow",
+)  # fmt: skip
+IN_SHORT = ("method", "seeds", "final", "judged", "edge density", "evaluations", "TFLOP")
+LEFT_OUT = ("best", "judged, best weights", "minutes")
+CROWDED = ("mixgrpo", "branch")  # methods all of whose runs had other work beside them
+SHAPES = (
+  "tempflow", "tp_grpo", "flow_grpo", "increments", "tp_grpo_consistent", "densegrpo", "diffusion_nft", "awm",
+  "tp_grpo_fast", "branch",
+)  # fmt: skip
+QUESTIONS = (
+  "tp_grpo", "increments", "tp_grpo_consistent", "tp_grpo+credit.balance=False",
+  "tp_grpo+advantage.normalization=group_joint", "tp_grpo+sampler.same_latent=True",
+  "tp_grpo+completion.steps=1",
+)  # fmt: skip
+
+Rows = list[tuple[str, ...]]
+
+
+def groups_of(folder: str, methods: Sequence[str]) -> dict[str, list[history.Run]]:
+  """The runs of each method, in the order of their seeds."""
+  runs = [f"{m}={run}" for m in methods for run in sorted((RESULTS / folder).glob(f"{m}_s*"))]
+  return history.load_runs(runs)
+
+
+def words() -> Rows:
+  """The comparison on words; times that say too much have a star."""
+  head, *rows = comparison.table(groups_of("tiny_text", WORDS), "ocr")
+  kept = [i for i, name in enumerate(head) if name not in LEFT_OUT]
+  timed = {head.index(name) for name in ("s an epoch", "at equal minutes")}
+  star = lambda row, i: "*" * (i in timed and row[0].strip("`") in CROWDED)
+  return [
+    tuple(head[i] for i in kept),
+    *(tuple(row[i] + star(row, i) for i in kept) for row in rows),
+  ]
+
+
+def words_in_short() -> Rows:
+  """The columns of README."""
+  head, *rows = words()
+  return [IN_SHORT, *(tuple(row[head.index(name)] for name in IN_SHORT) for row in rows)]
+
+
+def shapes() -> Rows:
+  """Methods at equal operations, the best of the judge's means first."""
+  groups = groups_of("teraflops_20/tiny_shapes", SHAPES)
+  mean = {label: np.mean([judged(run) for run in runs]) for label, runs in groups.items()}
+  rows = [
+    (
+      f"`{label}`",
+      str(runs[0].config.train.epochs),
+      each(final(run) for run in runs),
+      each(best(run) for run in runs),
+      each(judged(run) for run in runs),
+      each([mean[label]]),
+      edges(runs),
+      evaluations(runs),
+      f"{comparison.seconds_per_epoch(runs):.1f}",
+    )
+    for label, runs in sorted(groups.items(), key=lambda item: -mean[item[0]])
+  ]
+  head = ("method", "epochs", "last evaluation, seed by seed", "its best", "judged", "its mean")
+  return [head + ("edge density (base .077)", "evaluations", "s an epoch"), *rows]
+
+
+def recipe_of_shapes() -> Rows:
+  """Seeds of the recipe, and what the judge says of each."""
+  runs = groups_of("tiny_shapes", ("tp_grpo",))["tp_grpo"]
+  rows = [
+    (
+      f"seed {run.config.seed}",
+      each([final(run)]),
+      each([best(run)]),
+      each([judged(run)]),
+      gain(run),
+      edges([run]),
+    )
+    for run in runs
+  ]
+  return [("", "last evaluation", "its best", "judged", "gain", "edge density (base .077)"), *rows]
+
+
+def questions() -> Rows:
+  """What reviewers ask."""
+  rows = [
+    (
+      f"`{label}`",
+      str(runs[0].config.train.epochs),
+      evaluations(runs),
+      each(final(run) for run in runs),
+      each(judged(run) for run in runs),
+      edges(runs),
+    )
+    for label, runs in groups_of("teraflops_4/tiny_text", QUESTIONS).items()
+  ]
+  head = ("method", "epochs", "evaluations", "last evaluation, seeds 0 and 1", "judged")
+  return [head + ("edge density (base .272)",), *rows]
+
+
+def reward_of(run: history.Run) -> str:
+  """The reward that evaluations report first."""
+  return history.reward_labels({"": [run]})[0]
+
+
+def final(run: history.Run) -> float:
+  """Of the last evaluation."""
+  return history.number(run.evals[-1], f"reward/{reward_of(run)}/mean")
+
+
+def best(run: history.Run) -> float:
+  """Of the best evaluation."""
+  return max(history.number(row, f"reward/{reward_of(run)}/mean") for row in run.evals)
+
+
+def judged(run: history.Run) -> float:
+  """Of the last weights."""
+  return history.number(run.judged, f"last/reward/{reward_of(run)}/mean")
+
+
+def gain(run: history.Run) -> str:
+  """The judge's, picture by picture, with its 95 % interval."""
+  name = f"last/gain/{reward_of(run)}"
+  mean, error = (run.judged[f"{name}/{part}"] for part in ("mean", "standard_error"))
+  return str(comparison.Estimate(mean, 1.96 * error))
+
+
+def edges(runs: Sequence[history.Run]) -> str:
+  """Of the last evaluations, the mean."""
+  return each([np.mean([history.number(r.evals[-1], "image/edge_density") for r in runs])])
+
+
+def evaluations(runs: Sequence[history.Run]) -> str:
+  """Of the model, the mean over runs."""
+  return format(np.mean([history.number(r.evals[-1], "total/evaluations") for r in runs]), ",.0f")
+
+
+def each(values) -> str:
+  """Three decimals of each, without the 0."""
+  return ", ".join(f"{value:.3f}".lstrip("0") for value in values)
+
+
+TABLES = {
+  "words in short": words_in_short,
+  "words": words,
+  "recipe of shapes": recipe_of_shapes,
+  "shapes": shapes,
+  "questions": questions,
+}
+
+
+def written(page: str) -> str:
+  """The page with the tables of now between their marks."""
+
+  def of_now(found: re.Match) -> str:
+    return MARKS.format(found[1], comparison.as_markdown(TABLES[found[1]]()))
+
+  return re.sub(r"<!-- begin ([\w ]+): .*?<!-- end \1 -->", of_now, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+  for path in PAGES:
+    path.write_text(written(path.read_text()))
