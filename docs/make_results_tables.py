@@ -17,7 +17,7 @@ PAGES = (HERE.parent / "README.md", HERE / "evidence.md")
 MARKS = "<!-- begin {0}: python docs/make_results_tables.py writes this table -->\n\n{1}\n\n<!-- end {0} -->"
 
 WORDS = (
-  "flow_grpo", "mixgrpo", "increments", "tp_grpo", "tp_grpo_consistent", "tp_grpo_fast", "tp_dppo",
+  "flow_grpo", "mixgrpo", "increments", "tp_grpo", "tp_grpo_consistent", "tp_grpo_fast",
   "densegrpo", "diffusion_nft", "branch", "tempflow",
 )  # fmt: skip
 IN_SHORT = ("method", "seeds", "final", "judged", "edge density", "evaluations", "TFLOP")
