@@ -33,7 +33,7 @@ def test_prompts_that_judge_are_those_that_no_evaluation_sees():
   assert choose(prompts=10, judge_prompts=5) == choose(prompts=99, judge_prompts=5) == []
 
 
-@pytest.mark.parametrize("task, evaluated", [("tiny_text", 0), ("tiny_shapes", 168)])
+@pytest.mark.parametrize("task, evaluated", [("tiny_text", 0), ("tiny_shapes", 558)])
 def test_prompts_that_are_evaluated_too_are_judged_with_other_noise(task, evaluated):
   config = presets.recipe(task, "tp_grpo")
   test, judge = (scoring.load_split(config, split) for split in ("test", "judge"))

@@ -80,7 +80,7 @@ def tiny_shapes() -> Config:
     optimizer=dataclasses.replace(base.optimizer, learning_rate=3e-4),
     train=dataclasses.replace(base.train, epochs=60, prompts_per_epoch=16),
     eval=dataclasses.replace(
-      base.eval, num_steps=8, rewards=("shapes",), prompts=252, judge_prompts=252
+      base.eval, num_steps=8, rewards=("shapes",), prompts=252, judge_prompts=774
     ),
   )
 
