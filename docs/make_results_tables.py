@@ -1,9 +1,10 @@
-"""Writes the tables of results in README.md and evidence.md, from the runs that are kept.
+"""Writes tables of results in README.md, evidence.md and settings.md, from the runs that are kept.
 
 python docs/make_results_tables.py
 """
 
 from collections.abc import Sequence
+import functools
 import pathlib
 import re
 
@@ -13,7 +14,7 @@ from tpgrpo_jax.reporting import comparison, history
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
-PAGES = (HERE.parent / "README.md", HERE / "evidence.md")
+PAGES = (HERE.parent / "README.md", HERE / "evidence.md", HERE / "settings.md")
 MARKS = "<!-- begin {0}: python docs/make_results_tables.py writes this table -->\n\n{1}\n\n<!-- end {0} -->"
 
 WORDS = (
@@ -32,6 +33,13 @@ QUESTIONS = (
   "tp_grpo+advantage.normalization=group_joint", "tp_grpo+sampler.same_latent=True",
   "tp_grpo+completion.steps=1",
 )  # fmt: skip
+
+DECAY = "optimizer.decay_to=start+optimizer.weight_decay"
+LESS_NOISE = (
+  "tp_grpo", "tp_grpo+loss.kl_coef=2e-4", "tp_grpo+advantage.normalization=group_joint",
+  f"tp_grpo+{DECAY}=15", f"tp_grpo+{DECAY}=30", "branch", f"branch+{DECAY}=15",
+)  # fmt: skip
+TRUST_REGIONS = ("tp_grpo", "tp_grpo+loss.trust_region=dppo+loss.clip_range=1e-5")
 
 Rows = list[tuple[str, ...]]
 
@@ -116,6 +124,24 @@ def questions() -> Rows:
   return [head + ("edge density (base .272)",), *rows]
 
 
+def changes_on_words(methods: Sequence[str]) -> Rows:
+  """Recipes at their length, and changes of them, seed by seed."""
+  found = {
+    m: groups_of("settings/tiny_text" if "+" in m else "tiny_text", (m,))[m] for m in methods
+  }
+  rows = [
+    (
+      f"`{label}`",
+      ", ".join(str(run.config.seed) for run in runs),
+      each(final(run) for run in runs),
+      each(judged(run) for run in runs),
+      ", ".join(edges([run]) for run in runs),
+    )
+    for label, runs in found.items()
+  ]
+  return [("recipe", "seeds", "last evaluation", "judged", "edge density (base .272)"), *rows]
+
+
 def reward_of(run: history.Run) -> str:
   """The reward that evaluations report first."""
   return history.reward_labels({"": [run]})[0]
@@ -164,6 +190,8 @@ TABLES = {
   "recipe of shapes": recipe_of_shapes,
   "shapes": shapes,
   "questions": questions,
+  "less noise": functools.partial(changes_on_words, LESS_NOISE),
+  "trust regions": functools.partial(changes_on_words, TRUST_REGIONS),
 }
 
 
