@@ -23,7 +23,6 @@ WORDS = (
 )  # fmt: skip
 IN_SHORT = ("method", "seeds", "final", "judged", "edge density", "evaluations", "TFLOP")
 LEFT_OUT = ("best", "judged, best weights", "minutes")
-CROWDED = ("mixgrpo", "branch")  # methods all of whose runs had other work beside them
 SHAPES = (
   "tempflow", "tp_grpo", "flow_grpo", "increments", "tp_grpo_consistent", "densegrpo", "diffusion_nft", "awm",
   "tp_grpo_fast", "branch",
@@ -51,15 +50,12 @@ def groups_of(folder: str, methods: Sequence[str]) -> dict[str, list[history.Run
 
 
 def words() -> Rows:
-  """The comparison on words; times that say too much have a star."""
-  head, *rows = comparison.table(groups_of("tiny_text", WORDS), "ocr")
+  """The comparison on words, with seconds that were measured in one go, on a quiet machine."""
+  quiet = groups_of("timing/tiny_text", WORDS)
+  seconds = {label: comparison.seconds_per_epoch(runs) for label, runs in quiet.items()}
+  head, *rows = comparison.table(groups_of("tiny_text", WORDS), "ocr", seconds=seconds)
   kept = [i for i, name in enumerate(head) if name not in LEFT_OUT]
-  timed = {head.index(name) for name in ("s an epoch", "at equal minutes")}
-  star = lambda row, i: "*" * (i in timed and row[0].strip("`") in CROWDED)
-  return [
-    tuple(head[i] for i in kept),
-    *(tuple(row[i] + star(row, i) for i in kept) for row in rows),
-  ]
+  return [tuple(row[i] for i in kept) for row in (head, *rows)]
 
 
 def words_in_short() -> Rows:
@@ -142,6 +138,17 @@ def changes_on_words(methods: Sequence[str]) -> Rows:
   return [("recipe", "seeds", "last evaluation", "judged", "edge density (base .272)"), *rows]
 
 
+def two_threads() -> Rows:
+  """Runs on two threads, and those of the same seeds on one: last evaluation, and as judged."""
+  rows = []
+  for label, runs in groups_of("two_threads/tiny_text", ("tp_grpo", "branch", "tempflow")).items():
+    alone = {run.config.seed: run for run in groups_of("tiny_text", (label,))[label]}
+    for run in runs:
+      cells = [f"{each([final(r)])} ({each([judged(r)])})" for r in (alone[run.config.seed], run)]
+      rows.append((f"`{label}`", str(run.config.seed), *cells, edges([run])))
+  return [("method", "seed", "one thread", "two threads", "edge density of these"), *rows]
+
+
 def reward_of(run: history.Run) -> str:
   """The reward that evaluations report first."""
   return history.reward_labels({"": [run]})[0]
@@ -190,6 +197,7 @@ TABLES = {
   "recipe of shapes": recipe_of_shapes,
   "shapes": shapes,
   "questions": questions,
+  "two threads": two_threads,
   "less noise": functools.partial(changes_on_words, LESS_NOISE),
   "trust regions": functools.partial(changes_on_words, TRUST_REGIONS),
 }

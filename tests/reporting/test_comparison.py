@@ -120,6 +120,9 @@ def test_equal_minutes_are_those_of_the_quickest_seeds_epochs(make_run):
   head, *rows = comparison.table(groups, "ocr")
   slow, quick = (dict(zip(head, row, strict=True))["at equal minutes"] for row in rows)
   assert (slow, quick) == (".400", ".600")  # 12 seconds are two epochs and four
+  head, *rows = comparison.table(groups, "ocr", seconds={"slow": 2.0, "quick": 4.0})
+  assert [dict(zip(head, row))["at equal minutes"] for row in rows] == [".600", ".400"]
+  assert [dict(zip(head, row))["s an epoch"] for row in rows] == ["2.0", "4.0"]
 
 
 def test_best_is_not_the_last(make_run):

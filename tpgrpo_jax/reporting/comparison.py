@@ -111,7 +111,12 @@ COLUMNS: tuple[str, ...] = (
 )
 
 
-def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tuple[str, ...]]:
+def table(
+  groups: Groups,
+  reward: str,
+  baseline: str = "flow_grpo",
+  seconds: Mapping[str, float] | None = None,
+) -> list[tuple[str, ...]]:
   """Rows of text under COLUMNS, and a last column: the paired difference to the baseline.
 
   "judged" are scores on prompts that no evaluation saw, of the last weights and of those that the evaluations
@@ -123,9 +128,10 @@ def table(groups: Groups, reward: str, baseline: str = "flow_grpo") -> list[tupl
     groups: as of `history.load_runs`.
     reward: a held-out one.
     baseline: the label that differences are taken to, at equal evaluations; without it they are left out.
+    seconds: of an epoch, for every label, where it was measured apart from these runs.
   """
   budgets = {a: common_budget(groups, reward, a) for a in ("evaluations", "teraflops")}
-  seconds = {label: seconds_per_epoch(runs) for label, runs in groups.items()}
+  seconds = seconds or {label: seconds_per_epoch(runs) for label, runs in groups.items()}
   ends = [
     common_budget({label: runs}, reward, "epoch") * seconds[label] for label, runs in groups.items()
   ]
