@@ -154,14 +154,19 @@ def reward_of(run: history.Run) -> str:
   return history.reward_labels({"": [run]})[0]
 
 
+def end(runs: Sequence[history.Run]) -> history.Outcome:
+  """What their last evaluations say."""
+  return history.outcome(runs, reward_of(runs[0]))
+
+
 def final(run: history.Run) -> float:
   """Of the last evaluation."""
-  return history.number(run.evals[-1], f"reward/{reward_of(run)}/mean")
+  return end([run]).final[0]
 
 
 def best(run: history.Run) -> float:
   """Of the best evaluation."""
-  return max(history.number(row, f"reward/{reward_of(run)}/mean") for row in run.evals)
+  return comparison.curve(run, reward_of(run), "epoch")[1].max()
 
 
 def judged(run: history.Run) -> float:
@@ -178,12 +183,12 @@ def gain(run: history.Run) -> str:
 
 def edges(runs: Sequence[history.Run]) -> str:
   """Of the last evaluations, the mean."""
-  return each([np.mean([history.number(r.evals[-1], "image/edge_density") for r in runs])])
+  return each([end(runs).edges.mean()])
 
 
 def evaluations(runs: Sequence[history.Run]) -> str:
   """Of the model, the mean over runs."""
-  return format(np.mean([history.number(r.evals[-1], "total/evaluations") for r in runs]), ",.0f")
+  return format(end(runs).evaluations.mean(), ",.0f")
 
 
 def each(values) -> str:
