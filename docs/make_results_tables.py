@@ -21,8 +21,10 @@ WORDS = (
   "flow_grpo", "mixgrpo", "increments", "tp_grpo", "tp_grpo_consistent", "tp_grpo_fast",
   "densegrpo", "diffusion_nft", "branch", "tempflow",
 )  # fmt: skip
-IN_SHORT = ("method", "seeds", "final", "judged", "edge density", "evaluations", "TFLOP")
-LEFT_OUT = ("best", "judged, best weights", "minutes")
+IN_SHORT = ("method", "seeds", "final", "judged", "edge density", "evaluations", "model TFLOP")
+LEFT_OUT = (
+  "best", "judged, best weights", "minutes", "TFLOP with rewards", "at equal TFLOP with rewards",
+)  # fmt: skip
 SHAPES = (
   "tempflow", "tp_grpo", "flow_grpo", "increments", "tp_grpo_consistent", "densegrpo", "diffusion_nft", "awm",
   "tp_grpo_fast", "branch",

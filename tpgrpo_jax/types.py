@@ -187,7 +187,8 @@ class CreditMethod(NamedTuple):
 RewardFn = Callable[
   [np.ndarray, Sequence[str], Sequence[Mapping[str, Any]]], tuple[np.ndarray, dict[str, Any]]
 ]
-"""(images uint8 [N, H, W, 3], prompts, metadata) -> (scores float32 [N], info)."""
+"""(images uint8 [N, H, W, 3], prompts, metadata) -> (scores float32 [N], info). Where it has an attribute
+`flops`, (height, width) -> the operations that one picture takes, they are in a run's total."""
 
 
 DeviceRewardFn = Callable[[jax.Array, Sequence[str], Sequence[Mapping[str, Any]]], jax.Array]

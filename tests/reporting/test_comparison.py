@@ -149,3 +149,19 @@ def test_judged_scores_are_those_of_other_prompts(make_run):
   assert cells["judged"].startswith(".600 ±")
   assert cells["judged, best weights"].startswith(".700 ±")
   assert cells["final"].startswith(".900")
+
+
+def test_operations_of_rewards_count_where_every_run_knows_them(make_run):
+  known, silent = make_run("a", 0, [(0, 0.2), (100, 0.6)]), make_run("b", 0, [(0, 0.2), (100, 0.8)])
+  for row in known.evals:
+    row["total/teraflops_with_rewards"] = 3 * row["total/teraflops"]
+  cheaper = dataclasses.replace(known, evals=[dict(row) for row in known.evals])
+  cheaper.evals[-1]["total/teraflops_with_rewards"] = 15.0
+  head, first, second = comparison.table({"a": [known], "c": [cheaper]}, "ocr")
+  first, second = (dict(zip(head, row, strict=True)) for row in (first, second))
+  assert (first["model TFLOP"], first["TFLOP with rewards"]) == ("10", "30")
+  assert second["TFLOP with rewards"] == "15"
+  assert first["at equal TFLOP with rewards"] == ".400"  # half of its way
+  assert second["at equal TFLOP with rewards"] == ".600"
+  for row in comparison.table({"a": [known], "b": [silent]}, "ocr")[1:]:
+    assert dict(zip(head, row, strict=True))["at equal TFLOP with rewards"] == ""

@@ -82,6 +82,28 @@ def test_total_is_the_weighted_sum():
   np.testing.assert_array_equal(total, np.asarray([0.5, -1.5, -3.5], np.float32))
 
 
+def test_operations_of_all_rewards_add_up_and_are_unknown_where_one_is_silent():
+  def making(flops=None):
+    def make():
+      def reward(images, prompts, metadata):
+        return np.zeros(len(images)), {}
+
+      if flops:
+        reward.flops = flops
+      return reward
+
+    return make
+
+  table = {
+    "area": making(lambda h, w: h * w),
+    "rows": making(lambda h, w: 10 * h),
+    "silent": making(),
+  }
+  build = lambda *labels: combine.make_weighted_sum(dict.fromkeys(labels, 0.5), table, {})
+  assert build("area", "rows").flops(2, 3) == 6 + 20
+  assert build("area", "silent").flops(2, 3) is None
+
+
 def test_each_reward_is_reported_without_its_weight():
   _, by_label, _ = _call({"one": 0.5, "index": -2.0})
   np.testing.assert_array_equal(by_label["one"], [1, 1, 1])

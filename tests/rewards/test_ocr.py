@@ -225,6 +225,15 @@ def test_narrow_image_is_accepted(reward):
   assert np.isfinite(scores).all()
 
 
+def test_reading_takes_the_operations_that_another_tool_counts(reward):
+  # onnx-tool 1.0.1 on PP-OCRv6_rec_small.onnx at [1, 3, 48, 96]: Conv 297,691,488 and MatMul 29,776,320 MACs.
+  assert reward.flops(24, 48) == 2 * (297_691_488 + 29_776_320)
+
+
+def test_what_reading_a_scene_takes_is_not_known(reward_with_detection):
+  assert not hasattr(reward_with_detection, "flops")
+
+
 def test_text_score_drops_lines_read_without_confidence():
   call = (_picture("CAT")[None], ["CAT"], [{}])
   scores, info = ocr.make(text_score=1.0, workers=1)(*call)

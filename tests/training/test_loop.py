@@ -282,6 +282,8 @@ def test_metrics_of_an_epoch_tell_what_the_issue_asks_for(uninterrupted):
   }  # fmt: skip
   assert row["ratio/first_update_max_abs_log"] == 0
   assert row["total/samples"] == 3 * 16
+  assert row["total/scored"] == 3 * 16 * 3  # two completions of each, and its own image
+  assert "total/teraflops_with_rewards" not in row  # "coarse" does not say what it takes
 
 
 @pytest.mark.parametrize(

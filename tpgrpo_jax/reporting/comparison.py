@@ -101,11 +101,13 @@ COLUMNS: tuple[str, ...] = (
   "judged, best weights",
   "edge density",
   "evaluations",
-  "TFLOP",
+  "model TFLOP",
+  "TFLOP with rewards",
   "minutes",
   "s an epoch",
   "at equal evaluations",
-  "at equal TFLOP",
+  "at equal model TFLOP",
+  "at equal TFLOP with rewards",
   "at equal minutes",
   "on the way there",
 )
@@ -122,7 +124,8 @@ def table(
   "judged" are scores on prompts that no evaluation saw, of the last weights and of those that the evaluations
   chose. "s an epoch" is the median epoch of the quickest seed: what a busy machine disturbs least. Equal
   evaluations, TFLOP and minutes are the most that all runs have spent, where a minute is of epochs that
-  take so long; "on the way there" is `area_to` the first of the three.
+  take so long; "on the way there" is `area_to` the first of them. TFLOP with rewards are blank where a run
+  has a reward that does not say what it takes.
 
   Args:
     groups: as of `history.load_runs`.
@@ -130,7 +133,8 @@ def table(
     baseline: the label that differences are taken to, at equal evaluations; without it they are left out.
     seconds: of an epoch, for every label, where it was measured apart from these runs.
   """
-  budgets = {a: common_budget(groups, reward, a) for a in ("evaluations", "teraflops")}
+  spent = ("evaluations", "teraflops", "teraflops_with_rewards")
+  budgets = {a: common_budget(groups, reward, a) for a in spent}
   seconds = seconds or {label: seconds_per_epoch(runs) for label, runs in groups.items()}
   ends = [
     common_budget({label: runs}, reward, "epoch") * seconds[label] for label, runs in groups.items()
@@ -142,7 +146,7 @@ def table(
     o = history.outcome(runs, reward)
     best = [curve(run, reward, "evaluations")[1].max(initial=-np.inf) for run in runs]
     at = {
-      a: estimate([score_at(run, reward, a, budget) for run in runs])
+      a: estimate([score_at(run, reward, a, budget) for run in runs if budget])
       for a, budget in budgets.items()
     }
     area = estimate([area_to(run, reward, "evaluations", budgets["evaluations"]) for run in runs])
@@ -154,9 +158,10 @@ def table(
     cells += [mean(o.edges, ".3f").lstrip("0"), mean(o.evaluations, ",.0f")]
     epochs = shortest / seconds[label]
     in_time = estimate([score_at(run, reward, "epoch", epochs) for run in runs])
-    cells += [mean(o.teraflops, ",.3g"), mean(o.seconds / 60, ".1f")]
+    cells += [mean(o.teraflops, ",.3g"), mean(o.teraflops_with_rewards, ",.3g")]
+    cells += [mean(o.seconds / 60, ".1f")]
     cells += ["" if np.isnan(seconds[label]) else f"{seconds[label]:.1f}"]
-    cells += [str(at["evaluations"]), str(at["teraflops"]), str(in_time), str(area)]
+    cells += [*map(str, at.values()), str(in_time), str(area)]
     if compares:
       others = groups[baseline]
       budget = budgets["evaluations"]

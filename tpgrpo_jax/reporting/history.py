@@ -262,7 +262,7 @@ def band(runs: Sequence[Run], kind: str, name: str, against: str = "updates") ->
     runs: of one label.
     kind: "train" or "evals".
     name: of the metric.
-    against: "updates", "evaluations", "teraflops" or "seconds".
+    against: "updates" or a name of TOTALS.
 
   Returns:
     Curves over the epochs at which every run has a finite value; they may be empty.
@@ -281,6 +281,7 @@ def band(runs: Sequence[Run], kind: str, name: str, against: str = "updates") ->
 TOTALS = {
   "evaluations": "total/evaluations",
   "teraflops": "total/teraflops",
+  "teraflops_with_rewards": "total/teraflops_with_rewards",
   "seconds": "time/total",
 }
 """What a run has spent -> the metric that says so."""
@@ -371,7 +372,7 @@ class Outcome(NamedTuple):
     epochs: finished at that evaluation.
     edges: share of pixels on an edge in its images, which tells noise.
     evaluations: of the model, of training alone.
-    teraflops: of rollout and update.
+    teraflops, teraflops_with_rewards: of rollouts and updates; and of scoring, NaN where a reward is silent.
     seconds: wall-clock of the run.
   """
 
@@ -383,18 +384,17 @@ class Outcome(NamedTuple):
   edges: np.ndarray
   evaluations: np.ndarray
   teraflops: np.ndarray
+  teraflops_with_rewards: np.ndarray
   seconds: np.ndarray
 
 
 def outcome(runs: Sequence[Run], reward: str) -> Outcome:
   """Base and final score of each run of one label; runs without an evaluation are NaN."""
-  name, columns = f"reward/{reward}/mean", []
+  mean, error = f"reward/{reward}/mean", f"reward/{reward}/standard_error"
+  totals, columns = ("epoch", "image/edge_density", *TOTALS.values()), []
   for run in runs:
-    rows = [r for r in run.evals if np.isfinite(number(r, name))] or [{}]
-    first, last = rows[0], rows[-1]
-    base = first if first.get("epoch") == 0 else {}
-    error = f"reward/{reward}/standard_error"
-    totals = ("epoch", "image/edge_density", *TOTALS.values())
-    scores = [number(row, key) for row in (base, last) for key in (name, error)]
-    columns.append([*scores, *(number(last, total) for total in totals)])
+    rows = [r for r in run.evals if np.isfinite(number(r, mean))] or [{}]
+    base = rows[0] if rows[0].get("epoch") == 0 else {}
+    scores = [number(row, key) for row in (base, rows[-1]) for key in (mean, error)]
+    columns.append([*scores, *(number(rows[-1], total) for total in totals)])
   return Outcome(*np.array(columns).T)

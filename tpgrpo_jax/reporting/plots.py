@@ -112,13 +112,19 @@ def panels(
 
 
 def held_out_reward(
-  groups: Groups, reward: str, width: float = WIDE, totals: Sequence[str] = tuple(history.TOTALS)
+  groups: Groups, reward: str, width: float = WIDE, totals: Sequence[str] = ()
 ) -> Any:
   """One reward of held-out prompts against what was spent: evaluations, operations, wall-clock.
 
   A band is that of the seeds, lowest to highest; of one seed it is the standard error over prompts. The
-  dashed line is the base model's score, with its standard error. `totals` has a panel each.
+  dashed line is the base model's score, with its standard error. `totals`, names of history.TOTALS, has a
+  panel each; without it operations are with the rewards' own where all runs know them.
   """
+  if not totals:
+    whole = all(
+      np.isfinite(history.outcome(v, reward).teraflops_with_rewards).all() for v in groups.values()
+    )
+    totals = ("evaluations", "teraflops_with_rewards" if whole else "teraflops", "seconds")
   figure, axes = panels(len(totals), width, 3.0, room=0.4, sharey=True)
   for axis, against in zip(axes.flat, totals):
     curves = {k: _with_error(v, reward, against) for k, v in groups.items()}
@@ -206,6 +212,7 @@ _NAMES = {
   "updates": "optimizer updates",
   "evaluations": "model evaluations (training rollouts)",
   "teraflops": "model TFLOP (rollouts and updates)",
+  "teraflops_with_rewards": "TFLOP (rollouts, rewards and updates)",
 }
 
 
@@ -223,7 +230,7 @@ def _name_axis(axis, against, curves):
     axis.xaxis.set_major_locator(ticker.MultipleLocator(step))
   else:
     axis.set_xlabel(_NAMES[against])
-    axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=against != "teraflops"))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer="teraflops" not in against))
     axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
 
 

@@ -169,7 +169,14 @@ def make_weighted_sum(
     for kind in functions.values()
     for label, function in kind.items()
   }
+  begin.flops = functools.partial(_flops, functions)  # pyright: ignore[reportFunctionMemberAccess]
   return begin
+
+
+def _flops(functions, height, width):
+  """Operations that one picture takes of all rewards together; None where one of them does not say."""
+  each = [getattr(fn, "flops", None) for kind in functions.values() for fn in kind.values()]
+  return None if None in each else float(sum(count(height, width) for count in each))
 
 
 def weights_of(rewards: Mapping[str, Any]) -> dict[str, float]:

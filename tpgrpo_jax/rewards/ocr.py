@@ -13,6 +13,7 @@ from jaxtyping import Float32, UInt8
 import numpy as np
 
 from tpgrpo_jax import registry, types, version
+from tpgrpo_jax.cost import onnx_flops
 
 # Measured on one thread, 24x48 and 24x64 images: a batch of 8 costs 8 to 16 % less than single
 # images, and larger ones gain nothing more.
@@ -97,6 +98,8 @@ def make(
 
   reward.check = check  # pyright: ignore[reportFunctionMemberAccess]
   reward.survey = functools.partial(survey, lambda: _alphabet(engine))  # pyright: ignore[reportFunctionMemberAccess]
+  if not detect:  # else what there is to do depends on the lines that are found
+    reward.flops = functools.cache(functools.partial(_flops, engine))  # pyright: ignore[reportFunctionMemberAccess]
   return reward
 
 
@@ -234,6 +237,16 @@ def _alphabet(engine):
   """The characters that the reader knows, as `normalize` leaves them."""
   _recognize(engine, [np.zeros((8, 8, 3), np.uint8)] * _BATCH)  # opens the model
   return set(normalize("".join(engine.text_rec.postprocess_op.character)))
+
+
+def _flops(engine, height, width):
+  """Operations of reading one picture of this size as one line."""
+  image = np.zeros((height, width, 3), np.uint8)
+  _recognize(engine, [image] * _BATCH)  # opens the model
+  reader = engine.text_rec
+  _, tall, wide = reader.rec_image_shape
+  line = reader.resize_norm_img(image, max(wide / tall, width / height))
+  return onnx_flops.count(reader.session.session._model_path, line[None])
 
 
 def _read_lines(engine, pool, images, text_score):

@@ -124,7 +124,7 @@ def _restore_or_start(session, checkpoints):
   if checkpoints.latest() is None:
     state = session_lib.init_state(session)
     spent = calibration.evaluations(session)
-    totals = {"epoch": 0, "evaluations": spent, "samples": 0, "seconds": 0.0}
+    totals = {"epoch": 0, "evaluations": spent, "samples": 0, "seconds": 0.0, "reward_flops": 0.0}
   else:
     state, totals = checkpoints.restore(session_lib.abstract_state(session))
     session_lib.check_files(session, totals)
@@ -178,6 +178,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
         epoch_lib.save_rollout(run_dir, epoch + 1, sampled)
       totals["evaluations"] += round(sampled.evaluations * len(sampled.rollout.prompts))
       totals["samples"] += len(sampled.rollout.prompts)
+      _add_rewards(totals, session, sampled.rollout)
       del sampled  # its trajectories leave the devices before the next ones are made
       totals["flops"] = totals.get("flops", 0.0) + session.meter.total()
       totals |= {"epoch": epoch + 1, "seconds": time.perf_counter() - clock}
@@ -254,12 +255,25 @@ def _profiled(config, epoch):
 
 def totals_row(totals: dict[str, Any]) -> dict[str, Any]:
   """What a run has spent so far, under the names of the metrics."""
-  return {
+  flops, of_rewards = totals.get("flops", 0.0), totals.get("reward_flops")
+  row = {
     "total/evaluations": totals["evaluations"],
     "total/samples": totals["samples"],
-    "total/teraflops": totals.get("flops", 0.0) / 1e12,
+    "total/scored": totals.get("scored", 0),
+    "total/teraflops": flops / 1e12,
     "time/total": totals["seconds"],
   }
+  if of_rewards is not None:
+    row["total/teraflops_with_rewards"] = (flops + of_rewards) / 1e12
+  return row
+
+
+def _add_rewards(totals, session, rolled):
+  """Counts the pictures that were scored and, as long as all rewards say it, what scoring them took."""
+  totals["scored"] = totals.get("scored", 0) + rolled.scored
+  each = session.reward_fn.flops(*rolled.images.shape[1:3]) if rolled.scored else None
+  spent = totals.get("reward_flops")
+  totals["reward_flops"] = None if None in (each, spent) else spent + rolled.scored * each
 
 
 def _judge(session, state, totals, best, sink, run_dir, on_chunk):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 import dataclasses
 import functools
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ class Rollout:
     gains: [W, B] of the first stride: the increments, on branches the member's reward over its anchor's.
     statistics: [S, 3] of the images of trajectories or anchors, as of metrics.statistics_of_each; S = 0
       without images.
+    scored: images that rewards have looked at, completions included.
     prompts: [B].
     seconds: phase -> time.
   """
@@ -60,6 +62,7 @@ class Rollout:
   images: np.ndarray
   gains: np.ndarray
   statistics: np.ndarray
+  scored: int
   prompts: list[types.Prompt]
   seconds: dict[str, float]
 
@@ -276,7 +279,7 @@ def collect(
   order = np.arange(len(prompts)) if order is None else order
   anchor = order % group_size // config.sampler.branches
   group = np.stack([order // group_size, anchor], axis=1).astype(np.int32)
-  transitions, conditions, pending = [], [], []
+  transitions, conditions, pending, count = [], [], [], 0
   scorer = futures.ThreadPoolExecutor(1)
   try:
     for chunk, first in enumerate(range(0, len(prompts), size)):
@@ -289,6 +292,8 @@ def collect(
       found, seen = rollout_fn(chunk, placed[0], condition)
       transitions.append(found)
       conditions.append(condition)
+      painted = seen.images if isinstance(seen, types.Samples) else seen
+      count += 0 if painted is None else math.prod(painted.shape[:2])
       shown = model.pipeline.show(asked)
       job = _begin_scoring(reward_fn, seen, condition, shown, samples < KEPT)
       pending.append(scorer.submit(job))
@@ -321,6 +326,7 @@ def collect(
     images[np.argsort(order[order < KEPT])] if len(images) else images,
     np.asarray(states.gains(jnp.asarray(completion_reward[0]))),
     statistics,
+    count,
     list(prompts),
     {"rollout": device_done - began, "reward_wait": finished - device_done},
   )
