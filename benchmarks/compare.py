@@ -8,9 +8,9 @@ or --cores_per_run.
 
 A method may have changed fields: --methods "tp_grpo,tp_grpo+credit.balance=False" compares it with itself.
 
---budget evaluations=61440 (or teraflops=..., minutes=... of its cores) gives every method as many epochs as
-it can pay: three epochs of each are run first, to see what one takes. Without it every method has those of
-its recipe.
+--budget evaluations=61440 (or teraflops=..., of the model, teraflops_with_rewards=..., minutes=... of its
+cores) gives every method as many epochs as it can pay: three epochs of each are run first, to see what one
+takes. Without it every method has those of its recipe.
 
 --keep FOLDER packs configs and metrics of the finished runs into FOLDER, a few kilobytes each;
 --tables --output FOLDER reads them there.
@@ -49,9 +49,17 @@ BOUND = (
 
 
 PROBE = {"train.epochs": 3, "eval.every": 0, "eval.prompts": 1, "eval.judge_prompts": 0}
-BUDGETS = {  # what one epoch takes, from the rows of three
-  "evaluations": lambda rows: (rows[2]["total/evaluations"] - rows[0]["total/evaluations"]) / 2,
-  "teraflops": lambda rows: (rows[2]["total/teraflops"] - rows[0]["total/teraflops"]) / 2,
+
+
+def of_total(name):
+  """What one epoch adds to a metric, from the rows of three."""
+  return lambda rows: (rows[2][name] - rows[0][name]) / 2
+
+
+BUDGETS = {
+  "evaluations": of_total("total/evaluations"),
+  "teraflops": of_total("total/teraflops"),
+  "teraflops_with_rewards": of_total("total/teraflops_with_rewards"),
   "minutes": lambda rows: statistics.mean(row["time/epoch"] for row in rows[1:]) / 60,
 }
 
@@ -265,7 +273,13 @@ def bound_to(share):
 def affordable(folder, kind, amount):
   """How many whole epochs an amount pays, by the rows of a probe."""
   rows = [row for row in metrics.rows_of(folder) if row["kind"] == "train"]
-  return int(amount / BUDGETS[kind](rows) + 1e-6)
+  try:
+    return int(amount / BUDGETS[kind](rows) + 1e-6)
+  except KeyError:
+    sys.exit(
+      f"error: --budget {kind}: a reward of {folder} does not say what it takes (docs/bring_your_own.md, "
+      "reward.flops). Use teraflops, which are the model's alone."
+    )
 
 
 def is_finished(folder):

@@ -203,10 +203,28 @@ def compare(monkeypatch):
 
 
 ROWS = [
-  {"kind": "train", "total/evaluations": 150, "total/teraflops": 0.3, "time/epoch": 90.0},
+  {
+    "kind": "train",
+    "total/evaluations": 150,
+    "total/teraflops": 0.3,
+    "total/teraflops_with_rewards": 1.5,
+    "time/epoch": 90.0,
+  },
   {"kind": "eval"},
-  {"kind": "train", "total/evaluations": 250, "total/teraflops": 0.5, "time/epoch": 6.0},
-  {"kind": "train", "total/evaluations": 350, "total/teraflops": 0.7, "time/epoch": 18.0},
+  {
+    "kind": "train",
+    "total/evaluations": 250,
+    "total/teraflops": 0.5,
+    "total/teraflops_with_rewards": 2.5,
+    "time/epoch": 6.0,
+  },
+  {
+    "kind": "train",
+    "total/evaluations": 350,
+    "total/teraflops": 0.7,
+    "total/teraflops_with_rewards": 3.5,
+    "time/epoch": 18.0,
+  },
 ]
 
 
@@ -216,6 +234,7 @@ ROWS = [
     ("evaluations=1000", 10),
     ("evaluations=1099", 10),
     ("teraflops=.4", 2),
+    ("teraflops_with_rewards=3", 3),
     ("minutes=1", 5),
     ("minutes=.01", 0),
   ],
@@ -225,6 +244,15 @@ def test_budget_pays_whole_epochs_of_what_one_takes_after_the_first(
 ):
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
   assert compare.affordable(tmp_path, *compare.parse_budget(budget)) == epochs
+
+
+def test_budget_of_a_reward_that_does_not_say_what_it_takes_is_refused(compare, tmp_path):
+  silent = [{k: v for k, v in row.items() if not k.endswith("rewards")} for row in ROWS]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in silent))
+  with pytest.raises(
+    SystemExit, match="--budget teraflops_with_rewards: a reward of .* does not say"
+  ):
+    compare.affordable(tmp_path, "teraflops_with_rewards", 3.0)
 
 
 @pytest.mark.parametrize("text", ["hours=3", "minutes", "minutes=", "minutes=-1", "minutes=nan"])
