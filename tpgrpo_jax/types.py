@@ -193,7 +193,7 @@ RewardFn = Callable[
 
 DeviceRewardFn = Callable[[jax.Array, Sequence[str], Sequence[Mapping[str, Any]]], jax.Array]
 """(images uint8 [N, H, W, 3] on the devices, prompts, metadata) -> scores float32 [N], dispatched and
-not waited for."""
+not waited for. `flops` as of RewardFn."""
 
 
 LatentRewardFn = Callable[[Samples, Any], jax.Array]

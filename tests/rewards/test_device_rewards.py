@@ -1,12 +1,15 @@
 """CLIPScore, PickScore, HPSv2 and the aesthetic score equal the references', on any devices."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 import stored_models
 
 from tpgrpo_jax import rewards, types
-from tpgrpo_jax.rewards import clip_score, towers
+from tpgrpo_jax.cost import flops
+from tpgrpo_jax.rewards import clip_score, preprocess, towers
 from tpgrpo_jax.training import mesh as mesh_lib
 
 # Relative to the largest score; measured: 6e-6. What remains is the order of float32 sums, and for HPSv2
@@ -75,6 +78,29 @@ def test_score_equals_the_references_on_golden_data(golden, folders, name, size)
 
 def test_golden_data_were_made_by_the_script_beside_them(golden):
   assert str(golden["script"]) == (stored_models.GOLDEN / "make_rewards.py").read_text()
+
+
+def test_a_picture_takes_two_operations_for_every_weight_and_token(golden, folders):
+  tower = json.loads(golden["clip_l/files/config.json"].tobytes())["vision_config"]
+  width, side, layers = tower["hidden_size"], tower["image_size"], tower["num_hidden_layers"]
+  patches = (side // tower["patch_size"]) ** 2
+  weights = sum(
+    value.size
+    for name, value in stored_models.weights(golden, "clip_l").items()
+    if name.startswith("vision_model.encoder") and value.ndim == 2
+  )
+  wanted = 2 * (patches + 1) * weights + 4 * (patches + 1) ** 2 * width * layers
+  wanted += 2 * patches * (3 * tower["patch_size"] ** 2) * width
+  picture = jax.ShapeDtypeStruct((1, 48, 48, 3), np.uint8)
+  resized = flops.count(lambda x: preprocess.clip_pixels(x, size=side), picture).total
+  found = make("aesthetic", folders).flops(48, 48)
+  assert wanted < found - resized < 1.01 * wanted  # on top: the projection and the head
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_are_known_on_a_mesh_too(golden, folders, name):
+  found = make(name, folders, placement=mesh_lib.make_placement(on_mesh(2, 2, 2))).flops(48, 48)
+  assert found == make(name, folders).flops(48, 48) > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

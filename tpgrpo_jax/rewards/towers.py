@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpgrpo_jax import registry, types
+from tpgrpo_jax.cost import flops
 from tpgrpo_jax.models.hf import encoder as hf_encoder
 from tpgrpo_jax.models.hf import files
 from tpgrpo_jax.models.hf import tokenizer as hf_tokenizer
@@ -240,6 +241,13 @@ def make_reward(
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
       return run_chunks(score, weights, arrays, batch=batch, shards=shards)
 
+  def count(height, width):
+    """Operations of one picture and its prompt."""
+    picture = jax.ShapeDtypeStruct((1, height, width, 3), jnp.uint8)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+      return flops.count(score, weights, picture, *inputs(["a picture"])).total
+
+  reward.flops = functools.cache(count)  # pyright: ignore[reportFunctionMemberAccess]
   return reward
 
 
