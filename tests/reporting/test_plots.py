@@ -135,7 +135,7 @@ def test_curves_are_drawn_against_what_was_spent(make_run, against, wanted):
 
 
 def test_table_says_what_the_runs_came_to_and_what_they_took(make_run):
-  spent = {"total/teraflops": 0.5, "image/edge_density": 0.25}
+  spent = {"total/teraflops": 0.5, "total/teraflops_with_rewards": 0.75, "image/edge_density": 0.25}
   runs = [
     make_run(f"s{seed}", [eval_row(0, 0.1), eval_row(6, score, **spent)], seed=seed)
     for seed, score in enumerate((0.3, 0.5))
@@ -151,7 +151,8 @@ def test_table_says_what_the_runs_came_to_and_what_they_took(make_run):
     "gain": "+0.300 ± 0.100",
     "edge density": "0.250",
     "evaluations": "600",
-    "TFLOP": "0.5",
+    "model TFLOP": "0.5",
+    "TFLOP with rewards": "0.75",
     "minutes": "1.0",
   }
 

@@ -19,7 +19,8 @@ COLUMNS = (
   "gain",
   "edge density",
   "evaluations",
-  "TFLOP",
+  "model TFLOP",
+  "TFLOP with rewards",
   "minutes",
 )
 JUDGED = ("label", "seeds", "prompts", "base", "last", "gain", "best", "gain of best")
@@ -62,6 +63,7 @@ def table(groups: Groups, reward: str) -> list[tuple[str, ...]]:
         _mean(o.edges, ".3f"),
         _mean(o.evaluations, ",.0f"),
         _mean(o.teraflops, ",.3g"),
+        _mean(o.teraflops_with_rewards, ",.3g"),
         _mean(o.seconds / 60, ",.1f"),
       )
     )
