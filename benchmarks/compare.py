@@ -40,6 +40,7 @@ from tpgrpo_jax.reporting import comparison, history, page
 from tpgrpo_jax.runs import metrics
 
 HERE = pathlib.Path(__file__).parent
+DAMAGE = (OSError, EOFError, ValueError)  # what files that are cut, or cannot be written, raise
 CAN_BIND = hasattr(os, "sched_setaffinity")  # not on a Mac
 # A process of a few cores: whoever starts it has many.
 BOUND = (
@@ -48,7 +49,14 @@ BOUND = (
 )
 
 
-PROBE = {"train.epochs": 3, "eval.every": 0, "eval.prompts": 1, "eval.judge_prompts": 0}
+PROBE = {
+  "train.epochs": 3,
+  "eval.every": 0,
+  "eval.patience": 0,
+  "eval.prompts": 1,
+  "eval.judge_prompts": 0,
+}
+OWN = ("seed", "run.dir", "log.tensorboard")  # fields that every run has from here
 
 
 def of_total(name):
@@ -98,21 +106,28 @@ def main() -> None:
   for task in tasks:
     for method in methods:
       try:
+        refuse_own(method, args.fields, args.budget)
         parse(task, method, args.fields)
       except (ValueError, TypeError, SyntaxError, flags.Error) as error:
         parser.error(f"{method} on {task}: {error}")
   output = pathlib.Path(args.output)
+  for flag, folder in (("--output", None if args.tables else args.output), ("--keep", args.keep)):
+    try:
+      for task in tasks if folder else ():
+        (pathlib.Path(folder) / task).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      parser.error(f"{flag} {folder}: cannot be written ({error}). Name another folder")
   failed = [] if args.tables else train(output, tasks, methods, args)
-  for task in tasks:
-    if args.keep:
-      keep(output / task, pathlib.Path(args.keep) / task, methods)
-  shown = [show(output / task, methods) for task in tasks]
+  if args.keep:
+    failed += [
+      n for task in tasks for n in keep(output / task, pathlib.Path(args.keep) / task, methods)
+    ]
+  shown = [show(output / task, methods, failed) for task in tasks]
   if args.tables and not any(shown):
     sys.exit(f"error: --output {output}: has no finished run of these tasks and methods.")
   if failed:
-    sys.exit(
-      f"error: {len(failed)} runs failed: {', '.join(failed)}. See train.log in their folders."
-    )
+    names = ", ".join(dict.fromkeys(failed))
+    sys.exit(f"error: failed, as said above: {names}. What a run printed is in its train.log.")
 
 
 def split_methods(text):
@@ -132,6 +147,17 @@ def parse_budget(text):
       f"{text!r}: must be {', '.join(f'{n}=N' for n in BUDGETS)}, with N > 0"
     )
   return found
+
+
+def refuse_own(method, fields, budget):
+  """Raises ValueError for a field that is not the user's: with one seed for all, seeds would be copies."""
+  own = dict.fromkeys(OWN, "compare.py sets it for every run")
+  if budget:
+    own["train.epochs"] = "--budget sets it"
+  changes = method.split("+")[1:] + [field.removeprefix("--config.") for field in fields]
+  for name in (change.partition("=")[0] for change in changes):
+    if name in own:
+      raise ValueError(f"{name}: {own[name]}. Leave it out.")
 
 
 def parse(task, method, fields):
@@ -204,10 +230,7 @@ def train(output, tasks, methods, args):
     with locks[task, method]:
       if not run(folder, task, method, 0, share, args.fields + fields):
         return None
-    if epochs := affordable(folder, *args.budget):
-      return [f"--config.train.epochs={epochs}"]
-    fail(folder.name, f"{folder}: --budget {'='.join(map(str, args.budget))} pays no epoch of it")
-    return None
+    return [f"--config.train.epochs={affordable(folder, *args.budget)}"]
 
   def work(share):
     while not stop.is_set():
@@ -215,9 +238,13 @@ def train(output, tasks, methods, args):
         task, method, seed = jobs.get_nowait()
       except queue.Empty:
         return
-      fields = paid(task, method, share)
-      if fields is not None and not stop.is_set():
-        run(output / task / f"{method}_s{seed}", task, method, seed, share, args.fields + fields)
+      folder = output / task / f"{method}_s{seed}"
+      try:
+        fields = paid(task, method, share)
+        if fields is not None and not stop.is_set():
+          run(folder, task, method, seed, share, args.fields + fields)
+      except (*DAMAGE, LookupError) as error:  # the other runs go on
+        fail(folder.name, f"{folder}: {error}")
 
   for name in (signal.SIGINT, signal.SIGTERM):
     signal.signal(name, end)
@@ -271,15 +298,25 @@ def bound_to(share):
 
 
 def affordable(folder, kind, amount):
-  """How many whole epochs an amount pays, by the rows of a probe."""
+  """How many whole epochs an amount pays, by the rows of a probe; ValueError where that is none."""
   rows = [row for row in metrics.rows_of(folder) if row["kind"] == "train"]
-  try:
-    return int(amount / BUDGETS[kind](rows) + 1e-6)
-  except KeyError:
-    sys.exit(
-      f"error: --budget {kind}: a reward of {folder} does not say what it takes (docs/bring_your_own.md, "
-      "reward.flops). Use teraflops, which are the model's alone."
+  if len(rows) != PROBE["train.epochs"]:
+    raise ValueError(
+      f"{folder}: has {len(rows)} rows of epochs, not 3. Delete it; it is made again."
     )
+  try:
+    each = BUDGETS[kind](rows)
+  except KeyError as error:
+    raise ValueError(
+      f"--budget {kind}: a reward of {folder} does not say what it takes (docs/bring_your_own.md, "
+      "reward.flops). Use teraflops, which are the model's alone."
+    ) from error
+  if not each <= amount < 1e6 * each:
+    raise ValueError(
+      f"--budget {kind}={amount:g}: must pay 1 to a million epochs, of which each takes {each:g}. Give "
+      "another amount."
+    )
+  return int(amount / each + 1e-6)
 
 
 def is_finished(folder):
@@ -307,18 +344,35 @@ def is_judged(folder):
 
 
 def keep(folder, target, methods):
-  """Packs the finished runs of a task."""
+  """Packs the finished runs of a task; the names of those that could not be."""
+  failed = []
   for method in methods:
-    for run in filter(is_finished, folder.glob(f"{method}_s*")):
-      metrics.pack(run, target / run.name)
+    for run in sorted(folder.glob(f"{method}_s*")):
+      try:
+        if is_finished(run):
+          metrics.pack(run, target / run.name)
+      except DAMAGE as error:
+        print(f"--keep {target / run.name}: {error}", file=sys.stderr)
+        failed.append(run.name)
+  return failed
 
 
-def show(folder, methods):
-  """Prints the task's tables and writes its report, of the finished runs; False if there are none."""
-  found = [(method, run) for method in methods for run in sorted(folder.glob(f"{method}_s*"))]
-  runs = [f"{method}={run}" for method, run in found if is_finished(run)]
-  if cut := [run.name for _, run in found if metrics.rows_of(run) and not is_finished(run)]:
-    print(f"{folder}: not finished, so not in the tables: {', '.join(cut)}", file=sys.stderr)
+def show(folder, methods, failed):
+  """Prints the task's tables and writes its report, of the finished runs; False if there are none.
+
+  Names of runs that cannot be read go to `failed`.
+  """
+  runs = []
+  for method, run in ((m, run) for m in methods for run in sorted(folder.glob(f"{m}_s*"))):
+    try:
+      if is_finished(run):
+        history.load_run(run)
+        runs.append(f"{method}={run}")
+      elif metrics.rows_of(run):
+        print(f"{run}: not finished, so not in the tables", file=sys.stderr)
+    except DAMAGE as error:
+      print(f"{run}: not in the tables: {error}", file=sys.stderr)
+      failed.append(run.name)
   if not runs:
     print(f"{folder}: no finished runs yet", file=sys.stderr)
     return False

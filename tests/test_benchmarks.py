@@ -236,7 +236,6 @@ ROWS = [
     ("teraflops=.4", 2),
     ("teraflops_with_rewards=3", 3),
     ("minutes=1", 5),
-    ("minutes=.01", 0),
   ],
 )
 def test_budget_pays_whole_epochs_of_what_one_takes_after_the_first(
@@ -246,11 +245,26 @@ def test_budget_pays_whole_epochs_of_what_one_takes_after_the_first(
   assert compare.affordable(tmp_path, *compare.parse_budget(budget)) == epochs
 
 
+@pytest.mark.parametrize("budget", ["minutes=.01", "evaluations=1e300"])
+def test_budget_that_pays_no_epoch_or_too_many_is_refused(compare, tmp_path, budget):
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+  with pytest.raises(
+    ValueError, match=r"--budget .*: must pay 1 to a million epochs, of which each"
+  ):
+    compare.affordable(tmp_path, *compare.parse_budget(budget))
+
+
+def test_probe_that_lost_a_row_is_refused(compare, tmp_path):
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:-1]))
+  with pytest.raises(ValueError, match="has 2 rows of epochs, not 3. Delete it"):
+    compare.affordable(tmp_path, "minutes", 1.0)
+
+
 def test_budget_of_a_reward_that_does_not_say_what_it_takes_is_refused(compare, tmp_path):
   silent = [{k: v for k, v in row.items() if not k.endswith("rewards")} for row in ROWS]
   (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in silent))
   with pytest.raises(
-    SystemExit, match="--budget teraflops_with_rewards: a reward of .* does not say"
+    ValueError, match="--budget teraflops_with_rewards: a reward of .* does not say"
   ):
     compare.affordable(tmp_path, "teraflops_with_rewards", 3.0)
 
@@ -302,6 +316,16 @@ def test_a_run_keeps_to_its_share_of_the_cores(compare):
     ("--methods tp_grpo+sampler.window=(0,9)", "the end must be <= sampler.num_steps=4"),
     ("-- --config.train.epochs=0", "flow_grpo on tiny_text: train.epochs=0: must be at least 1"),
     ("-- train.epochs=3", "unexpected arguments train.epochs=3"),
+    ("-- --config.seed=3", "flow_grpo on tiny_text: seed: compare.py sets it for every run"),
+    ("-- --config.seed 3", "seed: compare.py sets it for every run. Leave it out."),
+    ("-- --config.run.dir=x", "run.dir: compare.py sets it for every run"),
+    ("--methods tp_grpo+seed=7", "tp_grpo+seed=7 on tiny_text: seed: compare.py sets it"),
+    (
+      "--methods tp_grpo+train.epochs=7 --budget minutes=1",
+      "train.epochs: --budget sets it. Leave it out.",
+    ),
+    ("--output {file}/sub", "--output {file}/sub: cannot be written ("),
+    ("--tables --keep {file}/sub", "--keep {file}/sub: cannot be written ("),
   ],
 )
 def test_comparison_that_cannot_be_is_refused_before_a_run_starts(
@@ -345,9 +369,33 @@ def test_a_run_that_was_cut_is_named_and_not_in_the_tables(compare, tmp_path, mo
   shutil.copy(whole / "config.json", cut)
   lines = gzip.decompress((whole / "metrics.jsonl.gz").read_bytes()).decode().splitlines(True)
   (cut / "metrics.jsonl").write_text("".join(lines[:40]))
-  compare.show(tmp_path, ["tempflow"])
+  (damaged := tmp_path / "tempflow_s2").mkdir()
+  (damaged / "config.json").write_text("{")
+  shutil.copy(whole / "metrics.jsonl.gz", damaged)
+  assert compare.show(tmp_path, ["tempflow"], failed := [])
   found = capsys.readouterr()
-  assert "| `tempflow` | 1 |" in found.out and "tables: tempflow_s1" in found.err
+  assert "| `tempflow` | 1 |" in found.out
+  assert f"{cut}: not finished, so not in the tables" in found.err
+  assert f"{damaged}: not in the tables: " in found.err and failed == ["tempflow_s2"]
+
+
+def test_a_run_that_cannot_start_is_named_and_the_others_go_on(
+  compare, tmp_path, monkeypatch, capsys
+):
+  def start(folder, task, method, seed, share, fields):
+    if not seed:
+      raise FileNotFoundError("no such program")
+    shutil.copytree(RESULTS / "two_threads" / "tiny_text" / "tempflow_s1", folder)
+    return subprocess.Popen([sys.executable, "-c", ""])
+
+  monkeypatch.setattr(compare, "start", start)
+  monkeypatch.setattr(compare.page, "write_report", lambda groups, output: output)
+  arguments = f"--methods tempflow --seeds 2 --cores 1 --output {tmp_path}"
+  monkeypatch.setattr(sys, "argv", ["compare.py", *arguments.split()])
+  with pytest.raises(SystemExit, match="error: failed, as said above: tempflow_s0"):
+    compare.main()
+  found = capsys.readouterr()
+  assert "tempflow_s0: no such program" in found.err and "| `tempflow` | 1 |" in found.out
 
 
 def test_a_finished_run_of_another_length_or_recipe_is_told_from_the_one_that_is_asked(compare):
