@@ -263,6 +263,14 @@ def test_rows_hold_the_noise_levels_and_count_what_they_took(calibrated):
   assert second["total/evaluations"] == spent + 2 * samples * each
   for row in (first, second):
     assert [row[f"noise_level/{k}"] for k in range(4)] == stored["noise_levels"]
+  assert (
+    stored["scored"] == 5 * run.config.train.microbatch * rounds
+  )  # four completions and its own
+  assert first["total/scored"] == stored["scored"] + 5 * samples
+  assert run.rows[0]["total/teraflops"] == stored["flops"] / 1e12
+  of_an_epoch = second["total/teraflops"] - first["total/teraflops"]
+  rollouts = stored["flops"] / (run.config.train.microbatch * rounds) * samples / 1e12
+  assert 0 < rollouts < of_an_epoch < 4 * rollouts  # with the updates
 
 
 @pytest.mark.slow

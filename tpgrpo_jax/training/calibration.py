@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from tpgrpo_jax.cost import flops
 from tpgrpo_jax.credit import calibration, stepwise
 from tpgrpo_jax.runs import preemption, processes, run_folder
 from tpgrpo_jax.training import method as method_lib
@@ -42,9 +43,17 @@ def calibrated(
   return session_lib.with_noise_levels(session, tuple(stored["noise_levels"]))
 
 
-def evaluations(session: session_lib.Session) -> int:
-  """Of the model, that the calibration of a run took; 0 without one."""
-  return round(_stored(session).get("evaluations", 0)) if session.config.sampler.calibration else 0
+def spent(session: session_lib.Session) -> dict[str, Any]:
+  """What the calibration of a run took, zeros without one.
+
+  Returns:
+    "evaluations" and "flops" of the model, pictures "scored", and "reward_flops", None where a reward does
+    not say it.
+  """
+  nothing = {"evaluations": 0, "flops": 0.0, "scored": 0, "reward_flops": 0.0}
+  stored = _stored(session) if session.config.sampler.calibration else {}
+  found = {name: stored.get(name, none) for name, none in nothing.items()}
+  return found | {"evaluations": round(found["evaluations"])}
 
 
 def _path(session):
@@ -68,7 +77,7 @@ def find_levels(
   """Rounds of sampling with the base weights, after each of which every step's level moves.
 
   Returns:
-    {"config": its fingerprint, "noise_levels": [W], "evaluations": of the model, in all, "rounds": of
+    {"config": its fingerprint, "noise_levels": [W], as of `spent` what all rounds took, "rounds": of
     {"noise_levels", "positive", "negative": [W] counts of increments}}.
   """
   config, method = session.config, session.method
@@ -84,6 +93,8 @@ def find_levels(
   probe = jax.jit(functools.partial(_sample, session))
   sigmas = np.asarray(method.sigmas, np.float32)
   rounds: list[dict[str, Any]] = []
+  work: list[float] = []
+  took = {"evaluations": 0.0, "flops": 0.0, "scored": 0, "reward_flops": 0.0}
   base_key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
   bar = tqdm.trange(
     sampler.calibration_rounds, desc="noise levels", disable=None if processes.is_first() else True
@@ -91,9 +102,12 @@ def find_levels(
   for number in bar:
     key = jax.random.fold_in(base_key, number)
     held = jnp.asarray(levels, jnp.float32)
-    sample = lambda chunk, group, condition, key=key, held=held: probe(
-      held, params, key, chunk, group, condition, place, plan, sigmas
-    )
+
+    def sample(chunk, group, condition, key=key, held=held):
+      args = (held, params, key, chunk, group, condition, place, plan, sigmas)
+      work[:] = work or [flops.count(probe, *args).total]
+      return probe(*args)
+
     rolled = rollout.collect(
       config,
       session.model,
@@ -104,6 +118,11 @@ def find_levels(
       prompts,
       on_chunk=lambda done, scoring: on_chunk(scoring),
     )
+    of_rewards = session.reward_fn.flops(*rolled.images.shape[1:3])
+    took["evaluations"] += each * count
+    took["flops"] += work[0] * sampler.calibration
+    took["scored"] += rolled.scored
+    took["reward_flops"] += np.nan if of_rewards is None else rolled.scored * of_rewards
     increments = np.asarray(stepwise.increments(jnp.asarray(rolled.completion_reward[0])))
     signs = lambda which, d=increments: [int(n) for n in which(d).sum(axis=1)]
     rounds.append(
@@ -117,7 +136,8 @@ def find_levels(
   return {
     "config": run_folder.fingerprint(config),
     "noise_levels": [float(a) for a in levels],
-    "evaluations": each * count * sampler.calibration_rounds,
+    **took,
+    "reward_flops": None if np.isnan(took["reward_flops"]) else took["reward_flops"],
     "rounds": rounds,
   }
 

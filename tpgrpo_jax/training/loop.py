@@ -77,9 +77,11 @@ def _train_in_folder(session, notice):
     run_folder.check_length(run_dir, config.train.epochs, checkpoints.latest())
     run_folder.save_config(run_dir, config)
     on_chunk = functools.partial(preemption.agree, notice)
+    began = time.perf_counter()
     session = calibration.calibrated(session, on_chunk)
+    before = time.perf_counter() - began
     session.old_scores.load(run_dir)
-    state, totals = _restore_or_start(session, checkpoints)
+    state, totals = _restore_or_start(session, checkpoints, before)
     # Rows carry the number of finished epochs; a fresh start keeps none, not even that of epoch 0.
     done = int(totals["epoch"])
     next_epoch = done + 1 if done else 0
@@ -118,13 +120,12 @@ def _open_checkpoints(run_dir, settings):
   )
 
 
-def _restore_or_start(session, checkpoints):
-  """(state, totals) of the newest checkpoint, or of a run that begins."""
+def _restore_or_start(session, checkpoints, before):
+  """(state, totals) of the newest checkpoint, or of a run that begins, `before` seconds of it ago."""
   config, run_dir = session.config, session.config.run.dir
   if checkpoints.latest() is None:
     state = session_lib.init_state(session)
-    spent = calibration.evaluations(session)
-    totals = {"epoch": 0, "evaluations": spent, "samples": 0, "seconds": 0.0, "reward_flops": 0.0}
+    totals = {"epoch": 0, "samples": 0, "seconds": before} | calibration.spent(session)
   else:
     state, totals = checkpoints.restore(session_lib.abstract_state(session))
     session_lib.check_files(session, totals)
