@@ -3,7 +3,7 @@
 Command: python -m tpgrpo_jax.train --config configs/tiny_shapes.py[:METHOD]
 METHOD is a name of tpgrpo_jax.config.presets.METHODS (docs/methods.md); tp_grpo unless it is given. Training
 is paid for each part of a prompt that is right. Evaluations report the strict score: 1 where all is right and
-nothing else is there, else 0 (docs/rewards.md). docs/evidence.md compares the methods.
+no shape is too many, else 0 (docs/rewards.md). docs/evidence.md compares the methods.
 """
 
 from tpgrpo_jax import config as config_lib

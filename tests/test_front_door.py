@@ -1,6 +1,7 @@
 """What a user meets first: commands, recipes by name, help, the package's own papers."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import os
 import pathlib
@@ -30,6 +31,19 @@ def test_every_command_prints_the_packages_version(capsys):
     command.run(lambda argv: pytest.fail("it ran"), argv=["any", "--version"])
   assert ended.value.code == 0
   assert capsys.readouterr().out == f"tpgrpo_jax {importlib.metadata.version('tpgrpo_jax')}\n"
+
+
+def test_a_full_disk_ends_a_command_without_a_traceback(capsys):
+  def main(argv):
+    raise OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")
+
+  with pytest.raises(SystemExit) as ended:
+    command.run(main, argv=["any"])
+  assert ended.value.code == 1
+  said = capsys.readouterr().err
+  assert said.startswith(
+    "error: out/model.safetensors: cannot be written: No space left on device."
+  )
 
 
 def test_a_source_tree_says_its_own_version_installed_or_not(monkeypatch):

@@ -1,6 +1,7 @@
 """How every command starts, and how it says that something is wrong."""
 
 from collections.abc import Callable
+import errno
 import math
 import os
 import pathlib
@@ -20,6 +21,7 @@ from tpgrpo_jax.config import bridge, describe
 from tpgrpo_jax.runs import interrupts
 
 PACKAGE = pathlib.Path(__file__).parent
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _UNREAD = 141  # 128 + SIGPIPE: as `... | head` ends other programs
 
 
@@ -66,6 +68,13 @@ def run(
       if not _raised_here(error):
         raise
       _stop(error)
+    except OSError as error:
+      if error.errno not in _FULL:
+        raise
+      where = error.filename or "the output"
+      _stop(
+        f"{where}: cannot be written: {error.strerror}. Make room or name another folder, then again."
+      )
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       sys.stderr.flush()

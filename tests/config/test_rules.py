@@ -39,6 +39,10 @@ BAD = {
     {"train.group_size": 1},
     ("train.group_size=1:", "must be at least 2", "The papers use 24"),
   ),
+  "more_updates_than_can_be_counted": (
+    {"train.epochs": 2_000_000_000},
+    ("train.epochs=2000000000:", "train.updates_per_epoch=2", "at most 2,147,483,647", "fewer"),
+  ),
   "window_past_the_end": (
     {"sampler.window": (2, 12)},
     ("sampler.window=(2, 12):", "the end must be <= sampler.num_steps=10", "set num_steps to 12"),

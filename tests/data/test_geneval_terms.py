@@ -46,6 +46,9 @@ def test_a_higher_threshold_only_takes_relations_away():
       assert geneval.relations(box(x, y), TARGET, threshold=0.4) <= loose
 
 
+COW = [{"class": "cow", "count": 1}]
+
+
 @pytest.mark.parametrize(
   "metadata, part",
   [
@@ -61,6 +64,11 @@ def test_a_higher_threshold_only_takes_relations_away():
     ),
     ({"include": [{"class": "cow", "count": 1, "colour": "red"}]}, "'colour' says .* mean 'color'"),
     ({"include": [{"class": "cow", "count": 1}], "exclude": [{"class": "cow"}]}, r"exclude\[0\]"),
+    ({"include": [{"class": "cow", "count": 17}]}, "count must be at most 16"),
+    ({"include": COW, "excude": COW}, "has 'excude'. Did you mean 'exclude'"),
+    ({"include": COW, "tag": "countin"}, "tag='countin': .* Did you mean 'counting'"),
+    ({"include": COW, "tag": 7}, "tag=7: must be a kind's name. Quote it"),
+    ({"include": COW, "exclude": COW}, r"exclude\[0\].*: forbids the 1 that include asks"),
     *[
       ({"include": [{"class": "cow", "count": 1}], "exclude": bad}, f"exclude={bad!r}: must be a list")
       for bad in (None, 5, {})
@@ -87,3 +95,4 @@ def test_metadata_of_all_six_kinds_is_accepted():
     geneval.check_metadata("a lamp", {"tag": tag, "include": include})
   exclude = [{"class": "lamp", "count": 4}]
   geneval.check_metadata("three lamps", {"include": includes["counting"], "exclude": exclude})
+  geneval.check_metadata("a lamp", {"include": [lamp], "tag": "lamps of mine", "note": "kept"})

@@ -165,3 +165,18 @@ def test_operations_of_rewards_count_where_every_run_knows_them(make_run):
   assert second["at equal TFLOP with rewards"] == ".600"
   for row in comparison.table({"a": [known], "b": [silent]}, "ocr")[1:]:
     assert dict(zip(head, row, strict=True))["at equal TFLOP with rewards"] == ""
+
+
+def test_a_calibration_is_spent_at_the_score_of_the_base(make_run):
+  run = make_run("a", 0, [(50, 0.2), (100, 0.6)])
+  assert comparison.area_to(run, "ocr", "evaluations", 100) == pytest.approx(0.5 * 0.2 + 0.5 * 0.4)
+
+
+def test_judged_says_how_many_runs_it_is_of_where_some_were_not(make_run):
+  runs = [make_run("a", seed, [(0, 0.2), (10, 0.6)]) for seed in (0, 1, 2)]
+  for run, score in zip(runs, (0.5, 0.7)):
+    run.judged["last/reward/ocr/mean"] = score
+  head, row = comparison.table({"a": runs}, "ocr")
+  cells = dict(zip(head, row, strict=True))
+  assert cells["judged"] == f"{comparison.estimate([0.5, 0.7])} (2)"
+  assert cells["judged, best weights"] == ""

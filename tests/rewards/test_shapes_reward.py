@@ -37,14 +37,14 @@ def jittered(rng, row, scene):
       return tuple(moved)
 
 
-def spoiled(pictures, seed=0):
-  """Dimmer, softer and noisy pictures, each to another degree."""
+def spoiled(pictures, seed=0, *, least=0.0):
+  """Dimmer, softer and noisy pictures, each to another degree, from `least` of the most to all of it."""
   rng = np.random.default_rng(seed)
   spoiled = []
   for picture in pictures.astype(np.float32):
-    blur = rng.uniform(0.0, 0.7)
-    picture = ndimage.gaussian_filter(picture * rng.uniform(0.8, 1.0), (blur, blur, 0))
-    spoiled.append(picture + rng.normal(0.0, rng.uniform(0.0, 0.08) * 255, picture.shape))
+    blur, dim, noise = rng.uniform(least, 1.0, size=3) * (0.7, 0.2, 0.08)
+    picture = ndimage.gaussian_filter(picture * (1.0 - dim), (blur, blur, 0))
+    spoiled.append(picture + rng.normal(0.0, noise * 255, picture.shape))
   return np.clip(np.round(spoiled), 0, 255).astype(np.uint8)
 
 
@@ -75,6 +75,11 @@ def test_rendered_scenes_are_right(scenes):
 def test_dim_soft_and_noisy_scenes_are_right(scenes):
   rows, _, pictures = scenes
   assert scored(spoiled(pictures), rows)[0].mean() >= 0.995
+
+
+def test_of_scenes_that_are_as_dim_soft_and_noisy_as_can_be_few_are_misread(scenes):
+  rows, _, pictures = scenes
+  assert scored(spoiled(pictures, least=1.0), rows)[0].mean() >= 0.95
 
 
 def test_every_shape_is_found_where_it_is(scenes):

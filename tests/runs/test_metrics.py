@@ -1,5 +1,6 @@
 """Numbers of hand-made images and rewards come out as counted by hand, and rows survive the disk."""
 
+import gzip
 import json
 import sys
 import types
@@ -220,3 +221,17 @@ def test_evaluations_of_other_prompts_steps_or_rewards_are_not_compared():
   others = [row | {"prompts": 8}, row | {"num_steps": 8}, row | {"reward/jpeg/mean": 1.0}]
   assert metrics.comparable([*others, row, older], row) == [row, older]
   assert metrics.comparable([row, older], older) == [row, older]
+
+
+def test_packed_rows_that_were_cut_are_an_error_with_their_path(tmp_path):
+  path = tmp_path / "metrics.jsonl.gz"
+  path.write_bytes(gzip.compress(b'{"epoch": 1}\n' * 100)[:-12])
+  with pytest.raises(ValueError, match="metrics.jsonl.gz: is damaged .* Copy it anew"):
+    metrics.read_rows(path)
+
+
+def test_a_row_whose_epoch_is_no_number_is_left_out_and_named(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"epoch": 1}\n{"epoch": "x"}\n{"epoch": 3}\n')
+  with pytest.warns(UserWarning, match=r"rows \[2\] cannot be read"):
+    assert [row["epoch"] for row in metrics.read_rows(path)] == [1, 3]

@@ -5,6 +5,8 @@ import math
 
 from tpgrpo_jax.config import fields
 
+MOST_UPDATES = 2**31 - 1  # optax counts in int32
+
 
 def check(config: fields.Config) -> Iterator[str]:
   """One line for each broken rule: field, value, rule, fix."""
@@ -44,6 +46,11 @@ def _sizes(config) -> Iterator[str]:
       ("log.images_every", config.log.images_every, 0),
     )
   )
+  if t.epochs * max(t.updates_per_epoch, 1) > MOST_UPDATES:
+    yield (
+      f"train.epochs={t.epochs}: with train.updates_per_epoch={t.updates_per_epoch} must make at most "
+      f"{MOST_UPDATES:,} updates, which is what the optimizer can count. Ask for fewer."
+    )
   if t.group_size < 2:
     yield (
       f"train.group_size={t.group_size}: must be at least 2; an advantage compares the samples of "

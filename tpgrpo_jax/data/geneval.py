@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
+import difflib
 import hashlib
 import math
 from typing import Any
@@ -18,6 +19,7 @@ from tpgrpo_jax.types import Prompt
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 _KEYS = ("class", "count", "color", "position")  # of a clause
+MAX_OBJECTS = 16  # of a class, that are looked at
 POSITION_THRESHOLD = 0.1  # evaluate_images.py's default
 COLORS = (
   "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
@@ -63,7 +65,16 @@ def relations(box: Box, other: Box, *, threshold: float = POSITION_THRESHOLD) ->
 
 
 def check_metadata(prompt: str, metadata: Mapping[str, Any]) -> None:
-  """Raises ValueError unless a prompt's metadata has GenEval's form."""
+  """Raises ValueError unless a prompt's metadata has GenEval's form and a picture can fulfil it."""
+  for name in map(str, metadata):
+    if (meant := _meant(name, ("include", "exclude", "tag"))) and meant not in metadata:
+      raise ValueError(f"prompt={prompt!r}: its metadata has {name!r}. Did you mean {meant!r}?")
+  tag = metadata.get("tag", "")
+  if not isinstance(tag, str) or _meant(tag, TAGS):
+    fix = f"Did you mean {_meant(str(tag), TAGS)!r}?" if isinstance(tag, str) else "Quote it."
+    raise ValueError(
+      f"prompt={prompt!r}: its metadata has tag={tag!r}: must be a kind's name. {fix}"
+    )
   include = metadata.get("include")
   if not isinstance(include, list) or not include:
     raise ValueError(
@@ -84,12 +95,29 @@ def check_metadata(prompt: str, metadata: Mapping[str, Any]) -> None:
       count = clause.get("count")
       if type(count) is not int or count < 1:
         raise ValueError(f"{where}: count must be an integer >= 1. Write 1 for one object.")
+      if key == "include" and count > MAX_OBJECTS:
+        raise ValueError(
+          f"{where}: count must be at most {MAX_OBJECTS}: no more of a class are looked at. Ask for fewer."
+        )
       for name in sorted(map(str, {*clause} - {*_KEYS})):
         raise ValueError(
           f"{where}: {name!r} says nothing to the rules.{registry.nearest(name, _KEYS)}"
         )
       if "position" in clause:
         _check_position(where, clause["position"], number)
+  for number, clause in enumerate(exclude):
+    asked = [c["count"] for c in include if c["class"] == clause["class"]]
+    if clause["count"] <= max(asked, default=0):
+      raise ValueError(
+        f"prompt={prompt!r}: exclude[{number}]={clause!r}: forbids the {max(asked)} that include asks for. "
+        f'Write "count": {max(asked) + 1}, or leave it out.'
+      )
+
+
+def _meant(name, known):
+  """The one of `known` that a misspelt name means; None for one of them, and for one unlike all."""
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+  return near[0] if near and name not in known else None
 
 
 def check_names(

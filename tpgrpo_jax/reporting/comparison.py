@@ -67,6 +67,8 @@ def area_to(run: history.Run, reward: str, against: str, budget: float) -> float
   spent, score = curve(run, reward, against)
   if not len(spent) or not budget:
     return np.nan
+  # A calibration is spent before the first evaluation: until its end the base is all that there is.
+  spent, score = np.insert(spent, 0, 0.0), np.insert(score, 0, score[0])
   inside = spent < budget
   x = np.append(spent[inside], budget)
   y = np.append(score[inside], np.interp(budget, spent, score))
@@ -121,11 +123,11 @@ def table(
 ) -> list[tuple[str, ...]]:
   """Rows of text under COLUMNS, and a last column: the paired difference to the baseline.
 
-  "judged" are scores on prompts that no evaluation saw, of the last weights and of those that the evaluations
-  chose. "s an epoch" is the median epoch of the quickest seed: what a busy machine disturbs least. Equal
-  evaluations, TFLOP and minutes are the most that all runs have spent, where a minute is of epochs that
-  take so long; "on the way there" is `area_to` the first of them. TFLOP with rewards are blank where a run
-  has a reward that does not say what it takes.
+  "judged" are the judge's scores, of the last weights and of those that the evaluations chose; where some
+  runs have none, with the number of those that do. "s an epoch" is the median epoch of the quickest seed:
+  what a busy machine disturbs least. Equal evaluations, TFLOP and minutes are the most that all runs have
+  spent, where a minute is of epochs that take so long; "on the way there" is `area_to` the first of them.
+  TFLOP with rewards are blank where a run has a reward that does not say what it takes.
 
   Args:
     groups: as of `history.load_runs`.
@@ -154,7 +156,9 @@ def table(
     cells = [f"`{label}`", str(len(runs)), str(estimate(o.final)), str(estimate(best))]
     for weights in ("last", "best"):
       name = f"{weights}/reward/{reward}/mean"
-      cells.append(str(estimate([history.number(run.judged, name) for run in runs])))
+      found = np.array([history.number(run.judged, name) for run in runs])
+      of = np.isfinite(found).sum()
+      cells.append(f"{estimate(found)} ({of})" if 0 < of < len(runs) else str(estimate(found)))
     cells += [mean(o.edges, ".3f").lstrip("0"), mean(o.evaluations, ",.0f")]
     epochs = shortest / seconds[label]
     in_time = estimate([score_at(run, reward, "epoch", epochs) for run in runs])

@@ -195,9 +195,8 @@ def _section(title, note, content):
 
 def _summary(groups):
   parts = [
-    "<p>Scores are means over held-out prompts. ± is the standard error: of one seed over its prompts, of "
-    "several seeds over the seeds. All seeds begin with one base, so its error is over prompts. Gain: "
-    "final minus base of each seed.</p>"
+    f"<p>Scores are means over held-out prompts. {tables.MEANING} All seeds begin "
+    "with one base, so its error is over prompts. Gain: final minus base of each seed.</p>"
   ]
   rewards = tables.parts(groups)
   for title, reward, part in rewards:
@@ -205,8 +204,8 @@ def _summary(groups):
     parts += [f"<h3>{html.escape(title)}</h3>", tables.render_html(tables.COLUMNS, rows)]
     if rows := tables.judged(part, reward):
       parts.append(
-        f"<h3>{html.escape(title)}, judged</h3>\n<p>On other held-out prompts, which no evaluation saw. "
-        "Gains are prompt by prompt from the same noise, so their error is the smaller one.</p>"
+        f"<h3>{html.escape(title)}, judged</h3>\n<p>On {tables.judges(part)}. Gains are prompt by prompt "
+        "from the same noise, so their error is the smaller one.</p>"
       )
       parts.append(tables.render_html(tables.JUDGED, rows))
   return "\n".join(parts) if rewards else "<p>No evaluation on held-out prompts yet.</p>"

@@ -1,8 +1,9 @@
 """The result tables of runs: scores before and after with their standard errors, as text and as HTML."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import functools
 import html
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ COLUMNS = (
   "TFLOP with rewards",
   "minutes",
 )
+MEANING = "± is the standard error: of one seed over its prompts, of several seeds over the seeds."
 JUDGED = ("label", "seeds", "prompts", "base", "last", "gain", "best", "gain of best")
 
 
@@ -71,7 +73,7 @@ def table(groups: Groups, reward: str) -> list[tuple[str, ...]]:
 
 
 def judged(groups: Groups, reward: str) -> list[tuple[str, ...]]:
-  """Rows under JUDGED, of prompts that no evaluation saw; +- as in `table`."""
+  """Rows under JUDGED, of the prompts that judge; +- as in `table`."""
   rows = []
   for label, runs in groups.items():
     done = [run.judged for run in runs if f"base/reward/{reward}/mean" in run.judged]
@@ -114,15 +116,32 @@ def _score(values, errors, form=".3f"):
   return f"{text} ± {error:.3f}" if np.isfinite(error) else text
 
 
+def of_judge(rows: Iterable[Mapping[str, Any]]) -> str:
+  """What prompts the judge has, by its rows.
+
+  Args:
+    rows: with "prompts_evaluated", how many of them evaluations ask too; those of earlier versions have none.
+  """
+  twice = [row.get("prompts_evaluated") for row in rows]
+  if None in twice:
+    return "held-out prompts of its own, or with noise of its own"
+  seen = f", or with other noise: {max(twice)} were seen" if any(twice) else ""
+  return f"held-out prompts that no evaluation saw{seen}"
+
+
+def judges(groups: Groups) -> str:
+  """As `of_judge`, of runs."""
+  return of_judge(run.judged for runs in groups.values() for run in runs if run.judged)
+
+
 def render_text(groups: Groups) -> str:
   """All result tables as plain text."""
   blocks = []
   for title, reward, part in parts(groups):
     blocks.append(_as_text(f"held-out {title}", [COLUMNS, *table(part, reward)]))
     if rows := judged(part, reward):
-      heading = f"{title} on other prompts, which no evaluation saw"
-      blocks.append(_as_text(heading, [JUDGED, *rows]))
-  return "\n\n".join(blocks)
+      blocks.append(_as_text(f"{title}, judged: {judges(part)}", [JUDGED, *rows]))
+  return "\n\n".join([*blocks, MEANING]) if blocks else ""
 
 
 def _as_text(heading, rows):

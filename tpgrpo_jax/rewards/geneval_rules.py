@@ -14,7 +14,6 @@ from tpgrpo_jax.data import geneval
 
 THRESHOLD = 0.3  # least confidence of a detection
 COUNTING_THRESHOLD = 0.9  # likewise, where the tag is "counting"
-MAX_OBJECTS = 16  # of a class
 
 
 class Detection(NamedTuple):
@@ -55,7 +54,7 @@ class Verdict(NamedTuple):
 
 
 def confident(
-  detections: Sequence[Detection], *, threshold: float = THRESHOLD, most: int = MAX_OBJECTS
+  detections: Sequence[Detection], *, threshold: float = THRESHOLD, most: int = geneval.MAX_OBJECTS
 ) -> dict[str, list[Detection]]:
   """Class -> its detections above a confidence, surest first, at most so many."""
   found: dict[str, list[Detection]] = {}

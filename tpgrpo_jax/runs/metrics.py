@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any
 import warnings
+import zlib
 
 from etils import epath
 import jax.numpy as jnp
@@ -197,7 +198,10 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """
   content = epath.Path(path).read_bytes()
   if os.fspath(path).endswith(".gz"):
-    content = gzip.decompress(content)
+    try:
+      content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+      raise ValueError(f"{os.fspath(path)}: is damaged ({error}). Copy it anew.") from error
   rows, damaged = [], []
   lines = [line for line in content.split(b"\n") if line.strip()]
   for number, line in enumerate(lines, 1):
@@ -205,7 +209,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
       row = json.loads(line)
     except ValueError:  # half a character too
       row = None
-    if isinstance(row, dict):
+    if isinstance(row, dict) and isinstance(row.get("epoch", 0), int):
       rows.append(row)
     elif number < len(lines):
       damaged.append(number)

@@ -8,6 +8,7 @@ import numpy as np
 
 from tpgrpo_jax import config as config_lib
 from tpgrpo_jax import types
+from tpgrpo_jax.reporting import tables
 from tpgrpo_jax.training import evaluation
 
 
@@ -104,10 +105,7 @@ def summary(run_dir: str, row: dict[str, Any]) -> str:
   labels = [
     key.split("/")[2] for key in row if key.startswith("base/reward/") and key.endswith("/mean")
   ]
-  twice = row.get("prompts_evaluated")  # an earlier version's row has none
-  noise = f", or with other noise: {twice} were seen" if twice else ""
-  asked = f"On {row['prompts']} held-out prompts that no evaluation saw{noise}"
-  lines = [f"{asked} (mean and 95 % interval):"]
+  lines = [f"On {row['prompts']} {tables.of_judge([row])} (mean and 95 % interval):"]
   epoch = row.get("best/epoch")
   for label in labels:
     base, last = read(f"base/reward/{label}"), read(f"last/reward/{label}")
