@@ -99,6 +99,8 @@ def test_turning_points_are_counted_step_by_step_over_epochs_and_seeds(make_run)
     ("`old`", ".100", ".250", ".500"),
   ]
   assert comparison.turning_points({"flow_grpo": [plain], "never": [none]}) == []
+  _, row = comparison.turning_points({"mixed": [old, few]})
+  assert row == ("`mixed`", ".300 / .300", ".000 / .000")  # of the one that counted both
   unpaid = dataclasses.replace(none, train=[r | {"turning_point_found/0": 0.3} for r in none.train])
   _, row = comparison.turning_points({"unpaid": [unpaid]})
   assert row == ("`unpaid`", ".300 / .000", ".000 / .000")
@@ -123,6 +125,16 @@ def test_equal_minutes_are_those_of_the_quickest_seeds_epochs(make_run):
   head, *rows = comparison.table(groups, "ocr", seconds={"slow": 2.0, "quick": 4.0})
   assert [dict(zip(head, row))["at equal minutes"] for row in rows] == [".600", ".400"]
   assert [dict(zip(head, row))["s an epoch"] for row in rows] == ["2.0", "4.0"]
+
+
+def test_equal_minutes_begin_before_a_calibration(make_run):
+  points = [(0, 0.2), (1, 0.3), (2, 0.4), (3, 0.5), (4, 0.6)]
+  groups = {label: [make_run(label, 0, points)] for label in ("late", "quick")}
+  for row in groups["late"][0].evals:
+    row["time/total"] += 6.0
+  head, *rows = comparison.table(groups, "ocr", seconds={"late": 3.0, "quick": 3.0})
+  late, quick = (dict(zip(head, row, strict=True))["at equal minutes"] for row in rows)
+  assert (late, quick) == (".400", ".600")  # of 12 seconds it has 6 left
 
 
 def test_best_is_not_the_last(make_run):

@@ -138,8 +138,11 @@ def table(
   spent = ("evaluations", "teraflops", "teraflops_with_rewards")
   budgets = {a: common_budget(groups, reward, a) for a in spent}
   seconds = seconds or {label: seconds_per_epoch(runs) for label, runs in groups.items()}
+  # A calibration comes before the first epoch.
+  ahead = {label: _seconds_ahead(runs) for label, runs in groups.items()}
   ends = [
-    common_budget({label: runs}, reward, "epoch") * seconds[label] for label, runs in groups.items()
+    ahead[label] + common_budget({label: runs}, reward, "epoch") * seconds[label]
+    for label, runs in groups.items()
   ]
   shortest = min(filter(np.isfinite, ends), default=np.nan)
   compares = baseline in groups
@@ -160,7 +163,7 @@ def table(
       of = np.isfinite(found).sum()
       cells.append(f"{estimate(found)} ({of})" if 0 < of < len(runs) else str(estimate(found)))
     cells += [mean(o.edges, ".3f").lstrip("0"), mean(o.evaluations, ",.0f")]
-    epochs = shortest / seconds[label]
+    epochs = (shortest - ahead[label]) / seconds[label]
     in_time = estimate([score_at(run, reward, "epoch", epochs) for run in runs])
     cells += [mean(o.teraflops, ",.3g"), mean(o.teraflops_with_rewards, ",.3g")]
     cells += [mean(o.seconds / 60, ".1f")]
@@ -179,11 +182,16 @@ def turning_points(groups: Groups) -> list[tuple[str, ...]]:
   """Rows of text: of each label that looks for turning points, the share of samples that have one at a step.
 
   Means over seeds and the epochs that all of them have: "found / paid", paid after balancing. Runs of older
-  versions did not count what was found. Empty where no label has any.
+  versions did not count what was found: they are left out beside others. Empty where no label has any.
   """
   rows = []
   for label, runs in groups.items():
-    found, paid = (history.per_step(runs, n)[1] for n in ("turning_point_found", "turning_point"))
+    counted = [
+      run for run in runs if len(history.per_step([run], "turning_point_found")[0])
+    ] or runs
+    found, paid = (
+      history.per_step(counted, n)[1] for n in ("turning_point_found", "turning_point")
+    )
     if paid.any() or found.any():
       cells = [f"{share:.3f}".lstrip("0") for share in paid.mean(axis=1)]
       if len(found):
@@ -199,6 +207,12 @@ def seconds_per_epoch(runs: Sequence[history.Run]) -> float:
   """Of the quickest seed, the median without the first two, which compile; NaN of runs without more."""
   each = [[history.number(row, "time/epoch") for row in run.train[2:]] for run in runs]
   return float(min((np.median(seconds) for seconds in each if seconds), default=np.nan))
+
+
+def _seconds_ahead(runs):
+  """Of the first evaluation, of the quickest seed; 0 where no run tells."""
+  spent = [history.number(row, "time/total") for run in runs for row in run.evals[:1]]
+  return float(min(filter(np.isfinite, spent), default=0.0))
 
 
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -200,6 +200,7 @@ def _train(session, state, totals, checkpoints, best, sink, run_dir, notice):
         progress.say(
           f"epoch {epoch + 1}/{config.train.epochs}: {shown}, {train_row['time/epoch']:.1f} s"
         )
+  checkpoints.wait()  # what is said at the end stands on what was saved
   with saved_on_failure(state, totals):
     _judge(session, state, totals, best, sink, run_dir, on_chunk)
   return {name: value for name, value in row.items() if name.startswith(("reward/", "image/"))}
