@@ -122,10 +122,11 @@ def of_judge(rows: Iterable[Mapping[str, Any]]) -> str:
   Args:
     rows: with "prompts_evaluated", how many of them evaluations ask too; those of earlier versions have none.
   """
-  twice = [row.get("prompts_evaluated") for row in rows]
-  if None in twice:
-    return "held-out prompts of its own, or with noise of its own"
-  seen = f", or with other noise: {max(twice)} were seen" if any(twice) else ""
+  rows = [*rows]
+  if any("prompts_evaluated" not in row for row in rows):
+    return "held-out prompts, some of which evaluations may have asked"
+  twice = max((row["prompts_evaluated"] for row in rows), default=0)
+  seen = f", or with other noise: {twice} were seen" if twice else ""
   return f"held-out prompts that no evaluation saw{seen}"
 
 

@@ -175,8 +175,9 @@ def make_weighted_sum(
 
 def _flops(functions, height, width):
   """Operations that one picture takes of all rewards together; None where one of them does not say."""
-  each = [getattr(fn, "flops", None) for kind in functions.values() for fn in kind.values()]
-  return None if None in each else float(sum(count(height, width) for count in each))
+  each = [fn for kind in functions.values() for fn in kind.values()]
+  known = all(hasattr(fn, "flops") for fn in each)
+  return float(sum(fn.flops(height, width) for fn in each)) if known else None
 
 
 def weights_of(rewards: Mapping[str, Any]) -> dict[str, float]:
