@@ -118,10 +118,8 @@ def main() -> None:
     except OSError as error:
       parser.error(f"{flag} {folder}: cannot be written ({error}). Name another folder")
   failed = [] if args.tables else train(output, tasks, methods, args)
-  if args.keep:
-    failed += [
-      n for task in tasks for n in keep(output / task, pathlib.Path(args.keep) / task, methods)
-    ]
+  for task in tasks if args.keep else ():
+    keep(output / task, pathlib.Path(args.keep) / task, methods, failed)
   shown = [show(output / task, methods, failed) for task in tasks]
   if args.tables and not any(shown):
     sys.exit(f"error: --output {output}: has no finished run of these tasks and methods.")
@@ -343,9 +341,8 @@ def is_judged(folder):
   return judged or not history.load_run_config(folder).eval.judge_prompts
 
 
-def keep(folder, target, methods):
-  """Packs the finished runs of a task; the names of those that could not be."""
-  failed = []
+def keep(folder, target, methods, failed):
+  """Packs the finished runs of a task; names of those that cannot be go to `failed`."""
   for method in methods:
     for run in sorted(folder.glob(f"{method}_s*")):
       try:
@@ -354,7 +351,6 @@ def keep(folder, target, methods):
       except DAMAGE as error:
         print(f"--keep {target / run.name}: {error}", file=sys.stderr)
         failed.append(run.name)
-  return failed
 
 
 def show(folder, methods, failed):

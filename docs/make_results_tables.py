@@ -174,11 +174,8 @@ def turning_points() -> Rows:
       ("tp_grpo", "tp_grpo_consistent", "tp_grpo_fast"),
     ),
   ):
-    groups |= {f"{m}`, {task}": runs for m, runs in groups_of(folder, methods).items()}
-  return [
-    tuple(cell.removesuffix("`") if i == 0 else cell for i, cell in enumerate(row))
-    for row in comparison.turning_points(groups)
-  ]
+    groups |= {f"{m}, {task}": runs for m, runs in groups_of(folder, methods).items()}
+  return comparison.turning_points(groups)
 
 
 def ten_steps() -> Rows:

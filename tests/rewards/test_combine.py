@@ -100,8 +100,9 @@ def test_operations_of_all_rewards_add_up_and_are_unknown_where_one_is_silent():
     "silent": making(),
   }
   build = lambda *labels: combine.make_weighted_sum(dict.fromkeys(labels, 0.5), table, {})
-  assert build("area", "rows").flops(2, 3) == 6 + 20
-  assert build("area", "silent").flops(2, 3) is None
+  assert build("area", "rows").flops(5, (2, 3)) == 5 * (6 + 20)
+  assert build("area", "silent").flops(5, (2, 3)) is None
+  assert build("area").flops(0, ()) is None  # nothing was painted
 
 
 def test_each_reward_is_reported_without_its_weight():

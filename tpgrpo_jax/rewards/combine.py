@@ -173,11 +173,11 @@ def make_weighted_sum(
   return begin
 
 
-def _flops(functions, height, width):
-  """Operations that one picture takes of all rewards together; None where one of them does not say."""
+def _flops(functions, count, size):
+  """Operations of all rewards on pictures of (height, width); None of none, and where one does not say."""
   each = [fn for kind in functions.values() for fn in kind.values()]
-  known = all(hasattr(fn, "flops") for fn in each)
-  return float(sum(fn.flops(height, width) for fn in each)) if known else None
+  known = count and all(hasattr(fn, "flops") for fn in each)
+  return float(count * sum(fn.flops(*size) for fn in each)) if known else None
 
 
 def weights_of(rewards: Mapping[str, Any]) -> dict[str, float]:

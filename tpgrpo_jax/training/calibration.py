@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from tpgrpo_jax.cost import flops
+from tpgrpo_jax.cost import utilisation
 from tpgrpo_jax.credit import calibration, stepwise
 from tpgrpo_jax.runs import preemption, processes, run_folder
 from tpgrpo_jax.training import method as method_lib
@@ -93,8 +93,7 @@ def find_levels(
   probe = jax.jit(functools.partial(_sample, session))
   sigmas = np.asarray(method.sigmas, np.float32)
   rounds: list[dict[str, Any]] = []
-  work: list[float] = []
-  took = {"evaluations": 0.0, "flops": 0.0, "scored": 0, "reward_flops": 0.0}
+  meter = utilisation.Meter({"calibration": probe})
   base_key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
   bar = tqdm.trange(
     sampler.calibration_rounds, desc="noise levels", disable=None if processes.is_first() else True
@@ -105,7 +104,7 @@ def find_levels(
 
     def sample(chunk, group, condition, key=key, held=held):
       args = (held, params, key, chunk, group, condition, place, plan, sigmas)
-      work[:] = work or [flops.count(probe, *args).total]
+      meter.count("calibration", sampler.calibration * sampler.calibration_rounds, *args)
       return probe(*args)
 
     rolled = rollout.collect(
@@ -118,11 +117,6 @@ def find_levels(
       prompts,
       on_chunk=lambda done, scoring: on_chunk(scoring),
     )
-    of_rewards = session.reward_fn.flops(*rolled.images.shape[1:3])
-    took["evaluations"] += each * count
-    took["flops"] += work[0] * sampler.calibration
-    took["scored"] += rolled.scored
-    took["reward_flops"] += np.nan if of_rewards is None else rolled.scored * of_rewards
     increments = np.asarray(stepwise.increments(jnp.asarray(rolled.completion_reward[0])))
     signs = lambda which, d=increments: [int(n) for n in which(d).sum(axis=1)]
     rounds.append(
@@ -133,11 +127,14 @@ def find_levels(
       }
     )
     levels = np.minimum(calibration.adjust(levels, increments), _highest(sampler))
+  scored = rolled.scored * sampler.calibration_rounds
   return {
     "config": run_folder.fingerprint(config),
     "noise_levels": [float(a) for a in levels],
-    **took,
-    "reward_flops": None if np.isnan(took["reward_flops"]) else took["reward_flops"],
+    "evaluations": each * count * sampler.calibration_rounds,
+    "flops": meter.total(),
+    "scored": scored,
+    "reward_flops": session.reward_fn.flops(scored, rolled.images.shape[1:3]),
     "rounds": rounds,
   }
 

@@ -273,9 +273,11 @@ def totals_row(totals: dict[str, Any]) -> dict[str, Any]:
 def _add_rewards(totals, session, rolled):
   """Counts the pictures that were scored and, as long as all rewards say it, what scoring them took."""
   totals["scored"] = totals.get("scored", 0) + rolled.scored
-  each = session.reward_fn.flops(*rolled.images.shape[1:3]) if rolled.scored else None
-  spent = totals.get("reward_flops")
-  totals["reward_flops"] = None if None in (each, spent) else spent + rolled.scored * each
+  spent, more = (
+    totals.get("reward_flops"),
+    session.reward_fn.flops(rolled.scored, rolled.images.shape[1:3]),
+  )
+  totals["reward_flops"] = None if spent is None or more is None else spent + more
 
 
 def _judge(session, state, totals, best, sink, run_dir, on_chunk):
