@@ -185,13 +185,16 @@ def ten_steps() -> Rows:
   for task, folder, label in (
     ("words", "tiny_text", recipe),
     ("words", "ten_steps/tiny_text", f"{ten}=(0,9)"),
+    ("words", "ten_steps/tiny_text", f"{ten}=(0,9)+advantage.floor=0.1"),
     ("shapes", "teraflops_20/tiny_shapes", recipe),
     ("shapes", "ten_steps/tiny_shapes", f"{ten}=(0,8)"),
     ("shapes", "ten_steps/tiny_shapes", f"{ten}=(0,9)"),
   ):
     (runs,) = groups_of(folder, (label,)).values()
-    sampler, epochs = runs[0].config.sampler, runs[0].config.train.epochs
-    cells = [f"{task}, {sampler.num_steps} steps, window {sampler.window}", str(epochs)]
+    sampler, floor = runs[0].config.sampler, runs[0].config.advantage.floor
+    cells = [f"{task}, {sampler.num_steps} steps, window {sampler.window}"]
+    cells[0] += f", std floor {floor}" if floor else ""
+    cells += [str(runs[0].config.train.epochs)]
     cells += [each(map(final, runs)), each(map(judged, runs)), edges(runs), evaluations(runs)]
     rows.append(tuple(cells))
   head = ("", "epochs", "last evaluation, seed by seed", "judged", "edge density", "evaluations")
