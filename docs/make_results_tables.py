@@ -162,6 +162,26 @@ def changes_on_words(methods: Sequence[str]) -> Rows:
   return [("recipe", "seeds", "last evaluation", "judged", "edge density (base .272)"), *rows]
 
 
+def more_prompts_late() -> Rows:
+  """A run at a constant rate, and two that go on from its weights."""
+  constant = "branch+optimizer.schedule=constant"
+  one, more = (
+    f"{constant}+train.epochs=60",
+    f"{constant}+train.prompts_per_epoch=16+train.epochs=30",
+  )
+  rows = [("", "epochs", "updates", "last evaluation", "judged", "edge density (base .272)")]
+  for title, half, label in (
+    ("the first half, 8 prompts an epoch", "first_half", one),
+    ("from there: 8 prompts", "second_half", one),
+    ("from there: 16 prompts", "second_half", more),
+  ):
+    (runs,) = groups_of(f"more_prompts_late/{half}", (label,)).values()
+    train = runs[0].config.train
+    cells = [title, str(train.epochs), str(train.epochs * train.updates_per_epoch)]
+    rows.append((*cells, each(map(final, runs)), each(map(judged, runs)), edges(runs)))
+  return rows
+
+
 def turning_points() -> Rows:
   """At which steps they are, found and paid."""
   groups = {}
@@ -269,6 +289,7 @@ TABLES = {
   "turning points": turning_points,
   "ten steps": ten_steps,
   "less noise": functools.partial(changes_on_words, LESS_NOISE),
+  "more prompts late": more_prompts_late,
   "trust regions": functools.partial(changes_on_words, TRUST_REGIONS),
 }
 
