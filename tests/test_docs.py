@@ -232,6 +232,7 @@ ELSEWHERE = {
   r"sd35m|flux|geneval": "an accelerator, or weights of gigabytes",
   r"--topology": "minutes of compilation; tests/forecasting",
   r"^python benchmarks/": "hours; tests/test_benchmarks.py with small sizes",
+  r"runs/first_half": "half an hour; tests/test_export.py goes on from what a run wrote",
   r"tpgrpo_jax\.serve|tpgrpo_jax\.judge|XLA_PYTHON_CLIENT|'make': 'remote'": "a server; tests/serving",
 }
 
