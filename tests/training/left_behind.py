@@ -39,16 +39,17 @@ def best_state(config):
   return extra["step"], [np.asarray(leaf) for leaf in jax.tree.leaves(weights)]
 
 
-def rows(config):
-  """The rows of metrics.jsonl."""
+def rows(config, without=()):
+  """The rows of metrics.jsonl; `without`: metrics that are left out too."""
   read = metrics.read_rows(epath.Path(config.run.dir) / "metrics.jsonl")
-  return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in read]
+  return [
+    {k: v for k, v in row.items() if not k.startswith("time/") and k not in without} for row in read
+  ]
 
 
-def assert_same_run(found, wanted, unknown=()):
-  """Bit for bit. `unknown`: metrics of the run that was wanted which the found one has no way to know."""
-  expected = [{k: v for k, v in row.items() if k not in unknown} for row in rows(wanted)]
-  assert rows(found) == expected
+def assert_same_run(found, wanted, without=()):
+  """Bit for bit. `without`: metrics that one of the two has no way to know."""
+  assert rows(found, without) == rows(wanted, without)
   (a, extra), (b, _) = final_state(found), final_state(wanted)
   assert extra["epoch"] == found.train.epochs
   assert a.keys() == b.keys()

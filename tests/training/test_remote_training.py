@@ -132,7 +132,7 @@ def test_ocr_behind_serve_trains_the_very_run_that_ocr_here_trains(
 ):
   config = recipe(tmp_path / "run", ocr_server, connections=connections, batch=7)
   loop.train(config)
-  left_behind.assert_same_run(config, local, unknown=UNKNOWN)
+  left_behind.assert_same_run(config, local, without=UNKNOWN)
   rows = left_behind.rows(config)
   assert 0 < rows[0]["reward/ocr/mean"] < 1 and 0 < rows[0]["reward/ocr/exact"] < 1
 
