@@ -41,6 +41,7 @@ LESS_NOISE = (
   f"tp_grpo+{DECAY}=15", f"tp_grpo+{DECAY}=30", "branch", f"branch+{DECAY}=15",
   "branch+optimizer.schedule=constant", "branch+optimizer.schedule=cosine",
 )  # fmt: skip
+TWICE = ("flow_grpo", "tp_grpo", "tempflow")
 TRUST_REGIONS = ("tp_grpo", "tp_grpo+loss.trust_region=dppo+loss.clip_range=1e-5")
 
 Rows = list[tuple[str, ...]]
@@ -221,6 +222,18 @@ def ten_steps() -> Rows:
   return [head, *rows]
 
 
+def twice_the_epochs() -> Rows:
+  """The recipes of the words, and twice their epochs; the first seed."""
+  rows = []
+  for label in TWICE:
+    (again,) = groups_of("settings/tiny_text", (f"{label}+train.epochs=240",)).values()
+    for runs in (groups_of("tiny_text", (label,))[label][:1], again):
+      cells = [f"`{label}`", str(runs[0].config.train.epochs), evaluations(runs)]
+      rows.append((*cells, *(each(map(of, runs)) for of in (final, best, judged)), edges(runs)))
+  head = ("method", "epochs", "evaluations", "last evaluation", "its best", "judged")
+  return [head + ("edge density (base .272)",), *rows]
+
+
 def two_threads() -> Rows:
   """Runs on two threads, and those of the same seeds on one: last evaluation, and as judged."""
   rows = []
@@ -285,6 +298,7 @@ TABLES = {
   "recipe of shapes": recipe_of_shapes,
   "shapes": shapes,
   "questions": questions,
+  "twice the epochs": twice_the_epochs,
   "two threads": two_threads,
   "turning points": turning_points,
   "ten steps": ten_steps,
