@@ -41,7 +41,7 @@ LESS_NOISE = (
   f"tp_grpo+{DECAY}=15", f"tp_grpo+{DECAY}=30", "branch", f"branch+{DECAY}=15",
   "branch+optimizer.schedule=constant", "branch+optimizer.schedule=cosine",
 )  # fmt: skip
-TWICE = ("flow_grpo", "mixgrpo", "tp_grpo", "branch", "tempflow")
+TWICE = ("flow_grpo", "mixgrpo", "tp_grpo", "diffusion_nft", "branch", "tempflow")
 TRUST_REGIONS = ("tp_grpo", "tp_grpo+loss.trust_region=dppo+loss.clip_range=1e-5")
 
 Rows = list[tuple[str, ...]]
