@@ -7,13 +7,12 @@ import pathlib
 import subprocess
 import sys
 
-from etils import epath
 import left_behind
 import pytest
 
 from tpgrpo_jax import rewards
 from tpgrpo_jax.config import presets
-from tpgrpo_jax.runs import checkpoint, metrics
+from tpgrpo_jax.runs import checkpoint
 from tpgrpo_jax.training import loop
 from tpgrpo_jax.training import mesh as mesh_lib
 
@@ -158,9 +157,7 @@ def test_ocr_behind_serve_is_the_same_to_several_processes(processes, ocr_server
       check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = metrics.read_rows(epath.Path(folder) / "metrics.jsonl")
-    found[name] = [
-      {k: v for k, v in row.items() if not k.startswith("time/") and k not in UNKNOWN}
-      for row in rows
-    ]
-  assert found["served"] == found["local"] and len(found["local"]) == 5
+    found[name] = left_behind.rows(recipe(folder), without=UNKNOWN)
+  assert found["served"] == found["local"]
+  kinds = [row["kind"] for row in found["local"]]
+  assert kinds == ["eval", "train", "eval", "train", "eval", "judge"]

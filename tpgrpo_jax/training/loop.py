@@ -273,10 +273,8 @@ def totals_row(totals: dict[str, Any]) -> dict[str, Any]:
 def _add_rewards(totals, session, rolled):
   """Counts the pictures that were scored and, as long as all rewards say it, what scoring them took."""
   totals["scored"] = totals.get("scored", 0) + rolled.scored
-  spent, more = (
-    totals.get("reward_flops"),
-    session.reward_fn.flops(rolled.scored, rolled.images.shape[1:3]),
-  )
+  spent = totals.get("reward_flops")
+  more = session.reward_fn.flops(rolled.scored, rolled.images.shape[1:3])
   totals["reward_flops"] = None if spent is None or more is None else spent + more
 
 
